@@ -1,0 +1,107 @@
+"""The elementwise function between an expert's input projections and its down projection.
+
+Every gated MoE family computes ``z = act(gate) * up`` up to clamps and constants; `Gating` is that function with its
+constants as plain values, so that calibration, the plain forward, the kernels and vLLM share one definition.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import RecipeError
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "relu": F.relu,
+}
+
+# Class names of torch's and transformers' activation modules.
+_ACTIVATION_OF_CLASS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+@dataclass(frozen=True)
+class Gating:
+    """``z = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``.
+
+    Attributes:
+        activation: "silu", "gelu", "gelu_tanh" or "relu".
+        limit: clamp of both inputs; None for none.
+        alpha: slope inside the sigmoid of "silu": ``act(g) = g * sigmoid(alpha * g)`` (1.702 in gpt-oss).
+        up_shift: added to ``up`` (1 in gpt-oss).
+    """
+
+    activation: str = "silu"
+    limit: float | None = None
+    alpha: float = 1.0
+    up_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.activation not in _ACTIVATIONS:
+            raise RecipeError(f"activation {self.activation!r} is not supported; known: {sorted(_ACTIVATIONS)}")
+        if self.alpha != 1.0 and self.activation != "silu":
+            raise RecipeError(f"alpha is defined for silu only, not for {self.activation!r}")
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Apply elementwise to ``gate`` and ``up`` of one shape; differentiable, same dtype out."""
+        if self.limit is not None:
+            gate = gate.clamp(max=self.limit)
+            up = up.clamp(min=-self.limit, max=self.limit)
+        act = gate * torch.sigmoid(self.alpha * gate) if self.alpha != 1.0 else _ACTIVATIONS[self.activation](gate)
+        return act * (up + self.up_shift) if self.up_shift else act * up
+
+
+def gating_of(experts: nn.Module) -> Gating:
+    """Read the gating of an experts module (transformers' fused one or llm-compressor's linearized one).
+
+    The class's own ``_apply_gate`` is evaluated on probe values and compared with the candidate built from the
+    module's attributes, so that a family with another formula is refused instead of quantized wrongly.
+
+    Raises:
+        RecipeError: naming the class, when the activation or the formula is unknown.
+    """
+    name = type(experts).__name__
+    act_fn = getattr(experts, "act_fn", None)
+    activation = _ACTIVATION_OF_CLASS.get(type(act_fn).__name__, "")
+    limit = getattr(experts, "limit", None) or getattr(experts, "swiglu_limit", None)
+    alpha = getattr(experts, "alpha", None) or getattr(experts, "swiglu_alpha", None)
+    candidates = [Gating(activation)] if activation else []
+    if limit is not None:
+        candidates += [Gating(activation or "silu", limit=float(limit))]
+        if alpha is not None:
+            candidates += [Gating("silu", limit=float(limit), alpha=float(alpha), up_shift=1.0)]
+    reference = _probe(experts)
+    for gating in candidates:
+        if reference is None or torch.allclose(gating(*_PROBE), reference, rtol=1e-5, atol=1e-6):
+            return gating
+    raise RecipeError(
+        f"the experts class {name} combines gate and up in a way this version does not know "
+        f"(activation {type(act_fn).__name__}, limit {limit}, alpha {alpha}); add its modules to `ignore`"
+    )
+
+
+_PROBE = (torch.linspace(-9.0, 9.0, 37), torch.linspace(8.5, -8.0, 37))
+
+
+def _probe(experts: nn.Module) -> torch.Tensor | None:
+    """The class's own formula on `_PROBE`; None where the class defines none (plain ``act(gate) * up``)."""
+    apply_gate = getattr(experts, "_apply_gate", None)
+    if apply_gate is None:
+        return None
+    gate, up = _PROBE
+    # llm-compressor's linearized experts (a ModuleList) always hand over halves, also for interleaved families
+    interleaved = not getattr(experts, "is_concatenated", True) and not isinstance(experts, nn.ModuleList)
+    return apply_gate(torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up]))
