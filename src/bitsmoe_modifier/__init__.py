@@ -1,0 +1,41 @@
+"""BitsMoE for llm-compressor, transformers and vLLM.
+
+``import bitsmoe_modifier`` is all that is needed to
+
+- read checkpoints with packed experts through ``AutoModelForCausalLM.from_pretrained``,
+- find ``BitsMoEModifier`` in llm-compressor recipes.
+
+Both are registered as soon as compressed-tensors and llm-compressor are in the process, before or after this import.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._after_import import after_import
+from .errors import BitsMoEError, CalibrationError, CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from .experts import BitsMoEExperts
+    from .modifier import BitsMoEModifier
+
+__version__ = "0.1.0"
+
+_LAZY = {"BitsMoEExperts": ".experts", "BitsMoEModifier": ".modifier"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+after_import("compressed_tensors", lambda: importlib.import_module(".hf", __name__))
+
+__all__ = [
+    "BitsMoEError",
+    "BitsMoEExperts",
+    "BitsMoEModifier",
+    "CalibrationError",
+    "CheckpointError",
+    "RecipeError",
+]
