@@ -29,7 +29,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+
+
+def _register_modifier() -> None:
+    from llmcompressor.modifiers import ModifierFactory
+
+    ModifierFactory.register("BitsMoEModifier", importlib.import_module(".modifier", __name__).BitsMoEModifier)
+
+
 after_import("compressed_tensors", lambda: importlib.import_module(".hf", __name__))
+after_import("llmcompressor", _register_modifier)
 
 __all__ = [
     "BitsMoEError",

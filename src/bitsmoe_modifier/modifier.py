@@ -1,0 +1,267 @@
+"""`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
+from compressed_tensors.offload.cache import OffloadCache
+from llmcompressor.core import Event, State
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from tqdm import tqdm
+
+from .errors import BitsMoEError, CalibrationError, RecipeError
+from .experts import BitsMoEExperts
+from .format import attach, make_scheme
+from .planes import WIDTHS
+from .quantize import LayerReport, QuantizerSettings, plan_layer, quantize_layer
+from .statistics import RoutedTokens
+from .targets import check_experts, check_unclaimed, dense_experts, find_experts
+
+#: Calibration tokens per expert, on average, below which a run is refused / warned about.
+_LEAST_TOKENS_PER_EXPERT = 1
+_GOOD_TOKENS_PER_EXPERT = 64
+
+
+class BitsMoEModifier(Modifier):
+    """Quantizes the routed experts of a mixture-of-experts model to an average number of bits (BitsMoE, arXiv 2606.00079).
+
+    Recipe:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        BitsMoEModifier:
+          bits: 2.0
+          ignore: ["re:.*layers.0\\\\..*"]
+    ```
+
+    Lifecycle:
+
+    - on_initialize: find the experts modules, check everything that can be checked before calibration
+    - on_calibration_start: hook the inputs of every experts module (routed tokens only)
+    - on_sequential_epoch_end: quantize the layers just calibrated, one at a time, and replace each by `BitsMoEExperts`
+    - on_finalize: raise if any layer was left undone
+
+    Args:
+        bits: average bits per expert weight, everything stored counted: codes, steps, bases, widths, dense experts.
+        widths: bit-widths a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it).
+        block_size: consecutive spectral directions that share a width; a multiple of 8 that divides H.
+            None: H / 16 within 16 and 128.
+        group_size: weights along I that share a step; a multiple of 8 that divides I.
+        basis_bits: 16 (bfloat16), 8 or 4: storage of the shared bases.
+        input_basis: basis shared by gate and up of all experts. "spectral", "none" (the hidden channels themselves), or
+            "auto": what promises the lower loss at equal bytes, layer by layer.
+        output_basis: the same for down.
+        error_feedback: round each direction so that it absorbs the errors of those before it; False is faster and worse.
+        solver: of the bit allocation: "highs" or "pulp" (exact integer programs), "lagrangian" (any size, reports its
+            gap), "auto" (exact where that takes about a second).
+        scope: "layer": every layer gets the same bits per weight. "global": layers share one budget by their effect.
+        super_experts: kept dense within the same budget. "none", "auto" (outlying output norm), or a list of
+            "MODULE.EXPERT", e.g. "model.layers.3.mlp.experts.17".
+        targets: names of experts modules, or regular expressions after "re:".
+        ignore: the same, to leave out.
+        dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
+    """
+
+    requires_calibration_data: bool = True
+
+    bits: float = Field(default=2.0, gt=0, le=8)
+    widths: list[int] = [0, 2, 4, 6]
+    block_size: int | None = None
+    group_size: int = 128
+    basis_bits: Literal[4, 8, 16] = 4
+    input_basis: Literal["auto", "spectral", "none"] = "auto"
+    output_basis: Literal["auto", "spectral", "none"] = "auto"
+    error_feedback: bool = True
+    solver: Literal["auto", "highs", "pulp", "lagrangian"] = "auto"
+    scope: Literal["layer", "global"] = "layer"
+    super_experts: Literal["none", "auto"] | list[str] = "none"
+    targets: list[str] = [r"re:.*\.experts$"]
+    ignore: list[str] = []
+    dampening_frac: float = Field(default=0.01, gt=0, le=1)
+
+    _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
+    _inputs: dict[LinearExperts2D, list[tuple[torch.Tensor, ...]]] = PrivateAttr(default_factory=dict)
+    _budgets: dict[str, float] = PrivateAttr(default_factory=dict)
+    _scheme: Any = PrivateAttr(default=None)
+    _progress: Any = PrivateAttr(default=None)
+
+    @field_validator("widths")
+    @classmethod
+    def _check_widths(cls, widths: list[int]) -> list[int]:
+        unknown = sorted(set(widths) - set(WIDTHS))
+        if unknown:
+            raise ValueError(f"widths {unknown} cannot be stored; choose from {list(WIDTHS)}")
+        if not any(widths):
+            raise ValueError("widths needs at least one width above 0, e.g. [0, 2, 4, 6]")
+        return sorted(set(widths))
+
+    @field_validator("block_size", "group_size")
+    @classmethod
+    def _check_multiple(cls, size: int | None) -> int | None:
+        if size is not None and (size < 8 or size % 8):
+            raise ValueError(f"{size} is not a positive multiple of 8")
+        return size
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> "BitsMoEModifier":
+        if self.bits > max(self.widths) + 1:
+            raise ValueError(f"bits {self.bits} cannot be spent with widths {self.widths}; add wider ones")
+        return self
+
+    @property
+    def settings(self) -> QuantizerSettings:
+        """The fields that the pure modules need."""
+        return QuantizerSettings(
+            bits=self.bits,
+            widths=tuple(self.widths),
+            block_size=self.block_size,
+            group_size=self.group_size,
+            basis_bits=self.basis_bits,
+            input_basis=self.input_basis,
+            output_basis=self.output_basis,
+            error_feedback=self.error_feedback,
+            solver=self.solver,
+            dampening_frac=self.dampening_frac,
+        )
+
+    # ------------------------------------------------------------------------------------------------ lifecycle
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the layers and refuse what cannot work, before calibration."""
+        experts = find_experts(state.model, self.targets, self.ignore)
+        check_unclaimed(experts.items())
+        self._check_super_experts(experts)
+        tokens = _count_tokens(state.data.calib if state.data is not None else None)
+        for name, module in tqdm(experts.items(), desc="Checking experts"):
+            check_experts(name, module, self.settings)
+            _check_calibration(name, module.num_experts, tokens, _choices_per_token(state.model))
+        self._names = {module: name for name, module in experts.items()}
+        self._scheme = make_scheme(experts, self.group_size)
+        self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
+        check_unclaimed((name, module) for module, name in self._names.items())
+        for module in self._names:
+            self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
+
+    def _capture(self, module: LinearExperts2D, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        values = (*args, *(kwargs[name] for name in names[len(args) :]))
+        self._inputs.setdefault(module, []).append(tuple(value.detach().clone() for value in values))
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Quantize and replace the layers that this part of the model calibrated."""
+        for module in modules:
+            if isinstance(module, LinearExperts2D) and module in self._inputs:
+                name = self._names[module]
+                try:
+                    with torch.no_grad(), disable_offloading():
+                        packed = self._quantize(module, name)
+                except BitsMoEError as error:
+                    raise type(error)(f"{name}: {error}") from error
+                state.model.set_submodule(name, packed)
+                del self._names[module]
+                self._progress.update()
+
+    def _quantize(self, module: LinearExperts2D, name: str) -> BitsMoEExperts:
+        """Pack one layer from its captured inputs, which are dropped."""
+        x, index, weight = (torch.cat(parts) for parts in zip(*self._inputs.pop(module), strict=True))
+        experts = dense_experts(module)
+        tokens = RoutedTokens.from_router(x, index, weight, module.num_experts)
+        plan = plan_layer(experts, tokens, self.settings, dense_ids=self._dense_ids(name))
+        weights = experts.gate_up.numel() + experts.down.numel()
+        packed, report = quantize_layer(plan, self._budgets.get(name, self.bits * weights))
+        _log(name, report)
+        replacement = BitsMoEExperts(packed, experts.gating)
+        replacement.report = report
+        attach(replacement, self._scheme)
+        leaf = module[0].gate_proj
+        if isinstance(leaf._parameters, OffloadCache):
+            offload_module(replacement, **get_cache_init_kwargs(leaf))
+        return replacement
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Remove the hooks."""
+        self.remove_hooks()
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Raise if a layer was never reached."""
+        self._progress.close()
+        if self._names:
+            raise CalibrationError(
+                f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "
+                "use the sequential pipeline, or add them to `ignore`"
+            )
+        return True
+
+    # ---------------------------------------------------------------------------------------------- super experts
+
+    def _check_super_experts(self, experts: Mapping[str, LinearExperts2D]) -> None:
+        if isinstance(self.super_experts, str):
+            return
+        for entry in self.super_experts:
+            name, _, expert = entry.rpartition(".")
+            if name not in experts or not expert.isdigit() or int(expert) >= experts[name].num_experts:
+                raise RecipeError(
+                    f"super_experts: {entry!r} is not an expert of a targeted layer; "
+                    f"write MODULE.EXPERT, e.g. {next(iter(experts))}.0"
+                )
+
+    def _dense_ids(self, name: str) -> tuple[int, ...] | Literal["auto"]:
+        if self.super_experts == "auto":
+            return "auto"
+        listed = () if isinstance(self.super_experts, str) else self.super_experts
+        return tuple(sorted({int(e.rpartition(".")[2]) for e in listed if e.rpartition(".")[0] == name}))
+
+
+def _choices_per_token(model: torch.nn.Module) -> int:
+    """k of the model's router, 1 where the config does not tell."""
+    config = model.config.get_text_config()
+    return next((k for key in ("num_experts_per_tok", "top_k_experts", "moe_topk") if (k := getattr(config, key, None))), 1)
+
+
+def _count_tokens(calibration: Any) -> int:
+    """Calibration tokens in a dataloader.
+
+    Raises:
+        CalibrationError: when there is no dataloader or it is empty.
+    """
+    total = 0 if calibration is None else sum(batch["input_ids"].numel() for batch in calibration)
+    if not total:
+        raise CalibrationError("there is no calibration data; pass `dataset` to oneshot")
+    return total
+
+
+def _check_calibration(name: str, num_experts: int, tokens: int, choices: int) -> None:
+    share = tokens * choices / num_experts
+    if share < _LEAST_TOKENS_PER_EXPERT:
+        raise CalibrationError(
+            f"{name}: {tokens} calibration tokens are less than {_LEAST_TOKENS_PER_EXPERT} per expert for its {num_experts} "
+            f"experts; calibrate with at least {_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens"
+        )
+    if share < _GOOD_TOKENS_PER_EXPERT:
+        logger.warning(
+            f"{name}: {share:.0f} calibration tokens per expert are few; "
+            f"{_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens or more give better experts"
+        )
+
+
+def _log(name: str, report: LayerReport) -> None:
+    unseen = sum(count == 0 for count in report.tokens_per_expert)
+    logger.info(
+        f"{name}: {report.bits:.3f} bits per weight, bases {report.input_basis_bits}/{report.output_basis_bits} bits, "
+        f"relative output error {report.relative_output_error:.2e}"
+        + (f", {unseen} experts without calibration tokens use the layer's average" if unseen else "")
+        + (f", dense experts {list(report.dense_experts)}" if report.dense_experts else "")
+    )
+    for warning in report.warnings:
+        logger.warning(f"{name}: {warning}")
