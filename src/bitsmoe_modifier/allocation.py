@@ -2,8 +2,8 @@
 
     minimize Σ_u D(u, b_u)   subject to   Σ_u cost(u, b_u) ≤ budget
 
-`highs` and `pulp` solve it exactly as an integer program; `lagrangian` is the vectorized solver for layers of 10^5 units
-and more: the linear relaxation by its multiplier, then a greedy use of what is left. All report how far the result can
+`highs` and `pulp` solve it exactly as an integer program; `lagrangian` is the vectorized solver for layers of 10^5
+units and more: the linear relaxation by its multiplier, then a greedy use of what is left. All report how far the result can
 be from the optimum.
 """
 
@@ -67,7 +67,9 @@ def allocate(distortion: np.ndarray, cost: np.ndarray, budget: float, solver: So
     return _SOLVERS[solver](distortion, cost, float(budget))
 
 
-def _result(distortion: np.ndarray, cost: np.ndarray, choice: np.ndarray, bound: float, lam: float, name: str) -> Allocation:
+def _result(
+    distortion: np.ndarray, cost: np.ndarray, choice: np.ndarray, bound: float, lam: float, name: str
+) -> Allocation:
     units = np.arange(len(choice))
     total = float(distortion[units, choice].sum())
     return Allocation(choice, float(cost[units, choice].sum()), total, max(0.0, total - bound), lam, name)

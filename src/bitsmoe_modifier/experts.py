@@ -206,8 +206,8 @@ class BitsMoEExperts(nn.Module):
         """The weights that the stored tensors stand for, for tests and export.
 
         Returns:
-            (gate_up ``[E, 2I, H]``, down ``[E, H, I]``) in float32, gate rows before up rows: ``A B`` and ``U F``, or as
-            stored for super experts. Biases, where there are any, are the parameters ``in_bias`` and ``out_bias``.
+            (gate_up ``[E, 2I, H]``, down ``[E, H, I]``) in float32, gate rows before up rows: ``A B`` and ``U F``, or
+            as stored for super experts. Biases, where there are any, are the parameters ``in_bias`` and ``out_bias``.
         """
         spec, device = self.spec, self.codes_in.device
         gate_up = torch.empty(spec.num_experts, 2 * spec.intermediate_size, spec.hidden_size, device=device)

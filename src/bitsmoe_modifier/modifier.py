@@ -27,7 +27,9 @@ _GOOD_TOKENS_PER_EXPERT = 64
 
 
 class BitsMoEModifier(Modifier):
-    """Quantizes the routed experts of a mixture-of-experts model to an average number of bits (BitsMoE, arXiv 2606.00079).
+    """Quantizes the routed experts of a mixture-of-experts model to an average number of bits.
+
+    The method is BitsMoE (arXiv 2606.00079) with the additions that docs/method.md describes.
 
     Recipe:
 
@@ -56,7 +58,8 @@ class BitsMoEModifier(Modifier):
         input_basis: basis shared by gate and up of all experts. "spectral", "none" (the hidden channels themselves), or
             "auto": what promises the lower loss at equal bytes, layer by layer.
         output_basis: the same for down.
-        error_feedback: round each direction so that it absorbs the errors of those before it; False is faster and worse.
+        error_feedback: round each direction so that it absorbs the errors of those before it; False is faster
+            and worse.
         solver: of the bit allocation: "highs" or "pulp" (exact integer programs), "lagrangian" (any size, reports its
             gap), "auto" (exact where that takes about a second).
         scope: "layer": every layer gets the same bits per weight. "global": layers share one budget by their effect.
@@ -70,7 +73,7 @@ class BitsMoEModifier(Modifier):
     requires_calibration_data: bool = True
 
     bits: float = Field(default=2.0, gt=0, le=8)
-    widths: list[int] = [0, 2, 4, 6]
+    widths: list[int] = Field(default_factory=lambda: [0, 2, 4, 6])
     block_size: int | None = None
     group_size: int = 128
     basis_bits: Literal[4, 8, 16] = 4
@@ -80,8 +83,8 @@ class BitsMoEModifier(Modifier):
     solver: Literal["auto", "highs", "pulp", "lagrangian"] = "auto"
     scope: Literal["layer", "global"] = "layer"
     super_experts: Literal["none", "auto"] | list[str] = "none"
-    targets: list[str] = [r"re:.*\.experts$"]
-    ignore: list[str] = []
+    targets: list[str] = Field(default_factory=lambda: [r"re:.*\.experts$"])
+    ignore: list[str] = Field(default_factory=list)
     dampening_frac: float = Field(default=0.01, gt=0, le=1)
 
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
@@ -151,7 +154,9 @@ class BitsMoEModifier(Modifier):
         for module in self._names:
             self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
 
-    def _capture(self, module: LinearExperts2D, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> None:
+    def _capture(
+        self, module: LinearExperts2D, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]
+    ) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         values = (*args, *(kwargs[name] for name in names[len(args) :]))
         self._inputs.setdefault(module, []).append(tuple(value.detach().clone() for value in values))
@@ -226,7 +231,9 @@ class BitsMoEModifier(Modifier):
 def _choices_per_token(model: torch.nn.Module) -> int:
     """k of the model's router, 1 where the config does not tell."""
     config = model.config.get_text_config()
-    return next((k for key in ("num_experts_per_tok", "top_k_experts", "moe_topk") if (k := getattr(config, key, None))), 1)
+    return next(
+        (k for key in ("num_experts_per_tok", "top_k_experts", "moe_topk") if (k := getattr(config, key, None))), 1
+    )
 
 
 def _count_tokens(calibration: Any) -> int:
@@ -245,8 +252,8 @@ def _check_calibration(name: str, num_experts: int, tokens: int, choices: int) -
     share = tokens * choices / num_experts
     if share < _LEAST_TOKENS_PER_EXPERT:
         raise CalibrationError(
-            f"{name}: {tokens} calibration tokens are less than {_LEAST_TOKENS_PER_EXPERT} per expert for its {num_experts} "
-            f"experts; calibrate with at least {_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens"
+            f"{name}: {tokens} calibration tokens are less than {_LEAST_TOKENS_PER_EXPERT} per expert for its "
+            f"{num_experts} experts; calibrate with at least {_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens"
         )
     if share < _GOOD_TOKENS_PER_EXPERT:
         logger.warning(

@@ -91,7 +91,9 @@ class DenseExperts:
             bad = ~torch.isfinite(getattr(self, name)).flatten(1).all(1)
             if bool(bad.any()):
                 expert = int(bad.nonzero()[0])
-                raise CalibrationError(f"expert {expert}: its {name} weights hold NaN or infinity; check the base model")
+                raise CalibrationError(
+                    f"expert {expert}: its {name} weights hold NaN or infinity; check the base model"
+                )
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,8 @@ class LayerPlan:
             least = min(self.fixed_bits(i, o) for i in self.inputs for o in self.outputs)
             weights = self.experts.gate_up.numel() + self.experts.down.numel()
             raise RecipeError(
-                f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this layer's "
-                "bases, widths and dense experts take; raise `bits`, lower `basis_bits` or set the bases to none"
+                f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this "
+                "layer's bases, widths and dense experts take; raise `bits`, lower `basis_bits` or set the bases to none"
             )
         return best
 

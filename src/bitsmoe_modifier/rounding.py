@@ -33,7 +33,9 @@ def decode(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -
     return (codes * 2 - level) * step
 
 
-def search_step(w: torch.Tensor, weight: torch.Tensor, width: int, candidates: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def search_step(
+    w: torch.Tensor, weight: torch.Tensor, width: int, candidates: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Step of least weighted squared error per group, and that error.
 
     Tries ``candidates`` steps from the one that covers the largest weight downwards, then refines the best by one
@@ -104,7 +106,12 @@ def feedback_factor(moment: torch.Tensor, dampening: float) -> torch.Tensor:
 
 
 def round_with_feedback(
-    w: torch.Tensor, moment: torch.Tensor, step: torch.Tensor, level: torch.Tensor, order: torch.Tensor, dampening: float
+    w: torch.Tensor,
+    moment: torch.Tensor,
+    step: torch.Tensor,
+    level: torch.Tensor,
+    order: torch.Tensor,
+    dampening: float,
 ) -> torch.Tensor:
     """Round the columns of a batch of matrices in order, each absorbing the errors of those before it.
 

@@ -159,7 +159,7 @@ def activate(
         x: ``[pairs, H]``; gate_up: ``[2I, H]``; bias: ``[2I]`` or None; all float32.
 
     Returns:
-        (z, ∂z/∂gate, ∂z/∂up), each ``[pairs, I]``. The gating is elementwise, so one backward pass of the sum gives both.
+        (z, ∂z/∂gate, ∂z/∂up), each ``[pairs, I]``. The gating is elementwise: one backward pass of the sum gives both.
     """
     with torch.enable_grad():
         gate, up = torch.nn.functional.linear(x, gate_up, bias).chunk(2, dim=1)
@@ -208,7 +208,9 @@ def collect_statistics(
             tokens.x[tokens.token[pairs]].to(torch.float32), gate_up[expert].to(torch.float32), bias, gating
         )
         if not bool(torch.isfinite(z).all()):
-            raise CalibrationError(f"expert {expert}: its activations overflow; check the weights and the calibration text")
+            raise CalibrationError(
+                f"expert {expert}: its activations overflow; check the weights and the calibration text"
+            )
         column_energy = (w_down * (w_down if metric is None else metric @ w_down)).sum(0).clamp_min(0)
         mass[expert] = weight.sum()
         share = weight / mass[expert].clamp_min(torch.finfo(torch.float32).tiny)
@@ -220,9 +222,7 @@ def collect_statistics(
         output = output * weight.sqrt()[:, None]
         output_moment.addmm_(output.T, output)
     return _with_prior(
-        LayerStatistics(
-            second_moment(tokens.x, tokens.token_weights), importance, diagonal, output_moment, mass, peak
-        ),
+        LayerStatistics(second_moment(tokens.x, tokens.token_weights), importance, diagonal, output_moment, mass, peak),
         tokens.counts,
     )
 

@@ -59,8 +59,8 @@ def check_unclaimed(experts: Iterable[tuple[str, LinearExperts2D]]) -> None:
     ]
     if claimed:
         raise RecipeError(
-            f"{len(claimed)} expert projections ({_some(claimed)}) are already quantized or claimed by another modifier; "
-            r"add 're:.*\.experts\.\d+\..*' to that modifier's `ignore`, or start from an unquantized model"
+            f"{len(claimed)} expert projections ({_some(claimed)}) are already quantized or claimed by another "
+            r"modifier; add 're:.*\.experts\.\d+\..*' to that modifier's `ignore`, or start from an unquantized model"
         )
 
 
@@ -83,7 +83,8 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
             for projection in _PROJECTIONS:
                 if not bool(torch.isfinite(getattr(module[expert], projection).weight).all()):
                     raise CalibrationError(
-                        f"{name}: the {projection} weights of expert {expert} hold NaN or infinity; check the base model"
+                        f"{name}: the {projection} weights of expert {expert} hold NaN or infinity; "
+                        "check the base model"
                     )
 
 
@@ -96,7 +97,9 @@ def check_sizes(name: str, num_experts: int, hidden: int, width: int, settings: 
     if width % settings.group_size:
         fitting = [g for g in range(8, 257, 8) if width % g == 0]
         advice = f"set group_size to one of {fitting}" if fitting else "add the layer to `ignore`"
-        raise RecipeError(f"{name}: group_size {settings.group_size} does not divide the expert size I = {width}; {advice}")
+        raise RecipeError(
+            f"{name}: group_size {settings.group_size} does not divide the expert size I = {width}; {advice}"
+        )
     block = settings.resolve_block_size(hidden)
     if hidden % block:
         fitting = [b for b in (8, 16, 32, 64, 128) if hidden % b == 0]
@@ -105,8 +108,8 @@ def check_sizes(name: str, num_experts: int, hidden: int, width: int, settings: 
     least = least_bits(num_experts, hidden, width, settings)
     if settings.bits < least:
         raise RecipeError(
-            f"{name}: bits {settings.bits} is below {least:.3f}, what its bases, widths and steps alone cost; raise `bits`, "
-            "lower `basis_bits`, or set input_basis and output_basis to none"
+            f"{name}: bits {settings.bits} is below {least:.3f}, what its bases, widths and steps alone cost; raise "
+            "`bits`, lower `basis_bits`, or set input_basis and output_basis to none"
         )
 
 
