@@ -13,17 +13,28 @@ from types import ModuleType
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module through the other finders and calls back after its code has run."""
+    """Finds one package through the other finders and calls back once, after its code has run."""
 
     def __init__(self, name: str, callback: Callable[[], object]) -> None:
         self.name = name
-        self.callback = callback
+        self.callback: Callable[[], object] | None = callback
         self.searching = False
+
+    def fire(self) -> None:
+        """Call back unless it has happened. The finder then stays in place: the list may be under iteration."""
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            callback()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name or self.searching:
+        if self.callback is None or self.searching:
+            return None
+        if fullname != self.name:
+            # the package's import had begun before this finder was there
+            if _is_imported(self.name):
+                self.fire()
             return None
         self.searching = True
         try:
@@ -36,19 +47,25 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            sys.meta_path.remove(self)
-            self.callback()
+            self.fire()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def _is_imported(name: str) -> bool:
+    """Whether the package's code has run to its end."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
 def after_import(name: str, callback: Callable[[], object]) -> None:
     """Call ``callback`` now if the top-level package ``name`` is imported, else right after it has been.
 
-    An error that ``callback`` raises makes the import of ``name`` fail with it.
+    Where the import of ``name`` is going on further up the stack, the call comes with the first import after it. An
+    error that ``callback`` raises makes the import fail that triggered it.
     """
-    if name in sys.modules:
+    if _is_imported(name):
         callback()
     else:
         sys.meta_path.insert(0, _AfterImport(name, callback))

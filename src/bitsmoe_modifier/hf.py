@@ -27,6 +27,7 @@ from .layout import ExpertsLayout, PackedExperts, check_content, check_structure
 from .shards import Stored, file_names, packed_modules, scan
 
 _HEADERS = ("layout", "widths_in", "widths_out")
+_LINEAR_SUFFIXES = (".weight_packed", ".weight_scale")
 
 
 class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
@@ -41,18 +42,26 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self._schemes() and self.quantization_config.dequantize:
+        if not self._schemes():
+            super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+            return
+        if not checkpoint_files:
+            raise CheckpointError("packed experts are loaded from safetensors files, not from a state dict")
+        if self.quantization_config.dequantize and self.quantization_config.is_quantization_compressed:
             raise CheckpointError(
                 "experts packed as bitsmoe run packed: load without `dequantize=True` / `run_compressed=False` "
                 "(for dense weights use BitsMoEExperts.dense_weights)"
             )
+        # set for a model that was saved after its Linears had been decompressed; it would make the loaded model forget
+        # its quantization_config, and a checkpoint saved from it would not say that its experts are packed
+        self.quantization_config.dequantize = False
+        found = scan(checkpoint_files)
+        self._packed_linears = any(".experts." in key and key.endswith(_LINEAR_SUFFIXES) for key in found)
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        if self._schemes():
-            if not checkpoint_files:
-                raise CheckpointError("packed experts are loaded from safetensors files, not from a state dict")
-            found = scan(checkpoint_files)
-            self._packed_linears = any(key.endswith(".weight_packed") and ".experts." in key for key in found)
-            self._replace_experts(model, packed_modules(found))
+        if len(self._schemes()) == len(self.quantization_config.quantization_config.config_groups):
+            # the hook would find nothing to decompress, but mark the configuration as decompressed
+            self.compressor.remove_decompression_hook(model)
+        self._replace_experts(model, packed_modules(found))
 
     def _replace_experts(self, model: PreTrainedModel, stored: dict[str, dict[str, Stored]]) -> None:
         """Put an empty `BitsMoEExperts` in the place of every experts module that the checkpoint stores packed."""
