@@ -56,7 +56,7 @@ def pack_codes(codes: torch.Tensor, width: int) -> torch.Tensor:
         packed = digit[:, :, 0].clone()
         for j in range(1, 8 // f):
             packed |= digit[:, :, j] << (f * j)
-        planes.append(packed.reshape(count, -1))
+        planes.append(packed.flatten(1))
     return torch.cat(planes, 1)
 
 
