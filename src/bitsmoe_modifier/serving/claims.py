@@ -1,0 +1,31 @@
+"""What config.json says about packed experts, read as plain dictionaries (no vLLM)."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: Name of the format in config.json, and of the quantization method in vLLM.
+METHOD = "bitsmoe"
+
+
+def is_bitsmoe(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's ``quantization_config`` has experts in our format."""
+    if quantization_config.get("quant_method") not in ("compressed-tensors", METHOD):
+        return False
+    return quantization_config.get("format") == METHOD or bool(split_groups(quantization_config)[0])
+
+
+def split_groups(quantization_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our config groups, the others) by name."""
+    groups = quantization_config.get("config_groups") or {}
+    whole = quantization_config.get("format")
+    ours = {name: group for name, group in groups.items() if (group.get("format") or whole) == METHOD}
+    return ours, {name: group for name, group in groups.items() if name not in ours}
+
+
+def matches(prefix: str, targets: Iterable[str]) -> bool:
+    """Whether a module's name is one of ``targets``: names, or regular expressions after ``re:``."""
+    return any(
+        re.match(target.removeprefix("re:"), prefix) is not None if target.startswith("re:") else target == prefix
+        for target in targets
+    )

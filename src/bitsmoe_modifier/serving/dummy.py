@@ -1,0 +1,55 @@
+"""Random experts in the stored layout, for ``--load-format dummy``: the sizes and the speed of real ones."""
+
+import torch
+
+from ..layout import ExpertsLayout, PackedExperts
+from ..quantize import QuantizerSettings
+
+#: Width of every unit, and bits of both bases: about what 2 bits per weight come to.
+_WIDTH, _BASIS_BITS = 2, 4
+
+
+def dummy_experts(
+    num_experts: int, hidden_size: int, intermediate_size: int, group_size: int, has_bias: bool
+) -> PackedExperts:
+    """A layer of random codes with small steps, on the CPU, of the block sizes that the quantizer chooses by default.
+
+    Args:
+        num_experts: E of this rank.
+        hidden_size: H.
+        intermediate_size: I of this rank.
+        group_size: columns along I that share a step.
+        has_bias: with (zero) biases.
+
+    Raises:
+        CheckpointError: when the sizes do not fit together.
+    """
+    settings = QuantizerSettings(group_size=group_size)
+    layout = ExpertsLayout(
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        rank_in=hidden_size,
+        rank_out=hidden_size,
+        block_size=settings.resolve_block_size(hidden_size),
+        group_size=group_size,
+        basis_in_bits=_BASIS_BITS,
+        basis_out_bits=_BASIS_BITS,
+        basis_group_size=settings.resolve_basis_group(hidden_size),
+        has_bias=int(has_bias),
+    )
+    cpu = torch.device("cpu")
+    widths_in = torch.full((num_experts, 2, layout.units_in), _WIDTH, dtype=torch.uint8, device=cpu)
+    widths_out = torch.full((num_experts, layout.units_out), _WIDTH, dtype=torch.uint8, device=cpu)
+    generator = torch.Generator(cpu).manual_seed(0)
+    # outputs of the size of the inputs, whatever the sizes are
+    step = hidden_size**-0.5 / 4
+    tensors: dict[str, torch.Tensor] = {"layout": layout.to_tensor(), "widths_in": widths_in, "widths_out": widths_out}
+    for name, (dtype, shape) in layout.shapes(widths_in, widths_out).items():
+        if name in tensors or name == "checksums":
+            continue
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(256, shape, dtype=dtype, device=cpu, generator=generator)
+        else:
+            tensors[name] = torch.full(shape, 0.0 if name.endswith("_bias") else step, dtype=dtype, device=cpu)
+    return PackedExperts(**tensors)
