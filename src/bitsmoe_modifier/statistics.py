@@ -207,10 +207,6 @@ def collect_statistics(
         z, slope_gate, slope_up = activate(
             tokens.x[tokens.token[pairs]].to(torch.float32), gate_up[expert].to(torch.float32), bias, gating
         )
-        if not bool(torch.isfinite(z).all()):
-            raise CalibrationError(
-                f"expert {expert}: its activations overflow; check the weights and the calibration text"
-            )
         column_energy = (w_down * (w_down if metric is None else metric @ w_down)).sum(0).clamp_min(0)
         mass[expert] = weight.sum()
         share = weight / mass[expert].clamp_min(torch.finfo(torch.float32).tiny)
@@ -219,10 +215,18 @@ def collect_statistics(
         diagonal[expert] = weight @ z.square()
         output = z @ w_down.T
         peak[expert] = output.norm(dim=1).max()
+        collected = torch.cat([diagonal[expert], importance[expert], peak[expert, None]])
+        if not bool(torch.isfinite(collected).all()):
+            raise CalibrationError(
+                f"expert {expert}: its activations overflow; check the weights and the calibration text"
+            )
         output = output * weight.sqrt()[:, None]
         output_moment.addmm_(output.T, output)
+    input_moment = second_moment(tokens.x, tokens.token_weights)
+    if not bool(torch.isfinite(input_moment).all() and torch.isfinite(output_moment).all()):
+        raise CalibrationError("the squares of its inputs or outputs overflow; check weights and calibration text")
     return _with_prior(
-        LayerStatistics(second_moment(tokens.x, tokens.token_weights), importance, diagonal, output_moment, mass, peak),
+        LayerStatistics(input_moment, importance, diagonal, output_moment, mass, peak),
         tokens.counts,
     )
 
