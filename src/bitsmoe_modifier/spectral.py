@@ -129,15 +129,18 @@ def refit_inverse(basis: SharedBasis, moment: torch.Tensor | None, side: str) ->
         side: "in" or "out".
 
     Returns:
-        ``[H, R]`` with ``A = W @ result`` (side "in"), or ``[R', H]`` with ``F = result @ W`` (side "out").
+        ``[H, R]`` with ``A = W @ result`` (side "in"), or ``[R', H]`` with ``F = result @ W`` (side "out"); infinity
+        where the basis is exactly singular.
     """
     wide = basis.matrix.to(torch.float64)
     if wide.shape[0] == wide.shape[1]:
-        return torch.linalg.inv(wide)
-    if side == "in":
+        result, info = torch.linalg.inv_ex(wide)
+    elif side == "in":
         weighted = (wide if moment is None else wide @ moment.to(torch.float64)).T
-        return torch.linalg.solve(wide @ weighted, weighted, left=False)
-    return torch.linalg.solve(wide.T @ wide, wide.T)
+        result, info = torch.linalg.solve_ex(wide @ weighted, weighted, left=False)
+    else:
+        result, info = torch.linalg.solve_ex(wide.T @ wide, wide.T)
+    return torch.full_like(result, torch.inf) if int(info) else result
 
 
 def round_and_refit(
@@ -155,8 +158,9 @@ def round_and_refit(
     for attempt in [b for b in (4, 8, 16) if b >= bits]:
         basis = round_basis(matrix, attempt, group)
         inverse = refit_inverse(basis, moment, side)
-        # float32 factors carry errors of 2^-24 times the condition number of the change of coordinates
-        condition = float(inverse.abs().sum(0).max() * basis.matrix.abs().sum(0).max())
+        # Factors rounded to float32 come back with 2^-24 times this relative error, for weights that prefer no
+        # direction. An orthogonal basis has 1 at every size, which norms of single columns would not give.
+        condition = float(inverse.norm() * basis.matrix.norm()) / min(basis.matrix.shape)
         if condition * 2.0**-24 < _REFIT_TOLERANCE:
             return basis, inverse, warning
         warning = f"the {side}put basis at {attempt} bits has condition number {condition:.0f}; using more bits for it"
