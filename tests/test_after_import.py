@@ -78,6 +78,14 @@ def test_waits_for_an_import_that_has_begun(package: str, tmp_path: Path) -> Non
     assert seen == [True]
 
 
+def test_a_module_inside_a_package(package: str) -> None:
+    seen: list[str] = []
+    after_import(f"{package}.part", lambda: seen.append("part"))
+    after_import(package, lambda: seen.append("package"))
+    importlib.import_module(package)
+    assert seen == ["part", "package"]
+
+
 def test_missing_package_stays_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     after_import("no_such_library", lambda: pytest.fail("called"))

@@ -205,14 +205,14 @@ def test_attention_in_four_bits_in_the_same_checkpoint(tmp_path: Path) -> None:
 
 
 def test_other_experts_packed_as_linears(tmp_path: Path) -> None:
-    """Layer 0's experts in 4 bits by the stock format, layer 1's by ours, as two modifiers of one recipe leave them."""
+    """Layer 0's experts by our format, layer 1's in 4 bits by the stock one, as one recipe with two modifiers does."""
     model = tiny_model("qwen3_moe")
-    pack_randomly(model, [SECOND])
+    pack_randomly(model, [FIRST])
     linearize_moe(model)
-    _quantize_linears(model, r"re:.*layers\.0\.mlp\.experts\.\d+\.\w+_proj$")
+    _quantize_linears(model, r"re:.*layers\.1\.mlp\.experts\.\d+\.\w+_proj$")
     loaded = _load(save(model, tmp_path))
-    assert f"{FIRST}.0.gate_proj.weight_packed" in load_file(tmp_path / "model.safetensors")
-    assert experts_names(loaded) == [FIRST], "the stock loader fuses them"
+    assert f"{SECOND}.0.gate_proj.weight_packed" in load_file(tmp_path / "model.safetensors")
+    assert experts_names(loaded) == [SECOND], "the stock loader fuses them"
     assert torch.allclose(logits(loaded), logits(model), rtol=1e-4, atol=1e-5), "other kernels, same weights"
 
 

@@ -29,16 +29,18 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-
-
 def _register_modifier() -> None:
     from llmcompressor.modifiers import ModifierFactory
 
-    ModifierFactory.register("BitsMoEModifier", importlib.import_module(".modifier", __name__).BitsMoEModifier)
+    from .modifier import BitsMoEModifier
+
+    ModifierFactory.register("BitsMoEModifier", BitsMoEModifier)
 
 
 after_import("compressed_tensors", lambda: importlib.import_module(".hf", __name__))
-after_import("llmcompressor", _register_modifier)
+after_import("llmcompressor", lambda: importlib.import_module(".modifier", __name__))
+# not in the callback above: importing the modifier first imports llm-compressor in the middle of it
+after_import(f"{__name__}.modifier", _register_modifier)
 
 __all__ = [
     "BitsMoEError",

@@ -60,7 +60,7 @@ def _is_imported(name: str) -> bool:
 
 
 def after_import(name: str, callback: Callable[[], object]) -> None:
-    """Call ``callback`` now if the top-level package ``name`` is imported, else right after it has been.
+    """Call ``callback`` now if the module ``name`` is imported, else right after it has been.
 
     Where the import of ``name`` is going on further up the stack, the call comes with the first import after it. An
     error that ``callback`` raises makes the import fail that triggered it.

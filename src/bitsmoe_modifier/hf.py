@@ -6,7 +6,8 @@ through it unchanged), replaces every experts module by an empty `BitsMoEExperts
 state, and lets the stock loader fill them: dense experts are never allocated. Importing this module installs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
     def _schemes(self) -> list[Any]:
         return bitsmoe_format.bitsmoe_schemes(self.quantization_config.quantization_config)
 
+    @contextmanager
+    def _other_groups_only(self) -> Iterator[None]:
+        """Hide the groups of packed experts from the stock class's methods."""
+        whole: Any = self.quantization_config.quantization_config
+        ours = self._schemes()
+        others = {name: scheme for name, scheme in whole.config_groups.items() if scheme not in ours}
+        hidden = whole.model_copy(update={"config_groups": others})
+        self.quantization_config.quantization_config = self.compressor.quantization_config = hidden
+        try:
+            yield
+        finally:
+            self.quantization_config.quantization_config = self.compressor.quantization_config = whole
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -57,8 +71,10 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         self.quantization_config.dequantize = False
         found = scan(checkpoint_files)
         self._packed_linears = any(".experts." in key and key.endswith(_LINEAR_SUFFIXES) for key in found)
-        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        if len(self._schemes()) == len(self.quantization_config.quantization_config.config_groups):
+        with self._other_groups_only():  # compressed-tensors 0.17 fails on targets that are not Linear
+            super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+        whole: Any = self.quantization_config.quantization_config
+        if len(self._schemes()) == len(whole.config_groups):
             # the hook would find nothing to decompress, but mark the configuration as decompressed
             self.compressor.remove_decompression_hook(model)
         self._replace_experts(model, packed_modules(found))
@@ -96,19 +112,12 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         The stock method rewrites every experts converter for packed Linears, also where no such tensors exist; the
         converters of experts that stayed dense would then find nothing.
         """
-        ours = self._schemes()
-        if not ours:
+        if not self._schemes():
             return super().update_weight_conversions(weight_conversions)
         if not self._packed_linears:
             return HfQuantizer.update_weight_conversions(self, weight_conversions)
-        # the stock method takes the first group that names experts for the scheme of all experts
-        whole: Any = self.quantization_config.quantization_config
-        others = {name: scheme for name, scheme in whole.config_groups.items() if scheme not in ours}
-        self.quantization_config.quantization_config = whole.model_copy(update={"config_groups": others})
-        try:
+        with self._other_groups_only():  # the stock method takes the first group that names experts for all experts
             return super().update_weight_conversions(weight_conversions)
-        finally:
-            self.quantization_config.quantization_config = whole
 
 
 def install() -> None:
