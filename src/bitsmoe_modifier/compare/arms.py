@@ -1,0 +1,144 @@
+"""What the processes of a comparison do: check the recipe, record the reference, quantize and measure one arm."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluate import evaluate, evaluate_reference, load_model
+from .metrics import Summary
+from .quantizing import QuantizeSettings, quantize
+from .recipe import Stage, check_stage
+from .reference import load, record
+from .sizes import checkpoint_bytes, expert_bytes, tensor_sizes
+from .workspace import Workspace
+
+#: rows of the noise floor: it is a second run of the dense model, in a dtype that a CPU may be slow at
+_NOISE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a comparison needs to know; picklable.
+
+    Attributes:
+        model: folder of the dense model.
+        expert_elements: its expert weights.
+        out: folder of the comparison.
+        device: where models run.
+        dtype: what models compute in while they are calibrated and measured.
+        batch_size: rows per forward pass.
+        pipeline, calibrate_all_experts: see `QuantizeSettings`.
+    """
+
+    model: Path
+    expert_elements: int
+    out: Path
+    device: str
+    dtype: torch.dtype
+    batch_size: int
+    pipeline: str
+    calibrate_all_experts: bool
+
+
+def check_recipe(stages: list[Stage]) -> None:
+    """Build every stage's modifiers once (see `check_stage`)."""
+    for stage in stages:
+        check_stage(stage)
+
+
+def run_reference(job: Job) -> dict[str, Any]:
+    """Record the dense model's predictions, and measure how far it is from itself.
+
+    Returns:
+        ``reference``: its figures; ``noise_floor``: those of a second run, with a ``how``.
+    """
+    device = use_device(job.device)
+    workspace = Workspace(job.out)
+    rows = workspace.rows("evaluation")
+    temporary = workspace.reference.with_name(".reference.partial")
+    for stale in (temporary, workspace.reference):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    started = time.perf_counter()
+    model = load_model(str(job.model), job.dtype, device)
+    record(model, rows, job.batch_size, temporary)
+    temporary.rename(workspace.reference)
+    seconds = time.perf_counter() - started
+    reference = load(workspace.reference).to(device)
+    own = evaluate_reference(rows, reference, job.batch_size)
+    stored = _stored_dtype(job.model)
+    few = rows[:_NOISE_ROWS]
+    if stored != job.dtype:
+        model = load_model(str(job.model), stored, device)
+        how, batch_size = f"run again in {_name(stored)}, its storage dtype", job.batch_size
+    else:
+        batch_size = job.batch_size // 2 or 2
+        how = f"run again with batch size {batch_size} instead of {job.batch_size}"
+    again = evaluate(model, few, reference, batch_size, desc="Noise floor")
+    return {
+        "reference": {**asdict(own), "evaluate_seconds": seconds},
+        "noise_floor": {"how": how, "rows": len(few), **asdict(again)},
+    }
+
+
+def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
+    """Quantize the dense model by one stage, save the checkpoint, load it again and measure it.
+
+    Returns:
+        The arm's entry of the report.
+    """
+    device = use_device(job.device)
+    workspace = Workspace(job.out)
+    checkpoint = workspace.checkpoint(stage.name)
+    shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
+    settings = QuantizeSettings(job.batch_size, job.dtype, job.pipeline, job.calibrate_all_experts)
+    made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
+    started = time.perf_counter()
+    summary = measure(job, checkpoint, device)
+    return {
+        **sizes_of(checkpoint, job.expert_elements),
+        "quantize_seconds": made.seconds,
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "evaluate_seconds": time.perf_counter() - started,
+        **asdict(summary),
+        "warnings": list(made.warnings),
+    }
+
+
+def measure(job: Job, checkpoint: Path, device: torch.device) -> Summary:
+    """Load a checkpoint and compare it with the recorded reference."""
+    workspace = Workspace(job.out)
+    model = load_model(str(checkpoint), job.dtype, device)
+    return evaluate(model, workspace.rows("evaluation"), load(workspace.reference), job.batch_size)
+
+
+def sizes_of(checkpoint: Path, expert_elements: int) -> dict[str, Any]:
+    """The sizes of a saved checkpoint as the report names them."""
+    sizes = tensor_sizes(checkpoint)
+    return {
+        "measured_bits_per_expert_weight": 8 * expert_bytes(sizes) / expert_elements,
+        "checkpoint_bytes": checkpoint_bytes(checkpoint),
+    }
+
+
+def use_device(device: str) -> torch.device:
+    """Hide accelerators from llm-compressor, which takes the first it finds, where the CPU was asked for."""
+    if torch.device(device).type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return torch.device(device)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    config = json.loads((folder / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

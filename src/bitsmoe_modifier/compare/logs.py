@@ -1,0 +1,31 @@
+"""What the libraries say while they work: quiet by default, everything on request."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+#: warnings that say nothing about the result; the experts are linearized by every oneshot
+_EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Route the libraries' messages to stderr: warnings that matter, or with ``verbose`` all of them.
+
+    Imports llmcompressor's logger, which otherwise configures itself for stdout as soon as it is imported.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=UserWarning, module="transformers|compressed_tensors|torch")
+    import llmcompressor  # noqa: F401 - its own configuration comes first, ours replaces it
+    import transformers
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="INFO" if verbose else "WARNING", filter=None if verbose else _worth_saying)
+    transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+
+
+def _worth_saying(record: Any) -> bool:
+    return not (record["level"].name == "WARNING" and (record["name"] or "").startswith(_EXPECTED))

@@ -1,0 +1,190 @@
+"""One quantization: load the dense model, run llm-compressor's oneshot, save the checkpoint under its final name.
+
+The model computes in ``dtype`` (float32 on a CPU without bf16 units is three to four times faster than bf16) and is
+stored in the dtypes it came in, whatever it computed in: otherwise a float32 calibration would double the embeddings of
+the checkpoint and count GPTQ's scales at 4 bytes instead of 2.
+"""
+
+import gc
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from .data import dataloader
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """How to run oneshot, apart from recipe and data.
+
+    Attributes:
+        batch_size: calibration rows per forward pass.
+        dtype: what the model computes in while it is calibrated; None: the dtype it is stored in.
+        pipeline: llm-compressor's pipeline ("independent": each modifier its own pass; "sequential": all in one).
+        calibrate_all_experts: send every token through every expert (llm-compressor's default). Off by default: GPTQ's
+            Hessians then come from the tokens that an expert sees in use, as BitsMoE's statistics always do.
+    """
+
+    batch_size: int = 16
+    dtype: torch.dtype | None = None
+    pipeline: str = "independent"
+    calibrate_all_experts: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizeRecord:
+    """What a quantization took.
+
+    Attributes:
+        seconds: of oneshot, without loading and saving.
+        peak_memory_bytes: peak resident memory of the process up to here; on CUDA, peak allocated device memory.
+        warnings: what the user should know about the result.
+    """
+
+    seconds: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...]
+
+
+def quantize(
+    model_folder: Path, recipe: str, rows: torch.Tensor, out: Path, settings: QuantizeSettings
+) -> QuantizeRecord:
+    """Quantize a model by a recipe and save it; nothing appears under ``out`` unless all of it was written.
+
+    Args:
+        model_folder: the dense model.
+        recipe: YAML text with one stage.
+        rows: calibration tokens, int64 ``[n, T]``.
+        out: folder to create; an empty one is replaced.
+        settings: how to run.
+    """
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    stored_dtype = model.dtype
+    stored = {name: tensor.dtype for name, tensor in _tensors(model)}
+    if settings.dtype is not None:
+        model.to(settings.dtype)
+        _declare_dtype(model, settings.dtype)
+    started = time.perf_counter()
+    oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=dataloader(rows, settings.batch_size),
+        pipeline=settings.pipeline,
+        moe_calibrate_all_experts=settings.calibrate_all_experts,
+    )
+    seconds = time.perf_counter() - started
+    warnings = zeroed_experts(model)
+    restore_dtypes(model, stored, stored_dtype)
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
+        _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    record = QuantizeRecord(seconds, peak_memory_bytes(), tuple(warnings))
+    del model
+    gc.collect()
+    return record
+
+
+def peak_memory_bytes() -> int:
+    """Peak allocated CUDA memory where CUDA was used, else the process's peak resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@torch.no_grad()
+def restore_dtypes(model: Any, stored: dict[str, torch.dtype], default: torch.dtype) -> None:
+    """Give everything that was not quantized the dtype it had on disk, and quantized Linears scales of that dtype.
+
+    Rounding a scale from float32 to bf16 afterwards leaves every code as it is and moves the weights by 2⁻⁹ at most,
+    which is what loading in bf16 would have done to the scale beforehand.
+
+    Args:
+        model: after oneshot; experts may have been linearized or packed since ``stored`` was taken.
+        stored: dtype by tensor name, of the model as loaded.
+        default: for tensors that were not there under this name.
+    """
+    from compressed_tensors.offload import disable_onloading
+
+    from ..experts import BitsMoEExperts
+
+    with disable_onloading():  # change the tensors that will be saved, not copies of them on another device
+        for prefix, module in model.named_modules():
+            if isinstance(module, BitsMoEExperts):
+                continue  # its dtypes are the format's
+            quantized = getattr(module, "quantization_scheme", None) is not None
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if not tensor.is_floating_point() or (quantized and not name.endswith(("_scale", "bias"))):
+                    continue
+                dtype = stored.get(f"{prefix}.{name}", default)
+                if tensor.dtype != dtype:
+                    tensor.data = tensor.data.to(dtype)
+    _declare_dtype(model, default)
+
+
+def _declare_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Write the dtype to the configuration: llm-compressor makes its Linears by it, and it is saved."""
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = dtype
+
+
+def zeroed_experts(model: nn.Module) -> list[str]:
+    """Say which expert projections GPTQ set to zero.
+
+    GPTQ takes an input channel without any energy for dead and zeroes its weights; of an expert that no calibration
+    token reached, that is the whole matrix.
+    """
+    zeroed = [
+        name
+        for name, module in model.named_modules()
+        if ".experts." in name
+        and isinstance(module, nn.Linear)
+        and getattr(module, "quantization_scheme", None) is not None
+        and not bool(module.weight.any())
+    ]
+    if not zeroed:
+        return []
+    return [
+        f"{len(zeroed)} expert projections were set to zero because no calibration token reached their experts "
+        f"({zeroed[0]}{', …' if len(zeroed) > 1 else ''}); use more calibration rows or --calibrate-all-experts"
+    ]
+
+
+def _keep_recipe_loadable(path: Path, recipe: str) -> None:
+    """Replace a saved recipe that yaml.safe_load refuses by the text that was run.
+
+    llmcompressor 0.14 writes GPTQ's `actorder` as a Python object, which makes the checkpoint's recipe unsafe to load.
+    """
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        path.write_text(recipe, encoding="utf-8")
+    except FileNotFoundError:
+        return

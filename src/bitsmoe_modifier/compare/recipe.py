@@ -1,0 +1,139 @@
+"""Recipes as sets of arms: every ``NAME_stage`` of a YAML recipe is one way to quantize the model."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+
+_SUFFIX = "_stage"
+_SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; checkout
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: its key without ``_stage``.
+        modifiers: the modifiers' class names and arguments, in order.
+        text: the stage alone as a YAML recipe. llm-compressor itself selects stages by a prefix of their names, which
+            would take ``gptq_w2_long_stage`` along with ``gptq_w2``.
+    """
+
+    name: str
+    modifiers: tuple[tuple[str, dict[str, Any]], ...]
+    text: str
+
+    @property
+    def nominal_bits(self) -> float | None:
+        """The bit-width that the recipe asks for: ``bits`` of BitsMoE, or the weights' ``num_bits``."""
+        for kind, args in self.modifiers:
+            if kind == "BitsMoEModifier" and isinstance(args.get("bits"), (int, float)):
+                return float(args["bits"])
+        for _, args in self.modifiers:
+            for group in (args.get("config_groups") or {}).values():
+                bits = ((group or {}).get("weights") or {}).get("num_bits")
+                if bits is not None:
+                    return float(bits)
+            scheme = re.match(r"W(\d+)A", str(args.get("scheme", "")))
+            if scheme:
+                return float(scheme.group(1))
+        return None
+
+
+def find_recipe(recipe: str) -> Path:
+    """A recipe file, or a shipped recipe by its name (``w2``, ``ab_gptq_bitsmoe``).
+
+    Raises:
+        RecipeError: when there is neither.
+    """
+    if Path(recipe).is_file():
+        return Path(recipe)
+    for folder in _SHIPPED:
+        if (folder / f"{recipe}.yaml").is_file():
+            return folder / f"{recipe}.yaml"
+    known = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.yaml")})
+    raise RecipeError(f"{recipe}: no such recipe file; the shipped recipes are {', '.join(known)}")
+
+
+def read_stages(path: Path) -> list[Stage]:
+    """The stages of a recipe file, in order.
+
+    Raises:
+        RecipeError: when the file is not YAML, has no stages, or a stage has no modifiers or an unusable name.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    stages = []
+    for key, body in (content if isinstance(content, dict) else {}).items():
+        name = str(key).removesuffix(_SUFFIX)
+        if name == key:
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise RecipeError(f"{path}: the stage {key!r} names a folder; use letters, digits, '_', '-' and '.' only")
+        groups = _modifier_groups(body, f"{path}: {key}")
+        modifiers = tuple(pair for group in groups.values() for pair in group.items())
+        stages.append(Stage(name, modifiers, yaml.safe_dump({key: groups}, sort_keys=False)))
+    if not stages:
+        raise RecipeError(f"{path} has no stages; write its modifiers under a key that ends in '_stage' (quant_stage:)")
+    return stages
+
+
+def select(stages: list[Stage], names: list[str] | None) -> list[Stage]:
+    """The stages of the given names, in the recipe's order; all where no names are given.
+
+    Raises:
+        RecipeError: naming those that the recipe does not have.
+    """
+    known = [stage.name for stage in stages]
+    unknown = [name for name in names or [] if name not in known]
+    if unknown:
+        raise RecipeError(f"the recipe has no stage {', '.join(unknown)}; it has {', '.join(known)}")
+    return [stage for stage in stages if not names or stage.name in names]
+
+
+def check_stage(stage: Stage) -> None:
+    """Build the stage's modifiers once, so that a wrong field is found before any long work.
+
+    Raises:
+        RecipeError: naming the stage and what is wrong with it.
+    """
+    from llmcompressor.recipe import Recipe
+
+    import bitsmoe_modifier  # noqa: F401 - registers BitsMoEModifier
+
+    try:
+        Recipe.create_instance(stage.text)
+    except RecipeError as error:
+        raise RecipeError(f"{stage.name}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # what llm-compressor and pydantic raise
+        raise RecipeError(f"{stage.name}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """A pydantic error in one line, another one as it is."""
+    details = getattr(error, "errors", None)
+    if not callable(details):
+        return str(error)
+    lines = (f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in details())
+    return "; ".join(line.replace(": Value error,", ":") for line in lines)
+
+
+def _modifier_groups(body: Any, where: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The stage's groups of modifiers; one without fields gets an empty mapping, which llm-compressor insists on."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, modifiers in (body if isinstance(body, dict) else {}).items():
+        if str(group).endswith("_modifiers") and isinstance(modifiers, dict):
+            for kind, args in modifiers.items():
+                if args is not None and not isinstance(args, dict):
+                    raise RecipeError(f"{where}: {kind} must have its fields below it, found {args!r}")
+                found.setdefault(str(group), {})[str(kind)] = args or {}
+    if not found:
+        raise RecipeError(f"{where} has no modifiers; write them under a key that ends in '_modifiers'")
+    return found

@@ -1,0 +1,130 @@
+"""One checkpoint at a time, in this process: what `bitsmoe quantize` and `bitsmoe eval` do."""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BitsMoEError, RecipeError
+from .arms import sizes_of, use_device
+from .data import calibration_rows, evaluation_rows, read_text, tokenize
+from .evaluate import evaluate, evaluate_reference, load_model
+from .logs import set_up_logging
+from .model import find_model, load_tokenizer, open_dense
+from .quantizing import QuantizeSettings, quantize
+from .recipe import Stage, check_stage, find_recipe, read_stages, select
+from .reference import record
+from .runner import resolve_device, resolve_dtype
+from .sizes import checkpoint_bytes, expert_bytes, tensor_sizes
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that both commands know, with the command line's names (see `CompareSettings`)."""
+
+    samples: int = 128
+    seq_len: int = 256
+    seed: int = 0
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+    pipeline: str = "independent"
+    calibrate_all_experts: bool = False
+    text_column: str = "text"
+    verbose: bool = False
+
+
+def quantize_one(
+    model: str, recipe: str, stage: str | None, calibration: str, out: Path, options: Options
+) -> dict[str, Any]:
+    """Quantize a model by one stage of a recipe and save it.
+
+    Args:
+        model, recipe, calibration: as the command line takes them.
+        stage: name of the stage; None where the recipe has only one.
+        out: checkpoint folder to create; it may exist if it is empty.
+        options: the rest.
+
+    Returns:
+        Sizes, time, memory and warnings, named as in report.json.
+
+    Raises:
+        BitsMoEError: when the inputs cannot be used, before any long work.
+    """
+    _check_new(out)
+    chosen = _one_stage(recipe, stage)
+    device = use_device(resolve_device(options.device))
+    dense = open_dense(model)
+    dtype = resolve_dtype(options.dtype, str(device), dense.folder)
+    text = read_text(calibration, options.text_column, options.samples * options.seq_len)
+    tokens = tokenize(text, load_tokenizer(dense.folder))
+    rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
+    set_up_logging(options.verbose)
+    check_stage(chosen)
+    settings = QuantizeSettings(options.batch_size, dtype, options.pipeline, options.calibrate_all_experts)
+    made = quantize(dense.folder, chosen.text, rows, out, settings)
+    return {
+        **sizes_of(out, dense.expert_elements),
+        "quantize_seconds": made.seconds,
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "warnings": list(made.warnings),
+    }
+
+
+def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, options: Options) -> dict[str, Any]:
+    """Measure one checkpoint against the unquantized model.
+
+    Returns:
+        ``reference`` and ``checkpoint``: their figures, named as in report.json.
+
+    Raises:
+        BitsMoEError: when the inputs cannot be used.
+    """
+    folder = find_model(checkpoint)
+    dense = open_dense(model)
+    device = use_device(resolve_device(options.device))
+    dtype = resolve_dtype(options.dtype, str(device), dense.folder)
+    text = read_text(eval_text, options.text_column, eval_rows * options.seq_len or None)
+    rows = evaluation_rows(tokenize(text, load_tokenizer(dense.folder)), options.seq_len, eval_rows, text.source)
+    sizes = tensor_sizes(folder)
+    set_up_logging(options.verbose)
+    import bitsmoe_modifier  # noqa: F401 - registers the loader
+
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = record(load_model(str(dense.folder), dtype, device), rows, options.batch_size, Path(scratch))
+        own = evaluate_reference(rows, reference.to(device), options.batch_size)
+        figures = evaluate(load_model(str(folder), dtype, device), rows, reference, options.batch_size)
+    return {
+        "reference": {
+            "name": "unquantized",
+            "measured_bits_per_expert_weight": dense.expert_bits,
+            "checkpoint_bytes": dense.checkpoint_bytes,
+            **asdict(own),
+        },
+        "checkpoint": {
+            "name": folder.name,
+            "measured_bits_per_expert_weight": 8 * expert_bytes(sizes) / dense.expert_elements,
+            "checkpoint_bytes": checkpoint_bytes(folder),
+            **asdict(figures),
+        },
+    }
+
+
+def _check_new(out: Path) -> None:
+    """Refuse an output folder that holds something, or that cannot be written, before the work."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BitsMoEError(f"{out} exists and is not an empty folder; give another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent):
+            pass
+    except OSError as error:
+        raise BitsMoEError(f"{out.parent} cannot be written ({error.strerror}); give another --out") from None
+
+
+def _one_stage(recipe: str, stage: str | None) -> Stage:
+    stages = select(read_stages(find_recipe(recipe)), [stage] if stage else None)
+    if len(stages) > 1:
+        names = ", ".join(s.name for s in stages)
+        raise RecipeError(f"the recipe has several stages ({names}); choose one by --stage")
+    return stages[0]

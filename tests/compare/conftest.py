@@ -1,0 +1,40 @@
+"""A tiny model with a tokenizer on disk, and texts for it."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import tiny_model
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
+
+
+def write_text(path: Path, characters: int, seed: int) -> Path:
+    """Random text; with the tokenizer of `save_tiny`, a character is a token."""
+    path.write_text("".join(random.Random(seed).choices(LETTERS, k=characters)))
+    return path
+
+
+def save_tiny(folder: Path, architecture: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random model of the architecture with a tokenizer of single characters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tiny_model(architecture, dtype=dtype).save_pretrained(folder)
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, ``calibration.txt`` and ``held_out.txt``."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder / "model")
+    write_text(folder / "calibration.txt", 3000, seed=0)
+    write_text(folder / "held_out.txt", 1000, seed=1)
+    return folder
