@@ -3,8 +3,8 @@
     minimize Σ_u D(u, b_u)   subject to   Σ_u cost(u, b_u) ≤ budget
 
 `highs` and `pulp` solve it exactly as an integer program; `lagrangian` is the vectorized solver for layers of 10^5
-units and more: the linear relaxation by its multiplier, then a greedy use of what is left. All report how far the result can
-be from the optimum.
+units and more: the linear relaxation by its multiplier, then a greedy use of what is left. All report how far the
+result can be from the optimum.
 """
 
 from dataclasses import dataclass
@@ -106,6 +106,25 @@ def _hull_increments(distortion: np.ndarray, cost: np.ndarray) -> tuple[np.ndarr
     return (start, *(np.concatenate(column) for column in zip(*steps, strict=True)))
 
 
+def hull_curve(distortion: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least distortion at every cost, by the linear relaxation: a convex curve, given at its corners.
+
+    Args:
+        distortion: ``[U, n]``.
+        cost: ``[U, n]`` or ``[n]``.
+
+    Returns:
+        (cost rising, distortion falling), 1-D of equal length.
+    """
+    cost = np.broadcast_to(np.asarray(cost, dtype=np.float64), distortion.shape)
+    start, _, _, slope, extra = _hull_increments(distortion, cost)
+    units = np.arange(len(distortion))
+    order = np.argsort(-slope, kind="stable")
+    spent = np.concatenate([[0.0], np.cumsum(extra[order])])
+    saved = np.concatenate([[0.0], np.cumsum((slope * extra)[order])])
+    return cost[units, start].sum() + spent, distortion[units, start].sum() - saved
+
+
 def _lagrangian(distortion: np.ndarray, cost: np.ndarray, budget: float) -> Allocation:
     start, unit, target, slope, extra = _hull_increments(distortion, cost)
     units = np.arange(len(distortion))
@@ -146,27 +165,41 @@ def _use_up(distortion: np.ndarray, cost: np.ndarray, choice: np.ndarray, left: 
 # --------------------------------------------------------------------------------------- integer programs
 
 
-def _scaled(distortion: np.ndarray) -> tuple[np.ndarray, float]:
-    """Distortion in a range that the solvers' absolute tolerances suit."""
-    scale = float(distortion.max()) or 1.0
-    return distortion / scale, scale
+def _normalized(
+    distortion: np.ndarray, cost: np.ndarray, budget: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+    """The problem in numbers that suit the solvers' absolute tolerances of about 1e-6.
+
+    Distortions are divided by the lagrangian's total, so that the optimum is near 1; a column that alone exceeds that
+    total is not `possible`. Whole costs are divided by their common divisor: a budget missed by a bit is then missed by
+    a whole number.
+
+    Returns:
+        objective ``[U, n]``, possible ``[U, n]`` bool, cost ``[U, n]``, budget, and the scale of the objective.
+    """
+    scale = _lagrangian(distortion, cost, budget).distortion or 1.0
+    possible = distortion <= scale
+    divisor = 1
+    if (cost == np.rint(cost)).all():
+        divisor = int(np.gcd.reduce(cost.astype(np.int64), axis=None)) or 1
+        budget = float(np.floor(budget / divisor))
+    return np.where(possible, distortion / scale, 0.0), possible, cost / divisor, budget, scale
 
 
 def _highs(distortion: np.ndarray, cost: np.ndarray, budget: float) -> Allocation:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, eye_array, kron
 
-    objective, scale = _scaled(distortion)
+    objective, possible, price, limit, scale = _normalized(distortion, cost, budget)
     num_units, columns = distortion.shape
     one_each = kron(eye_array(num_units), np.ones((1, columns)), format="csr")
-    unit_cost = float(np.abs(cost).max()) or 1.0
     solution = milp(
         objective.ravel(),
         integrality=np.ones(distortion.size),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, possible.ravel().astype(float)),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array((cost / unit_cost).reshape(1, -1)), -np.inf, budget / unit_cost),
+            LinearConstraint(csr_array(price.reshape(1, -1)), -np.inf, limit),
         ],
         options={"mip_rel_gap": 0.0},
     )
@@ -179,15 +212,19 @@ def _highs(distortion: np.ndarray, cost: np.ndarray, budget: float) -> Allocatio
 def _pulp(distortion: np.ndarray, cost: np.ndarray, budget: float) -> Allocation:
     import pulp
 
-    objective, _ = _scaled(distortion)
+    objective, possible, price, limit, _ = _normalized(distortion, cost, budget)
     num_units, columns = distortion.shape
     problem = pulp.LpProblem("bitsmoe", pulp.LpMinimize)
-    x = [[pulp.LpVariable(f"x_{u}_{b}", cat="Binary") for b in range(columns)] for u in range(num_units)]
+    x = [
+        [pulp.LpVariable(f"x_{u}_{b}", 0, int(possible[u, b]), pulp.LpInteger) for b in range(columns)]
+        for u in range(num_units)
+    ]
     problem += pulp.lpSum(objective[u, b] * x[u][b] for u in range(num_units) for b in range(columns))
     for row in x:
         problem += pulp.lpSum(row) == 1
-    problem += pulp.lpSum(cost[u, b] * x[u][b] for u in range(num_units) for b in range(columns)) <= budget
-    status = problem.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=0.0))
+    problem += pulp.lpSum(price[u, b] * x[u][b] for u in range(num_units) for b in range(columns)) <= limit
+    # the preprocessing of CBC 2.10.3, which PuLP brings, fixes variables that the optimum needs
+    status = problem.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=0.0, options=["preprocess off"]))
     if pulp.LpStatus[status] != "Optimal":
         raise RuntimeError(f"CBC found no allocation: {pulp.LpStatus[status]}; use solver: lagrangian")
     choice = np.array([[variable.value() for variable in row] for row in x]).argmax(1)
