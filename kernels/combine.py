@@ -1,0 +1,101 @@
+"""``sum_j p_j t_j`` over a token's experts, in a fixed order, with the experts' output biases where there are some."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine_kernel(
+    t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
+    TOP_K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    """Program (token, BLOCK elements of its row)."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    acc = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BASE:
+        acc += tl.load(base_ptr + token * N + n, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        e = tl.load(ids_ptr + pair).to(tl.int64)
+        here = n < tl.where((e >= 0) & (e < E), N, 0)  # rows of other ids were never written
+        p = tl.load(p_ptr + pair).to(tl.float32)
+        if HAS_T:
+            acc += p * tl.load(t_ptr + pair * N + n, mask=here, other=0.0)
+        if HAS_BIAS:
+            acc += p * tl.load(bias_ptr + e * N + n, mask=here, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * N + n, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("bitsmoe::combine", mutates_args=())
+def combine(
+    t: torch.Tensor | None,
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    num_experts: int,
+    size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``y = base + sum_j p_j (t_j + bias[id_j])`` over the ids inside ``[0, num_experts)``.
+
+    Args:
+        t: float32 ``[T k, size]`` or None.
+        ids: ``[T, k]`` contiguous integers.
+        p: ``[T, k]`` contiguous floats.
+        bias: ``[E, size]`` or None.
+        base: ``[T, size]`` or None.
+        num_experts: E.
+        size: elements of a row.
+        dtype: of the result ``[T, size]``; sums are float32.
+    """
+    tokens, k = ids.shape
+    y = torch.empty(tokens, size, dtype=dtype, device=ids.device)
+    if tokens:
+        block = min(512, triton.next_power_of_2(size))
+        combine_kernel[(tokens, triton.cdiv(size, block))](
+            t, ids, p, bias, base, y, num_experts, TOP_K=k, N=size, BLOCK=block,
+            HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+@combine.register_fake
+def _(
+    t: torch.Tensor | None,
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    num_experts: int,
+    size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return ids.new_empty(ids.shape[0], size, dtype=dtype)
+
+
+def combine_reference(
+    t: torch.Tensor | None,
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    num_experts: int,
+    size: int,
+) -> torch.Tensor:
+    """Oracle: float32 ``[T, size]``."""
+    tokens, k = ids.shape
+    y = torch.zeros(tokens, size, device=ids.device) if base is None else base.float().clone()
+    for token in range(tokens):
+        for j in range(k):
+            e = int(ids[token, j])
+            if 0 <= e < num_experts:
+                if t is not None:
+                    y[token] += p[token, j].float() * t[token * k + j]
+                if bias is not None:
+                    y[token] += p[token, j].float() * bias[e].float()
+    return y

@@ -1,0 +1,113 @@
+"""Launch metadata of a stored layer, computed once on load: what the kernels read instead of the widths.
+
+A kernel program must find the codes of "matrix m, group g, the b-bit units" with a few integer loads, and every address
+must stay a multiple of 16 bytes that the compiler can prove. So the head of a matrix holds starts in *quanta* and in
+rows of steps (the kernel multiplies by constants) and, per width that occurs in the layer, how many units are at least
+that wide; ``order`` maps the payload position of a unit to the directions it holds.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from bitsmoe_modifier.errors import CheckpointError
+from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts
+
+_BLOCKS = (16, 32, 64, 128)
+_GROUPS = (32, 64, 128)
+_BASIS_GROUPS = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class PreparedSide:
+    """One side's payload with its launch metadata; a *matrix* is an (expert, gate | up) or an expert's down.
+
+    Attributes:
+        codes: uint8 1-D, as stored.
+        steps: fp16 1-D, as stored.
+        head: int32 ``[matrices, 2 + len(widths)]``: start in quanta, start in rows of ``block_size`` steps, then for
+        each
+            of ``widths`` the number of units at least that wide.
+        order: int32 ``[matrices, units]``: the unit at each payload position (widest first).
+        widths: the widths > 0 that occur, widest first; kernels are specialized on them.
+        gain: power of two with ``16 * gain * steps <= 1``. The input side multiplies activations by steps in their own
+            dtype; the gain keeps these products out of fp16's subnormals without letting them overflow.
+    """
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+    head: torch.Tensor
+    order: torch.Tensor
+    widths: tuple[int, ...]
+    gain: float
+
+
+@dataclass(frozen=True)
+class PreparedExperts:
+    """A layer's stored tensors with the launch metadata of both sides. The tensors are shared with ``packed``."""
+
+    layout: ExpertsLayout
+    packed: PackedExperts
+    side_in: PreparedSide
+    side_out: PreparedSide
+
+
+def unsupported(layout: ExpertsLayout, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Why the kernels cannot run this layout with activations of ``dtype``; "" where they can.
+
+    The storage format allows more sizes than a tensor-core tile has shapes; the plain path runs all of them.
+    """
+    checks: list[tuple[str, object, tuple[object, ...]]] = [
+        ("block_size", layout.block_size, _BLOCKS),
+        ("group_size", layout.group_size, _GROUPS),
+        ("activation dtype", dtype, (torch.float16, torch.bfloat16)),
+    ]
+    if layout.basis_in_bits in (4, 8) or layout.basis_out_bits in (4, 8):
+        checks.append(("basis_group_size", layout.basis_group_size, _BASIS_GROUPS))
+    for name, value, known in checks:
+        if value not in known:
+            return f"{name} {value} has no kernel (known: {', '.join(map(str, known))})"
+    return ""
+
+
+def prepare(packed: PackedExperts) -> PreparedExperts:
+    """Compute the launch metadata of a layer. Call it once after loading: it waits for the device a few times.
+
+    Args:
+        packed: the stored tensors, already checked (`bitsmoe_modifier.layout.check_structure`).
+
+    Raises:
+        CheckpointError: when the layout has sizes that no kernel covers (see `unsupported`), or a side's payload is
+            larger than int32 quanta can address.
+    """
+    layout = ExpertsLayout.from_tensor(packed.layout.cpu())
+    reason = unsupported(layout)
+    if reason:
+        raise CheckpointError(f"{reason}; use the plain path for this layer")
+    side_in = _prepare_side(packed.codes_in, packed.steps_in, packed.widths_in.flatten(0, 1), layout)
+    side_out = _prepare_side(packed.codes_out, packed.steps_out, packed.widths_out, layout)
+    return PreparedExperts(layout, packed, side_in, side_out)
+
+
+def _prepare_side(
+    codes: torch.Tensor, steps: torch.Tensor, widths: torch.Tensor, layout: ExpertsLayout
+) -> PreparedSide:
+    """Metadata of one side; ``widths`` is uint8 ``[matrices, units]``."""
+    wide = widths.to(torch.int64)
+    used = tuple(b for b in sorted(set(wide.unique().tolist()), reverse=True) if b)
+    at_least = [(wide >= b).sum(1) for b in used]
+    bits, kept = wide.sum(1) * layout.groups, (wide > 0).sum(1) * layout.groups
+    head = torch.stack([bits.cumsum(0) - bits, kept.cumsum(0) - kept, *at_least], 1)
+    if codes.numel() // layout.quantum >= 2**31:
+        raise CheckpointError(f"a payload of {codes.numel()} bytes is beyond 32-bit offsets; shard the layer")
+    largest = float(steps.max()) if steps.numel() else 1.0
+    gain = 2.0 ** (-4 - math.ceil(math.log2(largest))) if largest > 0 else 1.0
+    return PreparedSide(
+        codes=codes,
+        steps=steps,
+        head=head.to(torch.int32).contiguous(),
+        order=torch.argsort(wide, dim=1, descending=True, stable=True).to(torch.int32).contiguous(),
+        widths=used,
+        gain=gain,
+    )

@@ -1,0 +1,136 @@
+"""`moe_forward` against the plain layer, over everything a layer can be.
+
+Bound: h, h·step, z, the combined t and y are each rounded once to the activation dtype, by at most eps relatively; on
+random operands a rounding error passes the next sum no larger than the signal does. Five roundings, doubled for the
+gate's slope: 10 eps.
+"""
+
+import pytest
+import torch
+from bitsmoe_kernels import moe_forward, prepare
+from bitsmoe_kernels.reference import moe_reference
+from bitsmoe_kernels.synthetic import random_experts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.layout import ExpertsLayout
+from bitsmoe_modifier.planes import WIDTHS
+
+
+def check(layout, widths, ids, dtype=torch.bfloat16, gating=None, seed=0, packed=None):
+    packed = packed or random_experts(layout, widths, seed)
+    gating = gating or Gating()
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(ids.shape[0], layout.hidden_size, generator=g).to(dtype)
+    p = torch.rand(ids.shape, generator=g)
+    want = moe_reference(x, ids, p, packed, gating)
+    got = moe_forward(x, ids, p, prepare(packed), gating)
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    error = (got.float() - want).norm()
+    assert error <= 10 * torch.finfo(dtype).eps * want.norm() + 1e-30, f"relative error {error / want.norm():.3g}"
+    return x, p, packed, got
+
+
+BASES = [(0, 0), (4, 0), (4, 8), (16, 16), (8, 4)]
+
+
+@pytest.mark.parametrize("bases", BASES, ids=lambda b: f"bases{b[0]}-{b[1]}")
+def test_bases_and_truncation(bases):
+    ranks = [64 if bits == 0 else 32 for bits in bases]
+    layout = ExpertsLayout(3, 64, 32, *ranks, 16, 32, *bases, 32)
+    check(layout, (0, 2, 4), torch.tensor([[0, 2], [2, 1]]), seed=bases[0])
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_random_layers(data):
+    block, group = data.draw(st.sampled_from([(16, 32), (32, 32)]))
+    hidden, experts = block * data.draw(st.integers(2, 3)), data.draw(st.integers(1, 5))
+    bases = data.draw(st.sampled_from([(0, 0), (16, 0), (0, 16)]))
+    layout = ExpertsLayout(
+        experts, hidden, group * data.draw(st.integers(1, 3)), hidden, hidden, block, group, *bases, 32,
+        num_dense=data.draw(st.integers(0, 1)), has_bias=data.draw(st.integers(0, 1)),
+    )  # fmt: skip
+    tokens, k = data.draw(st.sampled_from([1, 3, 17])), data.draw(st.integers(1, 3))
+    ids = torch.randint(-1, experts + 1, (tokens, k), generator=torch.Generator().manual_seed(tokens))
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    check(layout, data.draw(st.sampled_from([WIDTHS, (0, 2, 4, 6)])), ids, dtype, seed=k)
+
+
+SMALL = ExpertsLayout(2, 32, 32, 32, 32, 16, 32, 0, 0, 32)
+
+
+def test_prefill_of_80_tokens_equals_decode(monkeypatch):
+    ids = torch.randint(0, 2, (80, 1), generator=torch.Generator().manual_seed(0))
+    *_, decoded = check(SMALL, (2, 4), ids, torch.float16)
+    monkeypatch.setattr("bitsmoe_kernels.forward.DECODE_PAIRS", 0)
+    *_, sorted_ = check(SMALL, (2, 4), ids, torch.float16)
+    # the tile width changes nothing but the order of equal sums: both accumulate a row's terms in the same order
+    torch.testing.assert_close(decoded, sorted_, rtol=2e-3, atol=2e-3)
+
+
+def test_a_layer_without_any_code_returns_zeros():
+    *_, y = check(SMALL, (0,), torch.tensor([[0, 1]]))
+    assert not y.any()
+
+
+def test_no_expert_chosen_returns_zeros():
+    *_, y = check(SMALL, (2,), torch.tensor([[-1, 2], [5, -7]]))
+    assert not y.any()
+
+
+def test_no_token():
+    packed = random_experts(SMALL, (2,))
+    ids = torch.empty(0, 2, dtype=torch.int64)
+    y = moe_forward(torch.empty(0, 32), ids, torch.empty(0, 2), prepare(packed), Gating())
+    assert y.shape == (0, 32)
+
+
+def test_non_contiguous_input_and_other_dtypes_of_ids_and_weights():
+    ids = torch.tensor([[0, 1], [1, 0]])
+    x, p, packed, want = check(SMALL, (2, 4), ids)
+    experts = prepare(packed)
+    strided = torch.stack([x, -x], 2)[:, :, 0]
+    assert not strided.is_contiguous()
+    got = moe_forward(strided, ids.T.contiguous().T.to(torch.int32), p.T.contiguous().T, experts, Gating())
+    assert torch.equal(got, want)
+    rounded = moe_forward(x, ids, p.to(torch.bfloat16), experts, Gating())
+    torch.testing.assert_close(rounded, want, rtol=0.02, atol=0.02)
+
+
+def test_repeated_runs_are_bit_equal():
+    ids = torch.randint(0, 2, (9, 2), generator=torch.Generator().manual_seed(0))
+    x, p, packed, first = check(SMALL, (2, 4), ids)
+    assert torch.equal(first, moe_forward(x, ids, p, prepare(packed), Gating()))
+
+
+@pytest.mark.parametrize("bases", [(0, 0), (16, 16)], ids=["plain", "bases"])
+def test_compiles_without_graph_breaks(bases):
+    layout = ExpertsLayout(2, 32, 32, 32, 32, 16, 32, *bases, 32, num_dense=1, has_bias=1)
+    ids = torch.tensor([[0, 1]])
+    x, p, packed, want = check(layout, (2,), ids, torch.float32)
+    experts, gating = prepare(packed), Gating()
+    step = torch.compile(lambda x, ids, p: moe_forward(x, ids, p, experts, gating), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(step(x, ids, p), want, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_describe_their_results():
+    """The fake implementations agree with the real ones: what torch.compile and export rely on."""
+    ids = torch.tensor([[0, 1]])
+    packed = random_experts(SMALL, (2,))
+    side_in, side_out = prepare(packed).side_in, prepare(packed).side_out
+    ops = torch.ops.bitsmoe
+    tests = ("test_schema", "test_faketensor")
+    weight = torch.randn(32, 32).to(torch.bfloat16)
+    torch.library.opcheck(ops.basis.default, (torch.randn(2, 32), weight, None, 16, 32), test_utils=tests)
+    arguments = (side_in.codes, side_in.steps, side_in.head, side_in.order, None, [2], side_in.gain, 16, 32, 32, 8)
+    gate = ("silu", None, 1.0, 0.0)
+    h = torch.randn(1, 32)
+    torch.library.opcheck(ops.gate_up.default, (h, ids, None, None, *arguments, *gate, 2), test_utils=tests)
+    arguments = (side_out.codes, side_out.steps, side_out.head, side_out.order, [2], 16, 32, 8)
+    z = torch.randn(2, 32)
+    torch.library.opcheck(ops.down.default, (z, ids, None, None, *arguments), test_utils=tests)
+    rows = (torch.randn(2, 32), ids, torch.rand(1, 2), None, None, 2, 32, torch.float16)
+    torch.library.opcheck(ops.combine.default, rows, test_utils=tests)

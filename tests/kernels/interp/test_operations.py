@@ -1,0 +1,221 @@
+"""Every kernel against its oracle, element by element.
+
+Bounds. Let ``eps`` be the spacing of the activation dtype at 1 (one rounding costs at most eps/2; the interpreter
+truncates bf16, which costs eps). A product ``sum_k w_k x_k`` of n terms whose second operand was rounded once,
+accumulated in float32 in any order and rounded once at the end, is off by at most ``(eps + n 2**-23) sum_k |w_k x_k| +
+eps |result|``. The sum of absolute values is computed from the oracle's operands, so the bound is a proof, not a
+habit. The decoded digits are exact.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from bitsmoe_kernels import prepare
+from bitsmoe_kernels.activation import gating_arguments
+from bitsmoe_kernels.basis import basis, basis_reference
+from bitsmoe_kernels.combine import combine, combine_reference
+from bitsmoe_kernels.down import down, down_reference
+from bitsmoe_kernels.gate_up import gate_up, gate_up_reference
+from bitsmoe_kernels.reference import decode_expert_factors
+from bitsmoe_kernels.routing import pair_tile, sort_pairs, tiles_reference
+from bitsmoe_kernels.synthetic import random_experts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.layout import ExpertsLayout, decode_basis
+from bitsmoe_modifier.planes import WIDTHS
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+EXAMPLES = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+
+
+def product_bound(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bound above without its last term, for ``x [T, K] @ w.T``, w ``[N, K]``."""
+    terms = torch.finfo(dtype).eps + x.shape[1] * 2.0**-23
+    return terms * (x.float().abs() @ w.float().abs().T) + 1e-30
+
+
+def assert_within(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
+    excess = (got.float() - want).abs() - bound - torch.finfo(got.dtype).eps * want.abs()
+    assert bool((excess <= 0).all()), f"largest excess over the bound {excess.max():.3g}, or NaN"
+
+
+@st.composite
+def sides(draw):
+    """(experts, I, R, block, group) of awkward proportions, kept small: the interpreter runs about 10⁴ operations a
+    second."""
+    block, group = draw(st.sampled_from([(16, 32), (32, 32), (64, 64), (32, 64)]))
+    return draw(st.integers(1, 4)), group * draw(st.integers(1, 2)), block * draw(st.integers(1, 4)), block, group
+
+
+@st.composite
+def routings(draw, experts: int, tokens: int):
+    """ids ``[T, k]`` int64: any ids, one for all, repeated ones, and some outside ``[0, E)``."""
+    k = draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(["any", "one", "outside"]))
+    if kind == "one":
+        return torch.full((tokens, k), draw(st.integers(0, experts - 1)))
+    low, high = (0, experts - 1) if kind == "any" else (-1, experts)
+    size = tokens * k
+    return torch.tensor(draw(st.lists(st.integers(low, high), min_size=size, max_size=size))).view(tokens, k)
+
+
+def layer_of(sizes, widths, seed, **more):
+    experts, inner, rank, block, group = sizes
+    layout = ExpertsLayout(experts, rank, inner, rank, rank, block, group, 0, 0, 32, **more)
+    return layout, random_experts(layout, widths, seed)
+
+
+def routed(ids: torch.Tensor, experts: int, dense_tiles: bool):
+    """(tiles, pairs, BM) of either routing."""
+    return (*sort_pairs(ids, experts, 16), 16) if dense_tiles else (None, None, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("tokens", "n", "k", "group"), [(1, 48, 96, 32), (9, 16, 128, 128), (70, 24, 64, 64)])
+def test_basis_equals_its_oracle(bits, dtype, tokens, n, k, group):
+    g = torch.Generator().manual_seed(bits + tokens)
+    x = torch.randn(tokens, k, generator=g).to(dtype)
+    if bits == 16:
+        weight, step = torch.randn(n, k, generator=g).to(torch.bfloat16), None
+    else:
+        weight = torch.randint(256, (n, k * bits // 8), generator=g).to(torch.uint8)
+        step = (torch.rand(n, k // group, generator=g) + 0.5).to(torch.float16) / (1 << bits)
+    w = decode_basis(weight, step, bits, group)
+    got = basis(x, weight, step, bits, group)
+    assert got.dtype == dtype
+    assert_within(got, basis_reference(x, weight, step, bits, group), product_bound(x, w, dtype))
+
+
+GATINGS = {
+    "silu": Gating(),
+    "gelu": Gating("gelu"),
+    "gelu_tanh": Gating("gelu_tanh"),
+    "relu": Gating("relu"),
+    "clamped": Gating("silu", limit=0.7),
+    "gpt-oss": Gating("silu", limit=0.7, alpha=1.702, up_shift=1.0),
+}
+
+
+def check_gate_up(layout, packed, ids, h, gating, split, sorted_):
+    a, _ = decode_expert_factors(packed)
+    side = prepare(packed).side_in
+    tiles, pairs, tile = routed(ids, layout.num_experts, sorted_)
+    got = gate_up(
+        h, ids, tiles, pairs, side.codes, side.steps, side.head, side.order, packed.in_bias, list(side.widths),
+        side.gain, layout.block_size, layout.group_size, layout.intermediate_size, tile,
+        *gating_arguments(gating), split,
+    )  # fmt: skip
+    want = gate_up_reference(h, ids, a, packed.in_bias, gating)
+    k = ids.shape[1]
+    for p, e in enumerate(ids.flatten().tolist()):
+        if not 0 <= e < layout.num_experts:
+            continue
+        bias = 0 if packed.in_bias is None else packed.in_bias[e].float().view(2, -1)
+        error = torch.stack([product_bound(h[p // k, None], a[e, m], h.dtype)[0] for m in range(2)])
+        value = (a[e] @ h[p // k].float() + bias).abs() + error
+        error += 2.0**-22 * value  # adding the bias, and the float32 functions of the gate
+        # |act(g)| <= |g| and |act'(g)| <= 1.13 for all of them; clamping shrinks both errors
+        bound = 1.13 * error[0] * (value[1] + gating.up_shift) + value[0] * error[1] + 2.0**-20 * want[p].abs()
+        assert_within(got[p], want[p], bound + 1e-7)
+
+
+@EXAMPLES
+@given(st.data())
+def test_gate_up_equals_its_oracle(data):
+    sizes = data.draw(sides())
+    layout, packed = layer_of(sizes, data.draw(st.sampled_from([WIDTHS, (0,), (0, 2, 4, 6), (1,)])), 1)
+    tokens = data.draw(st.sampled_from([1, 2, 9]))
+    ids = data.draw(routings(sizes[0], tokens))
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())))
+    h = torch.randn(tokens, layout.rank_in, generator=torch.Generator().manual_seed(0)).to(dtype)
+    split = data.draw(st.sampled_from([1, 2, 4]))
+    check_gate_up(layout, packed, ids, h, Gating(), split, data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("split", [1, 2], ids=["fused", "split"])
+@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
+def test_gates_and_biases(gating, split):
+    layout, packed = layer_of((2, 32, 32, 16, 32), (2, 4), 3, has_bias=1)
+    h = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    check_gate_up(layout, packed, torch.tensor([[1], [0]]), h, gating, split, False)
+
+
+@pytest.mark.parametrize("width", [b for b in WIDTHS if b])
+def test_each_width_in_blocks_of_128(width):
+    layout, packed = layer_of((1, 128, 128, 128, 128), (width,), width)
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    h = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)).to(torch.float16)
+    check_gate_up(layout, packed, ids, h, Gating(), 1, False)
+    check_down(layout, packed, ids, h, False)
+
+
+def check_down(layout, packed, ids, z, sorted_):
+    _, f = decode_expert_factors(packed)
+    side = prepare(packed).side_out
+    tiles, pairs, tile = routed(ids, layout.num_experts, sorted_)
+    got = down(
+        z, ids, tiles, pairs, side.codes, side.steps, side.head, side.order, list(side.widths),
+        layout.block_size, layout.group_size, tile,
+    )  # fmt: skip
+    want = down_reference(z, ids, f)
+    assert got.dtype == torch.float32
+    for p, e in enumerate(ids.flatten().tolist()):
+        if 0 <= e < layout.num_experts:  # operands are exact here: only the float32 sums round
+            assert_within(got[p], want[p], product_bound(z[p, None], f[e], torch.float32)[0])
+
+
+@EXAMPLES
+@given(st.data())
+def test_down_equals_its_oracle(data):
+    sizes = data.draw(sides())
+    layout, packed = layer_of(sizes, data.draw(st.sampled_from([WIDTHS, (0,), (0, 2, 4, 6), (1,)])), 2)
+    tokens = data.draw(st.sampled_from([1, 2, 9]))
+    ids = data.draw(routings(sizes[0], tokens))
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())))
+    z = torch.randn(ids.numel(), layout.intermediate_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_down(layout, packed, ids, z, data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("parts", ["experts", "bias", "both on a base"])
+def test_combine_equals_its_oracle(parts):
+    g = torch.Generator().manual_seed(0)
+    tokens, k, n, experts = 5, 3, 70, 4
+    ids = torch.randint(-1, experts + 1, (tokens, k), generator=g)
+    p = torch.rand(tokens, k, generator=g)
+    t = None if parts == "bias" else torch.randn(tokens * k, n, generator=g)
+    if t is not None:
+        t[(ids.flatten() < 0) | (ids.flatten() >= experts)] = torch.nan  # never written, must never be read
+    bias = None if parts == "experts" else torch.randn(experts, n, generator=g)
+    base = torch.randn(tokens, n, generator=g) if parts == "both on a base" else None
+    got = combine(t, ids, p, bias, base, experts, n, torch.float32)
+    torch.testing.assert_close(got, combine_reference(t, ids, p, bias, base, experts, n), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def _tiles_kernel(
+    ids_ptr, tiles_ptr, pairs_ptr, out_ptr, P, E, BM: tl.constexpr, PP: tl.constexpr, SORTED: tl.constexpr
+):
+    e, pair = pair_tile(ids_ptr, tiles_ptr, pairs_ptr, tl.program_id(0), P, E, BM, PP, SORTED)
+    tl.store(out_ptr + tl.program_id(0) * (BM + 1), e)
+    tl.store(out_ptr + tl.program_id(0) * (BM + 1) + 1 + tl.arange(0, BM), pair)
+
+
+@pytest.mark.parametrize("sorted_", [False, True], ids=["decode", "prefill"])
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_both_routings_give_each_pair_to_one_tile(sorted_, data):
+    experts, tokens = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))
+    ids = data.draw(routings(experts, tokens))
+    count, tile = ids.numel(), 8
+    tiles, pairs = sort_pairs(ids, experts, tile) if sorted_ else (None, None)
+    programs = len(tiles) if sorted_ else count
+    out = torch.empty(programs, tile + 1, dtype=torch.int32)
+    _tiles_kernel[(programs,)](
+        ids, tiles, pairs, out, count, experts, BM=tile, PP=triton.next_power_of_2(count), SORTED=sorted_
+    )
+    found = [(row[0], [p for p in row[1:] if p >= 0]) for row in out.tolist() if row[0] >= 0]
+    assert sorted(found) == sorted(tiles_reference(ids, experts, tile))
