@@ -1,10 +1,10 @@
 """The stored layout of one MoE layer's experts: header, unit index, packing and decoding (docs/format.md).
 
 Symbols follow docs/method.md: E experts, H hidden size, I intermediate size, R / R' directions of the input / output
-side. A *unit* is a block of ``block_size`` consecutive directions of one matrix (gate, up or down) of one expert; it has
-one width. Along I, steps and payload come in groups of ``group_size``. The payload is counted in *quanta*: the bytes of
-one bit of one (unit, group), ``block_size * group_size / 8``; every offset is a whole number of quanta, so a kernel that
-multiplies a small integer by a constant keeps its alignment.
+side. A *unit* is a block of ``block_size`` consecutive directions of one matrix (gate, up or down) of one expert; it
+has one width. Along I, steps and payload come in groups of ``group_size``. The payload is counted in *quanta*: the
+bytes of one bit of one (unit, group), ``block_size * group_size / 8``; every offset is a whole number of quanta, so a
+kernel that multiplies a small integer by a constant keeps its alignment.
 
 Payload order, which every reader can rebuild from the widths alone:
     codes_in   [expert][gate, up][group][unit, widest first, then by index][plane][column of the group][directions]
@@ -148,7 +148,9 @@ class ExpertsLayout:
             raise CheckpointError(f"layout: not a bitsmoe header: {header.tolist()}")
         return cls(**dict(zip(names, values, strict=False)), version=version)
 
-    def shapes(self, widths_in: torch.Tensor, widths_out: torch.Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def shapes(
+        self, widths_in: torch.Tensor, widths_out: torch.Tensor
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every tensor the layer must have, given its widths (on any device but meta).
 
         ``dense_in``, ``dense_out``, ``in_bias`` and ``out_bias`` keep the model's own float dtype: theirs is reported
@@ -292,7 +294,9 @@ def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(flat.numpy())
 
 
-def check_structure(tensors: Mapping[str, torch.Tensor | tuple[torch.dtype, tuple[int, ...]]], where: str) -> ExpertsLayout:
+def check_structure(
+    tensors: Mapping[str, torch.Tensor | tuple[torch.dtype, tuple[int, ...]]], where: str
+) -> ExpertsLayout:
     """Check the names, dtypes and sizes of a layer's tensors before any of the large ones is read.
 
     Args:

@@ -1,8 +1,10 @@
 """`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
 from compressed_tensors.offload.cache import OffloadCache
@@ -17,8 +19,9 @@ from .errors import BitsMoEError, CalibrationError, RecipeError
 from .experts import BitsMoEExperts
 from .format import attach, make_scheme
 from .planes import WIDTHS
-from .quantize import LayerReport, QuantizerSettings, plan_layer, quantize_layer
+from .quantize import LayerPlan, LayerReport, QuantizerSettings, plan_layer, quantize_layer
 from .statistics import RoutedTokens
+from .survey import Inputs, experts_inputs, share_budget, survey_layers
 from .targets import check_experts, check_unclaimed, dense_experts, find_experts
 
 #: Calibration tokens per expert, on average, below which a run is refused / warned about.
@@ -44,7 +47,8 @@ class BitsMoEModifier(Modifier):
     Lifecycle:
 
     - on_initialize: find the experts modules, check everything that can be checked before calibration
-    - on_calibration_start: hook the inputs of every experts module (routed tokens only)
+    - on_calibration_start: with `scope: global`, survey all layers and split the budget; hook the inputs of
+      every experts module (routed tokens only)
     - on_sequential_epoch_end: quantize the layers just calibrated, one at a time, and replace each by `BitsMoEExperts`
     - on_finalize: raise if any layer was left undone
 
@@ -88,10 +92,11 @@ class BitsMoEModifier(Modifier):
     dampening_frac: float = Field(default=0.01, gt=0, le=1)
 
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
-    _inputs: dict[LinearExperts2D, list[tuple[torch.Tensor, ...]]] = PrivateAttr(default_factory=dict)
+    _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
     _budgets: dict[str, float] = PrivateAttr(default_factory=dict)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
+    _sequential_targets: Any = PrivateAttr(default=None)
 
     @field_validator("widths")
     @classmethod
@@ -144,6 +149,7 @@ class BitsMoEModifier(Modifier):
             check_experts(name, module, self.settings)
             _check_calibration(name, module.num_experts, tokens, _choices_per_token(state.model))
         self._names = {module: name for name, module in experts.items()}
+        self._sequential_targets = kwargs.get("sequential_targets")
         self._scheme = make_scheme(experts, self.group_size)
         self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
         return True
@@ -151,15 +157,29 @@ class BitsMoEModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
+        if self.scope == "global":
+            self._budgets = self._share_budget(state)
         for module in self._names:
             self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
 
-    def _capture(
-        self, module: LinearExperts2D, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]
-    ) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        values = (*args, *(kwargs[name] for name in names[len(args) :]))
-        self._inputs.setdefault(module, []).append(tuple(value.detach().clone() for value in values))
+    def _share_budget(self, state: State) -> dict[str, float]:
+        """Bits of every layer under one budget for all, from a survey of the unquantized model."""
+
+        def curve_of(module: LinearExperts2D, inputs: list[Inputs]) -> tuple[np.ndarray, np.ndarray]:
+            with _named(self._names[module]):
+                return self._plan(module, self._names[module], inputs).curve()
+
+        surveys = survey_layers(state.model, state.data.calib, self._names, curve_of, self._sequential_targets)
+        weights = {name: sum(p.numel() for p in _weights(module)) for module, name in self._names.items()}
+        budgets = share_budget(surveys, self.bits * sum(weights.values()))
+        for name, budget in budgets.items():
+            logger.info(
+                f"{name}: {budget / weights[name]:.3f} bits per weight, sensitivity {surveys[name].sensitivity:.2e}"
+            )
+        return budgets
+
+    def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
+        self._inputs.setdefault(module, []).append(experts_inputs(args, kwargs))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
@@ -168,25 +188,25 @@ class BitsMoEModifier(Modifier):
         for module in modules:
             if isinstance(module, LinearExperts2D) and module in self._inputs:
                 name = self._names[module]
-                try:
-                    with torch.no_grad(), disable_offloading():
-                        packed = self._quantize(module, name)
-                except BitsMoEError as error:
-                    raise type(error)(f"{name}: {error}") from error
+                with _named(name), torch.no_grad(), disable_offloading():
+                    packed = self._quantize(module, name)
                 state.model.set_submodule(name, packed)
                 del self._names[module]
                 self._progress.update()
 
+    def _plan(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> LayerPlan:
+        """Plan one layer from its captured inputs."""
+        x, index, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+        tokens = RoutedTokens.from_router(x, index, weight, module.num_experts)
+        return plan_layer(dense_experts(module), tokens, self.settings, dense_ids=self._dense_ids(name))
+
     def _quantize(self, module: LinearExperts2D, name: str) -> BitsMoEExperts:
         """Pack one layer from its captured inputs, which are dropped."""
-        x, index, weight = (torch.cat(parts) for parts in zip(*self._inputs.pop(module), strict=True))
-        experts = dense_experts(module)
-        tokens = RoutedTokens.from_router(x, index, weight, module.num_experts)
-        plan = plan_layer(experts, tokens, self.settings, dense_ids=self._dense_ids(name))
-        weights = experts.gate_up.numel() + experts.down.numel()
+        plan = self._plan(module, name, self._inputs.pop(module))
+        weights = plan.experts.gate_up.numel() + plan.experts.down.numel()
         packed, report = quantize_layer(plan, self._budgets.get(name, self.bits * weights))
         _log(name, report)
-        replacement = BitsMoEExperts(packed, experts.gating)
+        replacement = BitsMoEExperts(packed, plan.experts.gating)
         replacement.report = report
         attach(replacement, self._scheme)
         leaf = module[0].gate_proj
@@ -226,6 +246,20 @@ class BitsMoEModifier(Modifier):
             return "auto"
         listed = () if isinstance(self.super_experts, str) else self.super_experts
         return tuple(sorted({int(e.rpartition(".")[2]) for e in listed if e.rpartition(".")[0] == name}))
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the layer's name in front of errors from the pure modules, which know no names."""
+    try:
+        yield
+    except BitsMoEError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _weights(module: LinearExperts2D) -> list[torch.Tensor]:
+    """Weight matrices of a linearized experts module."""
+    return [p for n, p in module.named_parameters() if n.endswith("_proj.weight")]
 
 
 def _choices_per_token(model: torch.nn.Module) -> int:

@@ -13,12 +13,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .allocation import Allocation, Solver, allocate
+from .allocation import Allocation, Solver, allocate, hull_curve
 from .costs import SideCosts, side_costs, unit_cost
 from .errors import CalibrationError, RecipeError
 from .gating import Gating
 from .layout import ExpertsLayout, PackedExperts, pack_factor
-from .rounding import decode, encode, round_with_feedback
+from .rounding import decode, encode, refine, refit_row_steps, round_with_feedback
 from .spectral import SharedBasis, input_directions, output_directions, round_and_refit
 from .statistics import (
     LayerStatistics,
@@ -51,6 +51,7 @@ class QuantizerSettings:
     input_basis: BasisChoice = "auto"
     output_basis: BasisChoice = "auto"
     error_feedback: bool = True
+    refine_passes: int = 1
     solver: Solver = "auto"
     dampening_frac: float = 0.01
 
@@ -155,20 +156,14 @@ class LayerPlan:
         Returns:
             (bits ``[points]`` rising, distortion ``[points]`` not rising).
         """
-        options = [(i, o) for i in self.inputs for o in self.outputs]
-        tables = [self._table(i, o) for i, o in options]
-        fixed = [self.fixed_bits(i, o) for i, o in options]
         cost = self._unit_costs()
-        least = min(fixed)
-        most = max(f + len(t) * cost[-1] for f, t in zip(fixed, tables, strict=True))
-        budgets = np.linspace(least, most, points)
-        distortion = np.full(points, np.inf)
-        for table, base in zip(tables, fixed, strict=True):
-            for at, budget in enumerate(budgets):
-                if budget >= base:
-                    solved = allocate(table, cost, budget - base, "lagrangian")
-                    distortion[at] = min(distortion[at], solved.distortion)
-        return budgets, distortion
+        corners = []
+        for inputs in self.inputs:
+            for outputs in self.outputs:
+                spent, distortion = hull_curve(self._table(inputs, outputs), cost)
+                corners.append((spent + self.fixed_bits(inputs, outputs), distortion))
+        bits = np.linspace(min(c[0][0] for c in corners), max(c[0][-1] for c in corners), points)
+        return bits, np.min([np.interp(bits, *c, left=np.inf) for c in corners], axis=0)
 
     def choose(self, budget_bits: float) -> tuple[SidePlan, SidePlan, Allocation]:
         """The pair of bases with the least predicted distortion under the budget, and its allocation.
@@ -190,7 +185,8 @@ class LayerPlan:
             weights = self.experts.gate_up.numel() + self.experts.down.numel()
             raise RecipeError(
                 f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this "
-                "layer's bases, widths and dense experts take; raise `bits`, lower `basis_bits` or set the bases to none"
+                "layer's bases, widths and dense experts take; raise `bits`, lower `basis_bits` or set the bases to "
+                "none"
             )
         return best
 
@@ -469,14 +465,14 @@ def _round_input(
         part = slice(experts.start, experts.stop)
         moments = shrink(moments, common, plan.statistics.mass[part], share[part])
         matrices = slice(2 * experts.start, 2 * experts.stop)
-        codes[matrices] = round_with_feedback(
-            side.factor[matrices],
-            moments.repeat_interleave(2, dim=0),
-            _per_column(steps[matrices], plan.settings.group_size),
-            level[matrices][:, None].expand_as(side.factor[matrices]),
-            order[matrices],
-            plan.settings.dampening_frac,
+        moments = moments.repeat_interleave(2, dim=0)
+        w, limits, rho = side.factor[matrices], level[matrices][:, None], side.weight[matrices]
+        damp = plan.settings.dampening_frac
+        codes[matrices], steps[matrices] = round_with_feedback(
+            w, moments, steps[matrices], limits, order[matrices], damp, rho
         )
+        for _ in range(plan.settings.refine_passes):
+            codes[matrices], steps[matrices] = refine(w, moments, codes[matrices], steps[matrices], limits, damp, rho)
     return codes, steps, widths
 
 
@@ -515,15 +511,16 @@ def _round_output(
     share = prior_share(plan.tokens.counts, length, h.device)
     moments = shrink(moments, moments.sum(0) / total, plan.statistics.mass, share)
     order = torch.argsort(moments.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
-    codes = round_with_feedback(
-        side.factor.transpose(1, 2),
-        moments,
-        per_column.transpose(1, 2),
-        level[:, :, None].expand(-1, -1, length),
-        order,
-        plan.settings.dampening_frac,
-    )
-    return codes.transpose(1, 2), steps, widths
+    # rows are directions here, so that the columns to round are those along I
+    w, limits, damp = side.factor.transpose(1, 2), level[:, :, None], plan.settings.dampening_frac
+    per_row = per_column.transpose(1, 2)
+    codes, _ = round_with_feedback(w, moments, per_row, limits, order, damp)
+    steps = steps.transpose(1, 2)
+    for _ in range(plan.settings.refine_passes):
+        steps = refit_row_steps(w, moments, codes, steps, limits, damp)
+        per_row = steps.repeat_interleave(plan.settings.group_size, dim=2)
+        codes, _ = refine(w, moments, codes, per_row, limits, damp)
+    return codes.transpose(1, 2), steps.transpose(1, 2).contiguous(), widths
 
 
 def _pack(

@@ -13,7 +13,7 @@ from .errors import CalibrationError
 from .gating import Gating
 
 #: An expert with as many tokens as this many times the width of its second moment trusts its own moment by half.
-_PRIOR_STRENGTH = 0.1
+_PRIOR_STRENGTH = 0.25
 
 
 @dataclass(frozen=True)

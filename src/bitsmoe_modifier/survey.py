@@ -1,0 +1,267 @@
+"""A pass over the whole model before its first layer is quantized, for `scope: global`.
+
+For every MoE layer it finds the least distortion at every size (`LayerPlan.curve`, from one forward pass over all
+calibration rows) and how much a squared error of the layer's output costs in KL divergence of the model's predictions
+(from one backward pass over a few rows). Both go through the model one sequential target at a time, as calibration
+itself does, so no second copy of the model and no whole-model backward graph is ever in memory.
+
+Sensitivity: for labels drawn from the model's own predictions, the gradient g_t of their log-likelihood in the layer's
+output at token t has E[g gᵀ] = the Fisher information, and a small error Δ costs ½ Δᵀ E[g gᵀ] Δ nats of KL divergence.
+Errors after rounding have no preferred direction, which leaves ``½ mean‖g‖² / H`` per squared error.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.offload import disable_offloading
+from compressed_tensors.utils import patch_attr
+from llmcompressor.args import DatasetArguments
+from llmcompressor.modeling.moe import context as moe_context
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.utils.dev import get_main_device
+from llmcompressor.utils.helpers import (
+    DisableQuantization,
+    calibration_forward_context,
+    disable_cache,
+    disable_hf_kernels,
+    eval_context,
+    use_eager_attention,
+)
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+
+from .allocation import allocate
+from .errors import CalibrationError, RecipeError
+
+#: Tokens of the backward pass: the sensitivity is one mean per layer, a few thousand samples settle it.
+_BACKWARD_TOKENS = 4096
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """What global allocation knows of a layer.
+
+    Attributes:
+        bits: stored bits, rising, ``[points]``.
+        distortion: least squared output error at those sizes, summed over the calibration tokens, ``[points]``.
+        sensitivity: KL divergence per squared output error, up to a constant that all layers share.
+    """
+
+    bits: np.ndarray
+    distortion: np.ndarray
+    sensitivity: float
+
+
+def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[str, float]:
+    """Split a budget over layers so that the summed cost in KL divergence is least (method.md section 4, global).
+
+    The same knapsack as inside a layer, with layers for units and points of their curves for widths. What the points
+    leave over is spread evenly.
+
+    Raises:
+        RecipeError: when the budget is below what all layers store at least.
+    """
+    bits = np.stack([s.bits for s in surveys.values()])
+    loss = np.stack([s.distortion * s.sensitivity for s in surveys.values()])
+    try:
+        solved = allocate(loss, bits, total_bits, "lagrangian")
+    except RecipeError as error:
+        raise RecipeError(f"bits: {error}") from None
+    chosen = bits[np.arange(len(bits)), solved.choice]
+    room = np.maximum(bits[:, -1] - chosen, 0)
+    left = max(0.0, total_bits - float(chosen.sum()))
+    chosen = chosen + (room * min(1.0, left / room.sum()) if room.sum() > 0 else 0.0)
+    return dict(zip(surveys, chosen.tolist(), strict=True))
+
+
+def survey_layers(
+    model: nn.Module,
+    dataloader: Any,
+    experts: Mapping[nn.Module, str],
+    curve_of: Callable[[nn.Module, list[Inputs]], tuple[np.ndarray, np.ndarray]],
+    sequential_targets: list[str] | str | None = None,
+) -> dict[str, LayerSurvey]:
+    """Survey the experts modules of an unquantized model.
+
+    Args:
+        model: as llm-compressor calibrates it (experts linearized).
+        dataloader: calibration batches.
+        experts: name of each experts module.
+        curve_of: from a module and its captured inputs (hidden states, top-k ids, top-k weights of every batch) to its
+            (bits, distortion) curve.
+        sequential_targets: as given to `oneshot`; None for the model's own.
+
+    Returns:
+        by module name.
+    """
+    targets = infer_sequential_targets(model, sequential_targets)
+    subgraphs = trace_subgraphs(model, next(iter(dataloader)), targets, DatasetArguments().tracing_ignore, 1)
+    with (
+        HooksMixin.disable_hooks(),
+        DisableQuantization(model),
+        patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False),
+    ):
+        curves, kept = _forward(model, dataloader, subgraphs, experts, curve_of)
+        sensitivity = _backward(model, subgraphs, kept, experts)
+    return {name: LayerSurvey(*curves[name], sensitivity[name]) for name in experts.values()}
+
+
+def _forward(
+    model: nn.Module,
+    dataloader: Any,
+    subgraphs: list[Subgraph],
+    experts: Mapping[nn.Module, str],
+    curve_of: Callable[[nn.Module, list[Inputs]], tuple[np.ndarray, np.ndarray]],
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[list[dict[str, Any]]]]:
+    """Curves of all layers, and the inputs of every subgraph for the batches of the backward pass."""
+    onload, offload = get_main_device(), torch.device("cpu")
+    activations = IntermediatesCache.from_dataloader(dataloader, onload, offload)
+    batches = len(dataloader)
+    backward_batches, tokens = 0, 0
+    for batch in dataloader:
+        if tokens < _BACKWARD_TOKENS:
+            backward_batches += 1
+            tokens += batch["input_ids"].numel()
+    captured: dict[nn.Module, list[Inputs]] = {}
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    kept: list[list[dict[str, Any]]] = []
+    with calibration_forward_context(model), capture_inputs(experts, captured):
+        for subgraph in tqdm(subgraphs, desc="Surveying layers"):
+            with disable_offloading():
+                kept.append([])
+                for batch in range(batches):
+                    inputs = activations.fetch(batch, subgraph.input_names)
+                    if batch < backward_batches:
+                        kept[-1].append(tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, inputs))
+                    outputs = subgraph.forward(model, **inputs)
+                    if subgraph is not subgraphs[-1]:
+                        activations.update(batch, outputs)
+                        activations.delete(batch, subgraph.consumed_names)
+                for module in list(captured):
+                    curves[experts[module]] = curve_of(module, captured.pop(module))
+    missed = sorted(set(experts.values()) - set(curves))
+    if missed:
+        raise CalibrationError(f"calibration never reached {', '.join(missed)}; add them to `ignore`")
+    return curves, kept
+
+
+@contextlib.contextmanager
+def capture_inputs(experts: Mapping[nn.Module, str], captured: dict[nn.Module, list[Inputs]]) -> Iterator[None]:
+    """Append the inputs of every call of an experts module to ``captured[module]``."""
+
+    def hook(module: nn.Module, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
+        captured.setdefault(module, []).append(experts_inputs(args, kwargs))
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in experts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def experts_inputs(args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> Inputs:
+    """(hidden states, top-k ids, top-k weights) of a call of an experts module, however they were passed."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    return tuple(v.detach().clone() for v in (*args, *(kwargs[name] for name in names[len(args) :])))
+
+
+def _backward(
+    model: nn.Module,
+    subgraphs: list[Subgraph],
+    kept: list[list[dict[str, Any]]],
+    experts: Mapping[nn.Module, str],
+) -> dict[str, float]:
+    """mean‖g‖² / H of every layer: from the last sequential target back to the first, each recomputed on the way."""
+    squares, elements = dict.fromkeys(experts, 0.0), dict.fromkeys(experts, 0)
+    outputs_of: dict[nn.Module, torch.Tensor] = {}
+    logits: list[torch.Tensor] = []
+    handles = [m.register_forward_hook(lambda m, _, out: outputs_of.update({m: out})) for m in experts]
+    handles.append(model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: logits.append(out)))
+    handles.append(model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_()))
+    generator = torch.Generator().manual_seed(0)
+    slopes: list[_Slopes] = [{} for _ in kept[0]]
+    try:
+        with contextlib.ExitStack() as stack:
+            for context in (disable_cache, eval_context, disable_hf_kernels, use_eager_attention):
+                stack.enter_context(context(model))
+            for subgraph, batches in zip(reversed(subgraphs), reversed(kept), strict=True):
+                with disable_offloading(), torch.enable_grad():
+                    for stored, slope in zip(batches, slopes, strict=True):
+                        outputs_of.clear()
+                        logits.clear()
+                        inputs = tree_map(_leaf, stored)
+                        outputs = subgraph.forward(model, **inputs)
+                        ends = _ends(outputs, slope)
+                        if logits:
+                            likelihood = _sampled_likelihood(logits[-1], generator)
+                            ends.append((likelihood, torch.ones_like(likelihood)))
+                        _pull_back(ends, inputs, outputs_of, slope)
+                        for module, output in outputs_of.items():
+                            g = slope.pop(("", id(module)), torch.zeros(()))
+                            squares[module] += float(g.to(torch.float64).square().sum())
+                            elements[module] += output.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: squares[m] / max(1, elements[m]) for m, name in experts.items()}
+
+
+#: Gradients of the values that sequential targets pass on, by (name, position in the value's tree).
+_Slopes = dict[tuple[str, int], torch.Tensor]
+
+
+def _leaf(value: Any) -> Any:
+    """A fresh leaf of the backward graph for every float tensor."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(get_main_device()).detach().requires_grad_()
+    return value.to(get_main_device()) if isinstance(value, torch.Tensor) else value
+
+
+def _ends(outputs: Any, slope: _Slopes) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs of a sequential target that later ones used, with their gradients, which are then spent."""
+    ends = []
+    for name, value in outputs.items() if isinstance(outputs, dict) else ():
+        for at, leaf in enumerate(tree_leaves(value)):
+            g = slope.pop((name, at), None)
+            if g is not None and isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                ends.append((leaf, g))
+    return ends
+
+
+def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Log-likelihood, summed over tokens, of labels drawn from the model's own predictions ``[batch, tokens, V]``."""
+    scores = logits.to(torch.float32).log_softmax(-1).flatten(0, -2)
+    labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
+    return scores.gather(1, labels.to(scores.device)).sum()
+
+
+def _pull_back(
+    ends: list[tuple[torch.Tensor, torch.Tensor]],
+    inputs: Mapping[str, Any],
+    outputs_of: Mapping[nn.Module, torch.Tensor],
+    slope: _Slopes,
+) -> None:
+    """Add the gradients in a target's inputs, and in its experts' outputs under ("", id of module), to ``slope``."""
+    sources: dict[tuple[str, int], torch.Tensor] = {("", id(m)): out for m, out in outputs_of.items()}
+    for name, value in inputs.items():
+        for at, leaf in enumerate(tree_leaves(value)):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                sources[name, at] = leaf
+    if not ends or not sources:
+        return
+    targets, weights = zip(*ends, strict=True)
+    found = torch.autograd.grad(targets, list(sources.values()), weights, allow_unused=True)
+    for key, g in zip(sources, found, strict=True):
+        if g is not None:
+            slope[key] = slope[key] + g if key in slope else g
