@@ -18,11 +18,17 @@ def write_text(path: Path, characters: int, seed: int) -> Path:
 
 
 def save_tiny(folder: Path, architecture: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random model of the architecture with a tokenizer of single characters."""
+    """A random model, in which the experts carry much of the output, with a tokenizer of single characters."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tiny_model(architecture, dtype=dtype).save_pretrained(folder)
+    model = tiny_model(architecture, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+        elif ".experts." in name:
+            parameter.data.mul_(3)
+    model.save_pretrained(folder)
     vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

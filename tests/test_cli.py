@@ -1,0 +1,189 @@
+"""The command line: options, exit codes, one-line errors, and that help costs nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitsmoe_modifier import cli
+from bitsmoe_modifier.cli import build_parser, demo_asset, main
+from bitsmoe_modifier.errors import BitsMoEError
+from helpers import pack_randomly, save, tiny_model
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["compare"], ["eval"], ["inspect"]], ids=lambda c: "".join(c))
+def test_help_lists_the_options(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: bitsmoe" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from bitsmoe_modifier.cli import build_parser; build_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "llmcompressor", "compressed_tensors", "matplotlib", "datasets"}
+    assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["compare", "--samples", "many"], ["quantize"], ["inspect"], ["eval", "x", "--dtype", "int2"]],
+    ids=["no-command", "no-number", "no-out", "no-folder", "no-dtype"],
+)
+def test_wrong_usage_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: bitsmoe" in capsys.readouterr().err
+
+
+def test_our_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "missing")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"bitsmoe inspect: {tmp_path}/missing: no such model folder\n"
+    assert captured.out == ""
+
+
+def test_verbose_adds_the_traceback(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "missing"), "--verbose"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
+    from bitsmoe_modifier.compare import runner
+
+    seen = {}
+
+    def fake(settings, command):
+        seen.update(settings=settings, command=command)
+        return {"reference": {"name": "unquantized"}, "arms": [{"name": "a", "error": "no"}]}
+
+    monkeypatch.setattr(runner, "compare", fake)
+    options = "--model m --recipe r --calibration c --eval-text e --out o --arms a,b --samples 3 --seq-len 4 --seed 5"
+    options += " --eval-rows 6 --batch-size 7 --device cpu --dtype bfloat16 --pipeline sequential --text-column body"
+    flags = ["--calibrate-all-experts", "--fresh", "--verbose"]
+    assert main(["compare", *options.split(), *flags]) == 1, "an arm failed"
+    assert seen["settings"] == runner.CompareSettings(
+        model="m",
+        recipe="r",
+        calibration="c",
+        eval_text="e",
+        out="o",
+        arms=["a", "b"],
+        samples=3,
+        seq_len=4,
+        seed=5,
+        eval_rows=6,
+        batch_size=7,
+        device="cpu",
+        dtype="bfloat16",
+        pipeline="sequential",
+        calibrate_all_experts=True,
+        text_column="body",
+        fresh=True,
+        verbose=True,
+    )
+    assert seen["command"].startswith("bitsmoe compare --model m")
+
+
+def test_the_demo_is_the_default(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "demo_asset", lambda name: f"demo/{name}")
+    args = build_parser().parse_args(["compare"])
+    assert args.model is None
+    assert cli._given(args.model, "docmoe") == "demo/docmoe"
+    assert args.recipe == "ab_gptq_bitsmoe"
+
+
+def test_a_missing_demo_is_explained():
+    with pytest.raises(BitsMoEError, match="the embedded demo is not installed"):
+        demo_asset("nothing_of_this_name")
+
+
+# ------------------------------------------------------------------------------------------------- inspect
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("qwen3_moe")
+    pack_randomly(model)
+    return save(model, tmp_path_factory.mktemp("packed"))
+
+
+def test_inspect_prints_sizes_and_widths(packed, capsys):
+    assert main(["inspect", str(packed)]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0.mlp.experts: 8 experts of 32 × 64" in out
+    assert "down    widths" in out
+
+
+def test_inspect_prints_json(packed, capsys):
+    assert main(["inspect", str(packed), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["layers"]) == 2
+    assert found["bits_per_expert_weight"] > 0
+
+
+# ------------------------------------------------------------------------------------------ quantize and eval
+
+
+@pytest.mark.parametrize("occupied", ["file", "folder"])
+def test_quantize_refuses_an_occupied_output_first(occupied, tmp_path, capsys):
+    out = tmp_path / "out"
+    if occupied == "file":
+        out.write_text("")
+    else:
+        out.mkdir()
+        (out / "x").write_text("")
+    assert main(["quantize", "--model", "/nowhere", "--calibration", "/nowhere.txt", "--out", str(out)]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_quantize_asks_which_stage(tmp_path, capsys):
+    arguments = ["--model", "m", "--calibration", "c", "--recipe", "ab_gptq_bitsmoe", "--out", str(tmp_path / "out")]
+    assert main(["quantize", *arguments]) == 2
+    assert "several stages (gptq_w2, gptq_w3, gptq_w4, bitsmoe_2_0, bitsmoe_1_6); choose one by --stage" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_dense_model_without_experts_is_refused(tmp_path, capsys):
+    save_file({"model.embed.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    out = str(tmp_path / "out")
+    assert main(["quantize", "--model", str(tmp_path), "--calibration", "c", "--out", out]) == 2
+    assert "model_type llama) has no routed experts" in capsys.readouterr().err
+
+
+def test_quantize_then_eval_then_inspect(tmp_path, capsys):
+    from compare.conftest import save_tiny, write_text
+
+    model = save_tiny(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", 3000, seed=0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "a_stage: {q_modifiers: {GPTQModifier: {config_groups: {e: {targets: ['re:.*[.]experts[.].*_proj$'], "
+        "weights: {num_bits: 6, type: int, symmetric: true, strategy: group, group_size: 32}}}}}}"
+    )
+    common = ["--model", str(model), "--seq-len", "32", "--batch-size", "4", "--device", "cpu"]
+    out = tmp_path / "sub" / "out"
+    quantize = ["quantize", *common, "--recipe", str(recipe), "--calibration", str(text), "--samples", "16"]
+    assert main([*quantize, "--out", str(out)]) == 0
+    assert "6.5625 bits per expert weight" in capsys.readouterr().out
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out"], "nothing half-written beside it"
+
+    figures = tmp_path / "figures.json"
+    measure = ["eval", str(out), *common, "--eval-text", str(text), "--eval-rows", "4", "--json", str(figures)]
+    assert main(measure) == 0
+    assert "| out |" in capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert found["checkpoint"]["measured_bits_per_expert_weight"] == pytest.approx(6.5625)
+    # 6-bit weights: far above rounding, far below another model
+    assert 1e-5 < found["checkpoint"]["kld_mean"] < 0.2
+
+    assert main(["inspect", str(out)]) == 0
+    assert "no experts packed by BitsMoE" in capsys.readouterr().out
