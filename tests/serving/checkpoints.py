@@ -4,38 +4,39 @@ from pathlib import Path
 
 import torch
 from compressed_tensors import ModelCompressor
-from helpers import RandomLayer, pack_randomly, tiny_model
-from transformers import PreTrainedModel
+from helpers import _COMMON, _SPECIFIC, RandomLayer, pack_randomly
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-#: Sizes that vLLM's CPU attention has kernels for, and two groups of 16 along I for two tensor-parallel ranks.
+# vLLM's latent attention has a kernel for these sizes alone on CPU
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+
+#: Sizes that vLLM's CPU attention has kernels for, and at least two groups of 16 along I for two tensor-parallel ranks.
 _SIZES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"head_dim": 32},
     "mixtral": {"head_dim": 32, "intermediate_size": 64},
     "olmoe": {"num_attention_heads": 2},
     "deepseek_v2": {
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 32,
-        "intermediate_size": 96,
-        "first_k_dense_replace": 1,
-        "num_hidden_layers": 3,
-        "n_shared_experts": 1,
+        **_SPECIFIC["deepseek_v3"],
+        **_LATENT,
         "topk_method": "greedy",
         "n_group": 1,
-        "topk_group": 1,
         "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 32,
-        "num_key_value_heads": 4,
     },
-    "deepseek_v3": {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32},
+    "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc"},
 }
 
 
-def random_model(architecture: str, **overrides: object) -> PreTrainedModel:
-    """A dense random model of the architecture."""
-    return tiny_model(architecture, **{**_SIZES[architecture], **overrides})
+def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """A dense random model of the architecture, whose next tokens are far from equally likely."""
+    sizes = {**_COMMON, **_SPECIFIC.get(architecture, {}), **_SIZES[architecture]}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.4 if name == "lm_head.weight" else 0.1)
+    return model.eval()
 
 
 def save_packed(model: PreTrainedModel, folder: Path) -> Path:

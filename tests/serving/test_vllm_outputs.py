@@ -1,0 +1,47 @@
+"""What vLLM computes from a checkpoint with packed experts."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import decoded_checkpoint, packed_checkpoint
+from engines import check_against_transformers, check_equal, run
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "olmoe"])
+def test_equal_to_transformers(architecture: str, tmp_path: Path) -> None:
+    folder = packed_checkpoint(architecture, tmp_path)
+    check_against_transformers(folder, run(folder))
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
+def test_equal_to_the_decoded_model(architecture: str, tmp_path: Path) -> None:
+    packed = packed_checkpoint(architecture, tmp_path / "packed")
+    decoded = decoded_checkpoint(architecture, tmp_path / "decoded")
+    check_equal(run(packed), run(decoded))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"basis_bits": (0, 0), "widths": (0, 2, 4, 6)},
+        {"basis_bits": (4, 0), "rank_in": 32, "dense": (1, 4)},
+        {"basis_bits": (16, 16), "rank_out": 48},
+    ],
+    ids=["no bases", "input basis and super experts", "16-bit bases"],
+)
+def test_every_kind_of_layer(layer: dict[str, object], tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", tmp_path, **layer)
+    check_against_transformers(folder, run(folder))
+
+
+def test_layers_that_stayed_dense(tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", tmp_path, names=["model.layers.1.mlp.experts"])
+    check_against_transformers(folder, run(folder))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_torch_compile(architecture: str, tmp_path: Path) -> None:
+    folder = packed_checkpoint(architecture, tmp_path)
+    check_equal(run(folder, enforce_eager=False), run(folder))
