@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitsmoe_modifier.allocation import Allocation, allocate
+from bitsmoe_modifier.allocation import Allocation, allocate, hull_curve
 from bitsmoe_modifier.errors import RecipeError
 
 SOLVERS = ("highs", "pulp", "lagrangian")
@@ -170,6 +170,28 @@ def test_lagrangian_on_anything(data: st.DataObject) -> None:
     optimum = exact(distortion, cost, budget)
     slack = 1e-9 * (1 + float(distortion.sum()))
     assert optimum - slack <= solved.distortion <= optimum + solved.gap + slack
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hull_curve_bounds_every_budget(kind: str) -> None:
+    """Convex and falling, below the optimum everywhere, and reached by it at the corners."""
+    for seed in range(20):
+        distortion, cost, _ = instance(kind, seed)
+        at, least = hull_curve(distortion, cost)
+        slack = 1e-9 * (1 + float(distortion.sum()))
+        assert at.shape == least.shape
+        assert (np.diff(at) > 0).all()
+        assert (np.diff(least) <= slack).all()
+        if len(at) > 2:
+            slope = np.diff(least) / np.diff(at)
+            assert (np.diff(slope) >= -1e-9 * np.abs(slope[:-1])).all()
+        prices = np.broadcast_to(cost, distortion.shape)
+        assert at[0] == prices.min(1).sum()
+        assert least[-1] == pytest.approx(distortion.min(1).sum(), abs=slack)
+        for corner, value in zip(at, least, strict=True):
+            assert exact(distortion, cost, int(corner)) == pytest.approx(value, abs=slack)
+        for budget in np.linspace(at[0], at[-1], 7):
+            assert np.interp(budget, at, least) <= exact(distortion, cost, int(budget)) + slack
 
 
 # ------------------------------------------------------------------------------------------------- the edges

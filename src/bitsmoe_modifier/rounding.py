@@ -67,7 +67,7 @@ def search_step(
     rms = (row @ w.square() / row.sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()
     covering = w.abs().amax(-2, keepdim=True) / level
     lowest = rms * (0.75 * _NORMAL_STEP[width])
-    highest = torch.minimum(covering, lowest * _COARSE_SPAN.get(width, float("inf"))).clamp_min(1e-30)
+    highest = torch.minimum(covering, lowest * _COARSE_SPAN.get(width, 1e6)).clamp_min(1e-30)
     lowest = torch.minimum(lowest, highest).clamp_min(1e-30)
     ratio = (highest / lowest) ** (1 / (candidates - 1))
     trial = lowest
