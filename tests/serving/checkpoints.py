@@ -1,11 +1,21 @@
-"""Tiny random checkpoints, written as `oneshot` writes them but without llm-compressor, which vLLM's environment lacks."""
+"""Tiny random checkpoints, written as `oneshot` does but without llm-compressor, which vLLM's environment lacks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from compressed_tensors import ModelCompressor
-from helpers import _COMMON, _SPECIFIC, RandomLayer, pack_randomly
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+    initialize_module_for_quantization,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from helpers import _COMMON, _SPECIFIC, RandomLayer, pack_randomly
 
 # vLLM's latent attention has a kernel for these sizes alone on CPU
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
@@ -48,18 +58,25 @@ def save_packed(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def packed_checkpoint(architecture: str, folder: Path, *, names: list[str] | None = None, **layer: object) -> Path:
-    """A random model with random packed experts (see `helpers.random_layer`)."""
+def packed_checkpoint(
+    architecture: str, folder: Path, *, names: list[str] | None = None, w4a16: bool = False, **layer: object
+) -> Path:
+    """A random model with random packed experts (see `helpers.random_layer`), and W4A16 attention on request."""
     model = random_model(architecture)
+    if w4a16:
+        quantize_attention(model)
     pack_randomly(model, names, **layer)
     return save_packed(model, folder)
 
 
-def decoded_checkpoint(architecture: str, folder: Path, **layer: object) -> Path:
-    """The dense model that `packed_checkpoint` with the same arguments stands for."""
+def decoded_checkpoint(architecture: str, folder: Path, *, w4a16: bool = False, **layer: object) -> Path:
+    """The model with dense experts that `packed_checkpoint` with the same arguments stands for."""
     model, packed = random_model(architecture), random_model(architecture)
     for name, expected in pack_randomly(packed, **layer).items():
         insert_dense(model.get_submodule(name), expected)
+    if w4a16:
+        quantize_attention(model)
+        return save_packed(model, folder)
     model.save_pretrained(folder)
     return folder
 
@@ -70,3 +87,26 @@ def insert_dense(experts: torch.nn.Module, layer: RandomLayer) -> None:
     gate_up, down = layer.dense()
     experts.gate_up_proj.copy_(gate_up)
     experts.down_proj.copy_(down)
+
+
+def quantize_attention(model: PreTrainedModel) -> None:
+    """Give the attention's projections a W4A16 scheme with round-to-nearest scales, as GPTQModifier attaches it."""
+    arguments = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True)
+    scheme = QuantizationScheme(targets=["re:.*self_attn\\.[qkvo]_proj$"], weights=arguments)
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
+            initialize_module_for_quantization(module, scheme)
+            groups = module.weight.detach().unflatten(1, (-1, 32))
+            scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+            module.weight_scale.data.copy_(scale)
+            if hasattr(module, "weight_zero_point"):
+                module.weight_zero_point.data.copy_(zero_point)
+            module.quantization_status = QuantizationStatus.FROZEN
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite a checkpoint's only safetensors file after ``change`` has edited its tensors."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})

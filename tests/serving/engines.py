@@ -77,8 +77,9 @@ def run(folder: Path, **settings: Any) -> list[Generated]:
 
 def check_against_transformers(folder: Path, found: list[Generated]) -> None:
     """Compare with the same checkpoint in transformers: greedy tokens equal, logprobs within `TOLERANCE`."""
-    import bitsmoe_modifier  # noqa: F401 - registers the loader
     from transformers import AutoModelForCausalLM
+
+    import bitsmoe_modifier  # noqa: F401 - registers the loader
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, generated in zip(PROMPTS, found, strict=True):

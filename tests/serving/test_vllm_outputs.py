@@ -1,5 +1,7 @@
 """What vLLM computes from a checkpoint with packed experts."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,18 @@ def test_layers_that_stayed_dense(tmp_path: Path) -> None:
 def test_torch_compile(architecture: str, tmp_path: Path) -> None:
     folder = packed_checkpoint(architecture, tmp_path)
     check_equal(run(folder, enforce_eager=False), run(folder))
+
+
+def test_w4a16_attention_beside_packed_experts(tmp_path: Path) -> None:
+    packed = packed_checkpoint("qwen3_moe", tmp_path / "packed", w4a16=True)
+    decoded = decoded_checkpoint("qwen3_moe", tmp_path / "decoded", w4a16=True)
+    groups = json.loads((packed / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(group["format"] for group in groups.values()) == ["bitsmoe", "pack-quantized"]
+    check_equal(run(packed), run(decoded))
+
+
+def test_dummy_weights(tmp_path: Path) -> None:
+    folder = packed_checkpoint("deepseek_v3", tmp_path)
+    (folder / "model.safetensors").unlink()
+    for generated in run(folder, load_format="dummy"):
+        assert all(math.isfinite(value) for place in generated.logprobs for value in place.values())

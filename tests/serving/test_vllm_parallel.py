@@ -1,0 +1,24 @@
+"""Two ranks on CPU, each with its part of every layer."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import packed_checkpoint
+from engines import check_against_transformers, engine, run
+
+pytestmark = pytest.mark.vllm
+
+LAYER = {"dense": (1, 2), "widths": (0, 2, 4, 6)}
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["tensor parallel", "expert parallel"])
+def test_two_ranks_equal_one(experts: bool, tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", tmp_path, **LAYER)
+    found = run(folder, tensor_parallel_size=2, enable_expert_parallel=experts)
+    check_against_transformers(folder, found)
+
+
+def test_refuses_ranks_that_cut_a_group(tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", tmp_path, group_size=32)
+    with pytest.raises(Exception, match=r"."), engine(folder, tensor_parallel_size=2):
+        pass

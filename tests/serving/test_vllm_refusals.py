@@ -1,0 +1,111 @@
+"""What vLLM must refuse, and how it says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_tensors, packed_checkpoint
+from engines import engine
+
+from bitsmoe_modifier.errors import CheckpointError
+
+pytestmark = pytest.mark.vllm
+
+
+def damage(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.codes_out"][100] ^= 1
+
+
+def shorten(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.steps_in"] = tensors["model.layers.1.mlp.experts.steps_in"][:-1]
+
+
+def remove(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.experts.basis_out_step"]
+
+
+def remove_layer(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if key.startswith("model.layers.1.mlp.experts.")]:
+        del tensors[key]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage, r"layers\.1\.mlp\.experts\.codes_out: the checksum does not match"),
+        (shorten, r"layers\.1\.mlp\.experts\.steps_in: is torch\.float16 \(\d+,\), the layout and widths imply"),
+        (remove, r"layers\.1\.mlp\.experts\.basis_out_step: missing"),
+        (remove_layer, r"layers\.1\.mlp\.experts: no tensor of its packed experts arrived.*(Qwen3|DeepseekV3)"),
+    ],
+    ids=["damaged", "mis-sized", "missing", "whole layer missing"],
+)
+def test_incomplete_or_damaged_checkpoint(architecture: str, change: object, message: str, tmp_path: Path) -> None:
+    folder = packed_checkpoint(architecture, tmp_path)
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=message), engine(folder):
+        pass
+
+
+def test_config_of_another_model(tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "moe_intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"layout: intermediate_size is 32, config\.json makes it 64"), engine(folder):
+        pass
+
+
+def test_without_the_plugin(tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", tmp_path)
+    program = (
+        "import sys; from vllm import LLM\n"
+        "LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=64)\n"
+        "print('started')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "started" not in done.stdout
+    assert "Error" in done.stderr
+    assert "experts" in done.stderr or "pack-quantized" in done.stderr
+
+
+def test_unsupported_vllm_version() -> None:
+    from vllm.model_executor.layers import quantization
+
+    from bitsmoe_modifier.serving.refusal import refuse_checkpoints
+
+    ours = {"quant_method": "compressed-tensors", "format": "bitsmoe", "config_groups": {}}
+    registered = dict(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG)
+    try:
+        refuse_checkpoints("this is vLLM 9")
+        method = quantization.get_quantization_config("bitsmoe")
+        with pytest.raises(CheckpointError, match="packed as bitsmoe: this is vLLM 9"):
+            method.override_quantization_method(ours, None, hf_config=None)
+        assert method.override_quantization_method({"quant_method": "gptq"}, None, hf_config=None) is None
+    finally:
+        quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.update(registered)
+
+
+def test_model_files_that_bypass_the_loader() -> None:
+    from vllm.model_executor.models.bailing_moe_v3 import BailingMoeV3ForCausalLM
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV3ForCausalLM
+    from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+
+    from bitsmoe_modifier.serving.config import check_model_class
+
+    check_model_class(Qwen3MoeForCausalLM)
+    check_model_class(DeepseekV3ForCausalLM)
+    with pytest.raises(CheckpointError, match=r"BailingMoeV3ForCausalLM \(vllm\..*\.bailing_moe_v3\)"):
+        check_model_class(BailingMoeV3ForCausalLM)
