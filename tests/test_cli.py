@@ -13,6 +13,7 @@ from bitsmoe_modifier import cli
 from bitsmoe_modifier.cli import build_parser, demo_asset, main
 from bitsmoe_modifier.errors import BitsMoEError
 from helpers import pack_randomly, save, tiny_model
+from tiny_text import save_tiny, write_text
 
 
 @pytest.mark.parametrize("command", [[], ["quantize"], ["compare"], ["eval"], ["inspect"]], ids=lambda c: "".join(c))
@@ -160,8 +161,6 @@ def test_a_dense_model_without_experts_is_refused(tmp_path, capsys):
 
 
 def test_quantize_then_eval_then_inspect(tmp_path, capsys):
-    from compare.conftest import save_tiny, write_text
-
     model = save_tiny(tmp_path / "model")
     text = write_text(tmp_path / "text.txt", 3000, seed=0)
     recipe = tmp_path / "recipe.yaml"
