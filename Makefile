@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 ## Quantize the shipped demo model by GPTQ and BitsMoE from one recipe, evaluate both, write demo-report/report.md
 demo: $(VENV)/ready
-	$(BIN)/bitsmoe compare --out $(DEMO_OUT) --overwrite
+	$(BIN)/bitsmoe compare --out $(DEMO_OUT)
 
 ## Everything that takes seconds (under 10 minutes in all)
 test: $(VENV)/ready

@@ -64,9 +64,12 @@ class BitsMoEModifier(Modifier):
         output_basis: the same for down.
         error_feedback: round each direction so that it absorbs the errors of those before it; False is faster
             and worse.
+        refine_passes: rounds of coordinate descent after the feedback, 0 for none; each costs about as much as it.
         solver: of the bit allocation: "highs" or "pulp" (exact integer programs), "lagrangian" (any size, reports its
             gap), "auto" (exact where that takes about a second).
-        scope: "layer": every layer gets the same bits per weight. "global": layers share one budget by their effect.
+        scope: "global": layers share one budget by their effect on the model's predictions, which takes a survey of the
+            model before the first layer (about as long as calibration without rounding). "layer": every layer gets the
+            same bits per weight.
         super_experts: kept dense within the same budget. "none", "auto" (outlying output norm), or a list of
             "MODULE.EXPERT", e.g. "model.layers.3.mlp.experts.17".
         targets: names of experts modules, or regular expressions after "re:".
@@ -77,7 +80,7 @@ class BitsMoEModifier(Modifier):
     requires_calibration_data: bool = True
 
     bits: float = Field(default=2.0, gt=0, le=8)
-    widths: list[int] = Field(default_factory=lambda: [0, 2, 4, 6])
+    widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
     block_size: int | None = None
     group_size: int = 128
     basis_bits: Literal[4, 8, 16] = 4
@@ -85,7 +88,8 @@ class BitsMoEModifier(Modifier):
     output_basis: Literal["auto", "spectral", "none"] = "auto"
     error_feedback: bool = True
     solver: Literal["auto", "highs", "pulp", "lagrangian"] = "auto"
-    scope: Literal["layer", "global"] = "layer"
+    refine_passes: int = Field(default=2, ge=0)
+    scope: Literal["layer", "global"] = "global"
     super_experts: Literal["none", "auto"] | list[str] = "none"
     targets: list[str] = Field(default_factory=lambda: [r"re:.*\.experts$"])
     ignore: list[str] = Field(default_factory=list)
@@ -133,6 +137,7 @@ class BitsMoEModifier(Modifier):
             input_basis=self.input_basis,
             output_basis=self.output_basis,
             error_feedback=self.error_feedback,
+            refine_passes=self.refine_passes,
             solver=self.solver,
             dampening_frac=self.dampening_frac,
         )

@@ -44,14 +44,14 @@ class QuantizerSettings:
     """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users."""
 
     bits: float = 2.0
-    widths: tuple[int, ...] = (0, 2, 4, 6)
+    widths: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
     block_size: int | None = None
     group_size: int = 128
     basis_bits: int = 4
     input_basis: BasisChoice = "auto"
     output_basis: BasisChoice = "auto"
     error_feedback: bool = True
-    refine_passes: int = 1
+    refine_passes: int = 2
     solver: Solver = "auto"
     dampening_frac: float = 0.01
 
