@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
 from compressed_tensors.offload.cache import OffloadCache
@@ -21,7 +20,7 @@ from .format import attach, make_scheme
 from .planes import WIDTHS
 from .quantize import LayerPlan, LayerReport, QuantizerSettings, plan_layer, quantize_layer
 from .statistics import RoutedTokens
-from .survey import Inputs, experts_inputs, share_budget, survey_layers
+from .survey import Curve, Inputs, experts_inputs, share_budget, survey_layers
 from .targets import check_experts, check_unclaimed, dense_experts, find_experts
 
 #: Calibration tokens per expert, on average, below which a run is refused / warned about.
@@ -98,6 +97,7 @@ class BitsMoEModifier(Modifier):
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
     _budgets: dict[str, float] = PrivateAttr(default_factory=dict)
+    _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
     _sequential_targets: Any = PrivateAttr(default=None)
@@ -123,6 +123,8 @@ class BitsMoEModifier(Modifier):
     def _check_bits(self) -> "BitsMoEModifier":
         if self.bits > max(self.widths) + 1:
             raise ValueError(f"bits {self.bits} cannot be spent with widths {self.widths}; add wider ones")
+        if self.super_experts != "none" and 0 not in self.widths:
+            raise ValueError(f"super_experts store no codes, which takes width 0; add 0 to widths {self.widths}")
         return self
 
     @property
@@ -151,7 +153,8 @@ class BitsMoEModifier(Modifier):
         self._check_super_experts(experts)
         tokens = _count_tokens(state.data.calib if state.data is not None else None)
         for name, module in tqdm(experts.items(), desc="Checking experts"):
-            check_experts(name, module, self.settings)
+            listed = self._dense_ids(name)
+            check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
             _check_calibration(name, module.num_experts, tokens, _choices_per_token(state.model))
         self._names = {module: name for name, module in experts.items()}
         self._sequential_targets = kwargs.get("sequential_targets")
@@ -170,7 +173,8 @@ class BitsMoEModifier(Modifier):
     def _share_budget(self, state: State) -> dict[str, float]:
         """Bits of every layer under one budget for all, from a survey of the unquantized model."""
 
-        def curve_of(module: LinearExperts2D, inputs: list[Inputs]) -> tuple[np.ndarray, np.ndarray]:
+        def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
+            self._metrics[self._names[module]] = metric.cpu()
             with _named(self._names[module]):
                 return self._plan(module, self._names[module], inputs).curve()
 
@@ -178,9 +182,7 @@ class BitsMoEModifier(Modifier):
         weights = {name: sum(p.numel() for p in _weights(module)) for module, name in self._names.items()}
         budgets = share_budget(surveys, self.bits * sum(weights.values()))
         for name, budget in budgets.items():
-            logger.info(
-                f"{name}: {budget / weights[name]:.3f} bits per weight, sensitivity {surveys[name].sensitivity:.2e}"
-            )
+            logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
         return budgets
 
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
@@ -203,7 +205,9 @@ class BitsMoEModifier(Modifier):
         """Plan one layer from its captured inputs."""
         x, index, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
         tokens = RoutedTokens.from_router(x, index, weight, module.num_experts)
-        return plan_layer(dense_experts(module), tokens, self.settings, dense_ids=self._dense_ids(name))
+        metric = self._metrics.get(name)
+        metric = None if metric is None else metric.to(x.device)
+        return plan_layer(dense_experts(module), tokens, self.settings, metric, self._dense_ids(name))
 
     def _quantize(self, module: LinearExperts2D, name: str) -> BitsMoEExperts:
         """Pack one layer from its captured inputs, which are dropped."""

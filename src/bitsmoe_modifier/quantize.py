@@ -6,7 +6,7 @@
 `plan_layer` is also what global allocation needs of every layer before the first one is rounded: `LayerPlan.curve`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -88,8 +88,9 @@ class DenseExperts:
 
     def check_finite(self) -> None:
         """Raise CalibrationError naming the first expert with NaN or infinity in its weights."""
-        for name in ("gate_up", "down"):
-            bad = ~torch.isfinite(getattr(self, name)).flatten(1).all(1)
+        for name in ("gate_up", "down", "in_bias", "out_bias"):
+            tensor = getattr(self, name)
+            bad = torch.zeros(()) if tensor is None else ~torch.isfinite(tensor).flatten(1).all(1)
             if bool(bad.any()):
                 expert = int(bad.nonzero()[0])
                 raise CalibrationError(
@@ -172,21 +173,22 @@ class LayerPlan:
             RecipeError: when the budget does not even pay what every option stores regardless of width.
         """
         best: tuple[SidePlan, SidePlan, Allocation] | None = None
+        cost, least = self._unit_costs(), np.inf
         for inputs in self.inputs:
             for outputs in self.outputs:
-                left = budget_bits - self.fixed_bits(inputs, outputs)
-                if left < 0:
+                table, fixed = self._table(inputs, outputs), self.fixed_bits(inputs, outputs)
+                least = min(least, fixed + len(table) * cost[0])
+                if budget_bits < fixed + len(table) * cost[0]:
                     continue
-                solved = allocate(self._table(inputs, outputs), self._unit_costs(), left, self.settings.solver)
+                solved = allocate(table, cost, budget_bits - fixed, self.settings.solver)
                 if best is None or solved.distortion < best[2].distortion:
                     best = (inputs, outputs, solved)
         if best is None:
-            least = min(self.fixed_bits(i, o) for i in self.inputs for o in self.outputs)
             weights = self.experts.gate_up.numel() + self.experts.down.numel()
             raise RecipeError(
                 f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this "
-                "layer's bases, widths and dense experts take; raise `bits`, lower `basis_bits` or set the bases to "
-                "none"
+                "layer's bases, widths, dense experts and narrowest codes take; raise `bits`, lower `basis_bits`, set "
+                "the bases to none or add 0 to `widths`"
             )
         return best
 
@@ -201,7 +203,8 @@ class LayerPlan:
         table = torch.cat([s.costs.distortion.flatten(0, 1) for s in (inputs, outputs)]).numpy()
         if not self.dense_ids:
             return table
-        # a dense expert's units lose nothing at width 0, so every solver gives them none
+        # A dense expert's units lose nothing at width 0, so no solver buys them more while another unit gains by it;
+        # `quantize_layer` takes back what is bought from a budget that exceeds every need.
         table = table.copy()
         matrices = torch.zeros(len(self.experts.down), dtype=torch.bool)
         matrices[list(self.dense_ids)] = True
@@ -252,15 +255,19 @@ def plan_layer(
     statistics = collect_statistics(tokens, experts.gate_up, experts.down, experts.gating, experts.in_bias, metric)
     if dense_ids == "auto":
         dense_ids = super_experts(statistics)
+    if dense_ids and 0 not in settings.widths:
+        raise RecipeError("super_experts store no codes, which takes width 0; add 0 to `widths`")
     block_size = settings.resolve_block_size(experts.down.shape[1])
     warnings: list[str] = []
-    inputs = tuple(
-        _plan_input(experts, tokens, statistics, settings, block_size, spectral, warnings)
-        for spectral in _choices(settings.input_basis)
+    inputs = _candidates(
+        settings.input_basis,
+        lambda spectral: _plan_input(experts, tokens, statistics, settings, block_size, spectral, warnings),
+        warnings,
     )
-    outputs = tuple(
-        _plan_output(experts, statistics, settings, block_size, spectral, metric, warnings)
-        for spectral in _choices(settings.output_basis)
+    outputs = _candidates(
+        settings.output_basis,
+        lambda spectral: _plan_output(experts, statistics, settings, block_size, spectral, metric, warnings),
+        warnings,
     )
     return LayerPlan(
         experts, tokens, settings, statistics, inputs, outputs, block_size, tuple(dense_ids), tuple(warnings)
@@ -278,8 +285,21 @@ def super_experts(statistics: LayerStatistics) -> tuple[int, ...]:
     return tuple(sorted(found[: max(1, len(peak) // 32)]))
 
 
-def _choices(choice: BasisChoice) -> tuple[bool, ...]:
-    return {"auto": (True, False), "spectral": (True,), "none": (False,)}[choice]
+def _candidates(
+    choice: BasisChoice, plan: Callable[[bool], SidePlan], warnings: list[str]
+) -> tuple[SidePlan, ...]:
+    """Plans of a side with and without a basis, as the choice allows; "auto" goes on without one that fails."""
+    plans = []
+    if choice != "none":
+        try:
+            plans.append(plan(True))
+        except RecipeError as error:
+            if choice == "spectral":
+                raise
+            warnings.append(str(error))
+    if choice != "spectral":
+        plans.append(plan(False))
+    return tuple(plans)
 
 
 def _plan_input(
@@ -378,6 +398,9 @@ def quantize_layer(plan: LayerPlan, budget_bits: float) -> tuple[PackedExperts, 
     cut = 2 * num_experts * rank_in // plan.block_size
     pick_in = chosen[:cut].view(2 * num_experts, -1)
     pick_out = chosen[cut:].view(num_experts, -1)
+    for expert in plan.dense_ids:
+        pick_in[2 * expert : 2 * expert + 2] = 0
+        pick_out[expert] = 0
 
     h = _project(plan.tokens.x, inputs.basis)
     codes_in, step_in, width_in = _round_input(plan, inputs, pick_in, h)

@@ -64,8 +64,11 @@ def check_unclaimed(experts: Iterable[tuple[str, LinearExperts2D]]) -> None:
         )
 
 
-def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSettings) -> None:
+def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSettings, num_dense: int = 0) -> None:
     """Check that one layer can be quantized as asked: gating, sizes, budget, finite weights.
+
+    Args:
+        num_dense: experts that the recipe keeps dense.
 
     Raises:
         RecipeError, CalibrationError: naming the layer, the offender and the remedy.
@@ -77,19 +80,34 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
     hidden, width = module[0].down_proj.weight.shape
-    check_sizes(name, module.num_experts, hidden, width, settings)
+    dense_share = num_dense / module.num_experts
+    dense_bits = 8 * module[0].down_proj.weight.element_size()
+    check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
     with torch.no_grad(), disable_offloading():
         for expert in range(module.num_experts):
             for projection in _PROJECTIONS:
-                if not bool(torch.isfinite(getattr(module[expert], projection).weight).all()):
-                    raise CalibrationError(
-                        f"{name}: the {projection} weights of expert {expert} hold NaN or infinity; "
-                        "check the base model"
-                    )
+                for kind, tensor in getattr(module[expert], projection).named_parameters():
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise CalibrationError(
+                            f"{name}: the {projection} {kind} of expert {expert} holds NaN or infinity; "
+                            "check the base model"
+                        )
 
 
-def check_sizes(name: str, num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> None:
+def check_sizes(
+    name: str,
+    num_experts: int,
+    hidden: int,
+    width: int,
+    settings: QuantizerSettings,
+    dense_share: float = 0.0,
+    dense_bits: int = 16,
+) -> None:
     """Check group size, block size and budget against one layer's sizes.
+
+    Args:
+        dense_share: share of the experts that is kept dense.
+        dense_bits: bits of a weight of those.
 
     Raises:
         RecipeError: naming the field and values that would do.
@@ -105,16 +123,18 @@ def check_sizes(name: str, num_experts: int, hidden: int, width: int, settings: 
         fitting = [b for b in (8, 16, 32, 64, 128) if hidden % b == 0]
         advice = f"set block_size to one of {fitting}" if fitting else "add the layer to `ignore`"
         raise RecipeError(f"{name}: block_size {block} does not divide the hidden size H = {hidden}; {advice}")
-    least = least_bits(num_experts, hidden, width, settings)
+    coded = least_bits(num_experts, hidden, width, settings)
+    least = coded * (1 - dense_share) + dense_bits * dense_share
     if settings.bits < least:
         raise RecipeError(
-            f"{name}: bits {settings.bits} is below {least:.3f}, what its bases, widths and steps alone cost; raise "
-            "`bits`, lower `basis_bits`, or set input_basis and output_basis to none"
+            f"{name}: bits {settings.bits} is below {least:.3f}, what its bases, steps, narrowest widths and super "
+            "experts cost; raise `bits`, lower `basis_bits`, add 0 to `widths`, or set input_basis and output_basis to "
+            "none"
         )
 
 
 def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> float:
-    """Bits per weight of everything but the codes, with every unit kept: forced bases, steps and widths."""
+    """Bits per weight at the narrowest width, steps of every unit counted: forced bases, steps, widths, codes."""
     basis_group = settings.resolve_basis_group(hidden)
     forced = sum(choice == "spectral" for choice in (settings.input_basis, settings.output_basis))
     per_entry = settings.basis_bits + (0 if settings.basis_bits == 16 else 16 / basis_group)
@@ -122,7 +142,8 @@ def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSet
         num_experts, hidden, width, hidden, hidden, settings.resolve_block_size(hidden), settings.group_size, 0, 0, 8
     )
     units = num_experts * (2 * layout.units_in + layout.units_out)
-    return (forced * hidden**2 * per_entry + 8 * units) / layout.dense_elements + 16 / settings.group_size
+    fixed = forced * hidden**2 * per_entry + 8 * units
+    return fixed / layout.dense_elements + 16 / settings.group_size + min(settings.widths)
 
 
 def dense_experts(module: LinearExperts2D) -> DenseExperts:
