@@ -1,13 +1,12 @@
-"""A pass over the whole model before its first layer is quantized, for `scope: global`.
+"""Two passes over the unquantized model before its first layer is quantized, for `scope: global`.
 
-For every MoE layer it finds the least distortion at every size (`LayerPlan.curve`, from one forward pass over all
-calibration rows) and how much a squared error of the layer's output costs in KL divergence of the model's predictions
-(from one backward pass over a few rows). Both go through the model one sequential target at a time, as calibration
-itself does, so no second copy of the model and no whole-model backward graph is ever in memory.
+The first, over a few rows, finds how much errors of every MoE layer's output cost in KL divergence of the model's
+predictions; the second, over all rows, what every layer loses at every size (`LayerPlan.curve`). Both go through the
+model one sequential target at a time, as calibration itself does, so no second copy of the model and no whole-model
+backward graph is ever in memory.
 
-Sensitivity: for labels drawn from the model's own predictions, the gradient g_t of their log-likelihood in the layer's
-output at token t has E[g gᵀ] = the Fisher information, and a small error Δ costs ½ Δᵀ E[g gᵀ] Δ nats of KL divergence.
-Errors after rounding have no preferred direction, which leaves ``½ mean‖g‖² / H`` per squared error.
+For labels drawn from the model's own predictions, the gradient g_t of their log-likelihood in the layer's output at
+token t has E[g gᵀ] = M, the Fisher information: a small error Δ costs ½ Δᵀ M Δ nats of KL divergence.
 """
 
 import contextlib
@@ -40,9 +39,10 @@ from tqdm import tqdm
 
 from .allocation import allocate
 from .errors import CalibrationError, RecipeError
+from .statistics import prior_share
 
-#: Tokens of the backward pass: the sensitivity is one mean per layer, a few thousand samples settle it.
-_BACKWARD_TOKENS = 4096
+#: Tokens of the backward pass.
+_BACKWARD_TOKENS = 8192
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -53,13 +53,13 @@ class LayerSurvey:
 
     Attributes:
         bits: stored bits, rising, ``[points]``.
-        distortion: least squared output error at those sizes, summed over the calibration tokens, ``[points]``.
-        sensitivity: KL divergence per squared output error, up to a constant that all layers share.
+        distortion: least cost at those sizes under the metric, summed over the calibration tokens, ``[points]``.
+        metric: M, float32 ``[H, H]``: twice the KL divergence that errors of the layer's output cost.
     """
 
     bits: np.ndarray
     distortion: np.ndarray
-    sensitivity: float
+    metric: torch.Tensor
 
 
 def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[str, float]:
@@ -72,7 +72,7 @@ def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[
         RecipeError: when the budget is below what all layers store at least.
     """
     bits = np.stack([s.bits for s in surveys.values()])
-    loss = np.stack([s.distortion * s.sensitivity for s in surveys.values()])
+    loss = np.stack([s.distortion for s in surveys.values()])
     try:
         solved = allocate(loss, bits, total_bits, "lagrangian")
     except RecipeError as error:
@@ -84,11 +84,14 @@ def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[
     return dict(zip(surveys, chosen.tolist(), strict=True))
 
 
+Curve = tuple[np.ndarray, np.ndarray]
+
+
 def survey_layers(
     model: nn.Module,
     dataloader: Any,
     experts: Mapping[nn.Module, str],
-    curve_of: Callable[[nn.Module, list[Inputs]], tuple[np.ndarray, np.ndarray]],
+    curve_of: Callable[[nn.Module, list[Inputs], torch.Tensor], Curve],
     sequential_targets: list[str] | str | None = None,
 ) -> dict[str, LayerSurvey]:
     """Survey the experts modules of an unquantized model.
@@ -97,12 +100,15 @@ def survey_layers(
         model: as llm-compressor calibrates it (experts linearized).
         dataloader: calibration batches.
         experts: name of each experts module.
-        curve_of: from a module and its captured inputs (hidden states, top-k ids, top-k weights of every batch) to its
-            (bits, distortion) curve.
+        curve_of: from a module, its captured inputs (hidden states, top-k ids, top-k weights of every batch) and its
+            metric to its (bits, distortion) curve.
         sequential_targets: as given to `oneshot`; None for the model's own.
 
     Returns:
         by module name.
+
+    Raises:
+        CalibrationError: naming the modules that no calibration row reached.
     """
     targets = infer_sequential_targets(model, sequential_targets)
     subgraphs = trace_subgraphs(model, next(iter(dataloader)), targets, DatasetArguments().tracing_ignore, 1)
@@ -111,48 +117,60 @@ def survey_layers(
         DisableQuantization(model),
         patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False),
     ):
-        curves, kept = _forward(model, dataloader, subgraphs, experts, curve_of)
-        sensitivity = _backward(model, subgraphs, kept, experts)
-    return {name: LayerSurvey(*curves[name], sensitivity[name]) for name in experts.values()}
+        kept: list[list[dict[str, Any]]] = []
+        for _ in _forward(model, _first(dataloader), subgraphs, "Surveying predictions", kept):
+            pass
+        metrics = _backward(model, subgraphs, kept, experts)
+        del kept
+        captured: dict[nn.Module, list[Inputs]] = {}
+        curves: dict[nn.Module, Curve] = {}
+        with capture_inputs(experts, captured):
+            for _ in _forward(model, list(dataloader), subgraphs, "Surveying layers"):
+                for module in list(captured):
+                    curves[module] = curve_of(module, captured.pop(module), metrics[module])
+    missed = [name for module, name in experts.items() if module not in curves]
+    if missed:
+        raise CalibrationError(f"calibration never reached {', '.join(missed)}; add them to `ignore`")
+    return {name: LayerSurvey(*curves[m], metrics[m]) for m, name in experts.items()}
+
+
+def _first(dataloader: Any) -> list[dict[str, torch.Tensor]]:
+    """The first batches that together have `_BACKWARD_TOKENS` tokens, or all."""
+    batches: list[dict[str, torch.Tensor]] = []
+    for batch in dataloader:
+        if sum(b["input_ids"].numel() for b in batches) >= _BACKWARD_TOKENS:
+            break
+        batches.append(batch)
+    return batches
 
 
 def _forward(
     model: nn.Module,
-    dataloader: Any,
+    batches: list[dict[str, torch.Tensor]],
     subgraphs: list[Subgraph],
-    experts: Mapping[nn.Module, str],
-    curve_of: Callable[[nn.Module, list[Inputs]], tuple[np.ndarray, np.ndarray]],
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[list[dict[str, Any]]]]:
-    """Curves of all layers, and the inputs of every subgraph for the batches of the backward pass."""
-    onload, offload = get_main_device(), torch.device("cpu")
-    activations = IntermediatesCache.from_dataloader(dataloader, onload, offload)
-    batches = len(dataloader)
-    backward_batches, tokens = 0, 0
-    for batch in dataloader:
-        if tokens < _BACKWARD_TOKENS:
-            backward_batches += 1
-            tokens += batch["input_ids"].numel()
-    captured: dict[nn.Module, list[Inputs]] = {}
-    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    kept: list[list[dict[str, Any]]] = []
-    with calibration_forward_context(model), capture_inputs(experts, captured):
-        for subgraph in tqdm(subgraphs, desc="Surveying layers"):
+    description: str,
+    kept: list[list[dict[str, Any]]] | None = None,
+) -> Iterator[None]:
+    """Run batches through the model one sequential target at a time, and yield after each.
+
+    ``kept`` receives, for every target, its inputs of every batch (on the CPU).
+    """
+    activations = IntermediatesCache.from_dataloader(batches, get_main_device(), torch.device("cpu"))
+    with calibration_forward_context(model):
+        for subgraph in tqdm(subgraphs, desc=description):
+            stored: list[dict[str, Any]] = []
             with disable_offloading():
-                kept.append([])
-                for batch in range(batches):
+                for batch in range(len(batches)):
                     inputs = activations.fetch(batch, subgraph.input_names)
-                    if batch < backward_batches:
-                        kept[-1].append(tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, inputs))
+                    if kept is not None:
+                        stored.append(tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, inputs))
                     outputs = subgraph.forward(model, **inputs)
                     if subgraph is not subgraphs[-1]:
                         activations.update(batch, outputs)
                         activations.delete(batch, subgraph.consumed_names)
-                for module in list(captured):
-                    curves[experts[module]] = curve_of(module, captured.pop(module))
-    missed = sorted(set(experts.values()) - set(curves))
-    if missed:
-        raise CalibrationError(f"calibration never reached {', '.join(missed)}; add them to `ignore`")
-    return curves, kept
+                if kept is not None:
+                    kept.append(stored)
+                yield
 
 
 @contextlib.contextmanager
@@ -181,9 +199,10 @@ def _backward(
     subgraphs: list[Subgraph],
     kept: list[list[dict[str, Any]]],
     experts: Mapping[nn.Module, str],
-) -> dict[str, float]:
-    """mean‖g‖² / H of every layer: from the last sequential target back to the first, each recomputed on the way."""
-    squares, elements = dict.fromkeys(experts, 0.0), dict.fromkeys(experts, 0)
+) -> dict[nn.Module, torch.Tensor]:
+    """M of every layer: from the last sequential target back to the first, each recomputed on the way."""
+    squares: dict[nn.Module, torch.Tensor] = {}
+    tokens = dict.fromkeys(experts, 0)
     outputs_of: dict[nn.Module, torch.Tensor] = {}
     logits: list[torch.Tensor] = []
     handles = [m.register_forward_hook(lambda m, _, out: outputs_of.update({m: out})) for m in experts]
@@ -208,13 +227,21 @@ def _backward(
                             ends.append((likelihood, torch.ones_like(likelihood)))
                         _pull_back(ends, inputs, outputs_of, slope)
                         for module, output in outputs_of.items():
-                            g = slope.pop(("", id(module)), torch.zeros(()))
-                            squares[module] += float(g.to(torch.float64).square().sum())
-                            elements[module] += output.numel()
+                            g = slope.pop(("", id(module)), torch.zeros_like(output)).to(torch.float32).flatten(0, -2)
+                            squares[module] = squares.get(module, 0) + g.T @ g
+                            tokens[module] += len(g)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: squares[m] / max(1, elements[m]) for m, name in experts.items()}
+    return {module: _metric(square, tokens[module]) for module, square in squares.items()}
+
+
+def _metric(square: torch.Tensor, tokens: int) -> torch.Tensor:
+    """E[g gᵀ] from its sum over tokens, shrunk towards a multiple of the identity as far as they are few."""
+    hidden = len(square)
+    share = float(prior_share([tokens], hidden)[0])
+    common = square.diagonal().mean() * torch.eye(hidden, device=square.device)
+    return (square * (1 - share) + common * share) / tokens
 
 
 #: Gradients of the values that sequential targets pass on, by (name, position in the value's tree).
