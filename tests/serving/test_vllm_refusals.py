@@ -55,7 +55,8 @@ def test_config_of_another_model(tmp_path: Path) -> None:
     folder = packed_checkpoint("qwen3_moe", tmp_path)
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "moe_intermediate_size": 64}))
-    with pytest.raises(CheckpointError, match=r"layout: intermediate_size is 32, config\.json makes it 64"), engine(folder):
+    message = r"layout: intermediate_size is 32, config\.json makes it 64"
+    with pytest.raises(CheckpointError, match=message), engine(folder):
         pass
 
 
@@ -64,7 +65,7 @@ def test_without_the_plugin(tmp_path: Path) -> None:
     program = (
         "import sys; from vllm import LLM\n"
         "LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=64)\n"
-        "print('started')"
+        "print('THE MODEL IS UP')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(folder)],
@@ -76,9 +77,9 @@ def test_without_the_plugin(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode != 0
-    assert "started" not in done.stdout
-    assert "Error" in done.stderr
-    assert "experts" in done.stderr or "pack-quantized" in done.stderr
+    assert "THE MODEL IS UP" not in done.stdout
+    # vLLM finds a scheme for the experts' projections that none of its kernels takes
+    assert "For Fused MoE layers, only format" in done.stderr
 
 
 def test_unsupported_vllm_version() -> None:
