@@ -291,7 +291,7 @@ TENSOR_NAMES = tuple(f.name for f in fields(PackedExperts))
 
 def _crc32(tensor: torch.Tensor) -> int:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return zlib.crc32(flat.numpy())
+    return zlib.crc32(flat.numpy().data)
 
 
 def check_structure(

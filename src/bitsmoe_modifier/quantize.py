@@ -573,9 +573,10 @@ def _pack(
         in_bias=plan.experts.in_bias,
         out_bias=plan.experts.out_bias,
     )
-    for name, side in (("basis_in", inputs), ("basis_out", outputs)):
-        if side.basis is not None:
-            packed = replace(packed, **{name: side.basis.stored, f"{name}_step": side.basis.step})
+    if inputs.basis is not None:
+        packed = replace(packed, basis_in=inputs.basis.stored, basis_in_step=inputs.basis.step)
+    if outputs.basis is not None:
+        packed = replace(packed, basis_out=outputs.basis.stored, basis_out_step=outputs.basis.step)
     if plan.dense_ids:
         ids = torch.tensor(plan.dense_ids, device=device)
         packed = replace(

@@ -8,6 +8,7 @@ and the layer's output is the sum of what the ranks compute.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def shard(
         intermediate_size=whole.intermediate_size // tp_size,
         num_dense=len(dense_rows),
     )
-    tensors: dict[str, torch.Tensor | None] = {
+    tensors: dict[str, Any] = {
         "layout": part.to_tensor().to(packed.layout.device),
         "widths_in": packed.widths_in[chosen],
         "widths_out": packed.widths_out[chosen],
