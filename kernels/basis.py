@@ -14,10 +14,10 @@ import triton.language as tl
 from bitsmoe_modifier.layout import decode_basis
 
 from .digits import digit_values, product
-from .launch import BASIS_TOKENS, capability
+from .launch import BASIS_TOKENS, basis_stages, capability, on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def basis_kernel(
     x_ptr, w_ptr, step_ptr, y_ptr, T,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -96,18 +96,20 @@ def basis(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor | None, bits
         if step is None:
             return x @ weight.to(x.dtype).T
         decoded = torch.empty(n, k, dtype=x.dtype, device=x.device)
-        decode_kernel[(triton.cdiv(n, 16), k // group)](
-            weight, step, decoded, n, K=k, BITS=bits, BK=group, BN=16, num_warps=2
-        )
+        with on(x.device):
+            decode_kernel[(triton.cdiv(n, 16), k // group)](
+                weight, step, decoded, n, K=k, BITS=bits, BK=group, BN=16, num_warps=2
+            )
         return x @ decoded.T
     y = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     bm = 8 if tokens <= 8 else 16
     grid = (triton.cdiv(n, 16), triton.cdiv(tokens, bm))
     if tokens:
-        basis_kernel[grid](
-            x, weight, step, y, tokens, N=n, K=k, BITS=bits, BM=bm, BN=16, BK=64 if bits == 16 else group, SLICES=4,
-            STAGES=4, PACK=4 if capability(x.device) else 0, num_warps=4,
-        )  # fmt: skip
+        with on(x.device):
+            basis_kernel[grid](
+                x, weight, step, y, tokens, N=n, K=k, BITS=bits, BM=bm, BN=16, BK=64 if bits == 16 else group,
+                SLICES=4, STAGES=basis_stages(bits), PACK=4 if capability(x.device) else 0, num_warps=4,
+            )  # fmt: skip
     return y
 
 

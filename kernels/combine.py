@@ -4,8 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["E"])
 def combine_kernel(
     t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
     TOP_K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
@@ -24,7 +26,7 @@ def combine_kernel(
         here = n < tl.where((e >= 0) & (e < E), N, 0)  # rows of other ids were never written
         p = tl.load(p_ptr + pair).to(tl.float32)
         if HAS_T:
-            acc += p * tl.load(t_ptr + pair * N + n, mask=here, other=0.0)
+            acc += p * tl.load(t_ptr + pair * N + n, mask=here, other=0.0).to(tl.float32)
         if HAS_BIAS:
             acc += p * tl.load(bias_ptr + e * N + n, mask=here, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * N + n, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -44,7 +46,7 @@ def combine(
     """``y = base + sum_j p_j (t_j + bias[id_j])`` over the ids inside ``[0, num_experts)``.
 
     Args:
-        t: float32 ``[T k, size]`` or None.
+        t: ``[T k, size]`` floats or None.
         ids: ``[T, k]`` contiguous integers.
         p: ``[T, k]`` contiguous floats.
         bias: ``[E, size]`` or None.
@@ -57,10 +59,11 @@ def combine(
     y = torch.empty(tokens, size, dtype=dtype, device=ids.device)
     if tokens:
         block = min(512, triton.next_power_of_2(size))
-        combine_kernel[(tokens, triton.cdiv(size, block))](
-            t, ids, p, bias, base, y, num_experts, TOP_K=k, N=size, BLOCK=block,
-            HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4,
-        )  # fmt: skip
+        with on(ids.device):
+            combine_kernel[(tokens, triton.cdiv(size, block))](
+                t, ids, p, bias, base, y, num_experts, TOP_K=k, N=size, BLOCK=block,
+                HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4,
+            )  # fmt: skip
     return y
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product
-from .launch import capability, down_tile, launch, power_of_two
+from .launch import capability, down_registers, down_tile, launch, on, power_of_two
 from .routing import pair_tile
 
 
@@ -46,14 +46,14 @@ def _group(
     return part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E"])
 def down_kernel(
     z_ptr, ids_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, t_ptr, P, E,
     R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, PP: tl.constexpr, SORTED: tl.constexpr,
     STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of pairs, tile of BR directions in payload order): t float32 [P, R'] from z [P, I]."""
+    """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I]."""
     UNITS: tl.constexpr = R // BS
     GROUPS: tl.constexpr = I // GS
     QUANTUM: tl.constexpr = BS * GS // 8
@@ -79,7 +79,8 @@ def down_kernel(
             code += (hi - lo) * GROUPS * WIDTHS[s]
             lo = hi
         direction = tl.load(order_ptr + e * UNITS + place) * BS + n
-        tl.store(t_ptr + pair[None, :].to(tl.int64) * R + direction[:, None], acc, mask=here[None, :])
+        t = t_ptr + pair[None, :].to(tl.int64) * R + direction[:, None]
+        tl.store(t, acc.to(t_ptr.dtype.element_ty), mask=here[None, :])
 
 
 @torch.library.custom_op("bitsmoe::down", mutates_args=())
@@ -97,25 +98,28 @@ def down(
     group_size: int,
     pair_tile: int,
 ) -> torch.Tensor:
-    """t float32 ``[T k, R']``; rows of pairs whose id is outside ``[0, E)`` are not written.
+    """t ``[T k, R']``, float32 for decode and of z's dtype for prefill, where t is large; rows of pairs whose id is
+    outside ``[0, E)`` are not written.
 
     Args:
         z: ``[T k, I]`` contiguous; the others as in `gate_up.gate_up`.
     """
     count, columns = z.shape
     directions = order.shape[1] * block_size
-    t = torch.empty(count, directions, dtype=torch.float32, device=z.device)
+    t = torch.empty(count, directions, dtype=torch.float32 if tiles is None else z.dtype, device=z.device)
     if not count:
         return t
     programs = count if tiles is None else tiles.shape[0]
     br = down_tile(programs, directions, block_size, pair_tile)
     how = launch(pair_tile, br, capability(z.device))
-    down_kernel[(programs, directions // br)](
-        z, ids, tiles, pairs, codes, steps, head, order, t, count, head.shape[0],
-        R=directions, I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths), BM=pair_tile, BR=br,
-        PP=power_of_two(count) if tiles is None else 16, SORTED=tiles is not None,
-        STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
-    )  # fmt: skip
+    with on(z.device):
+        down_kernel[(programs, directions // br)](
+            z, ids, tiles, pairs, codes, steps, head, order, t, count, head.shape[0],
+            R=directions, I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths), BM=pair_tile, BR=br,
+            PP=power_of_two(count) if tiles is None else 16, SORTED=tiles is not None,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
+            maxnreg=down_registers(pair_tile),
+        )  # fmt: skip
     return t
 
 
@@ -134,7 +138,8 @@ def _(
     group_size: int,
     pair_tile: int,
 ) -> torch.Tensor:
-    return z.new_empty(z.shape[0], order.shape[1] * block_size, dtype=torch.float32)
+    dtype = torch.float32 if tiles is None else z.dtype
+    return z.new_empty(z.shape[0], order.shape[1] * block_size, dtype=dtype)
 
 
 def down_reference(z: torch.Tensor, ids: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

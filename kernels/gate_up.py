@@ -16,7 +16,7 @@ from bitsmoe_modifier.gating import Gating
 
 from .activation import gate_value
 from .digits import digit_count, digit_size, digit_start, digit_values, digit_weight, plane_values, product
-from .launch import capability, gate_up_tile, launch, power_of_two
+from .launch import capability, gate_up_tile, launch, on, power_of_two
 from .routing import pair_tile
 
 
@@ -93,7 +93,7 @@ def _matrix(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E"])
 def gate_up_kernel(
     h_ptr, ids_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, bias_ptr, out_ptr,
     P, E, gain, inverse_gain,
@@ -145,7 +145,7 @@ def gate_up_kernel(
             tl.store(out, acc * inverse_gain, mask=here[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E"])
 def gate_kernel(
     part_ptr, ids_ptr, bias_ptr, z_ptr, P, E, I: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
@@ -218,17 +218,18 @@ def gate_up(
     how = launch(pair_tile, bn, capability(h.device))
     out = z if split == 1 else torch.empty(split, count, 2, columns, dtype=torch.float32, device=h.device)
     gate = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "LIMIT": limit, "ALPHA": alpha, "SHIFT": up_shift}
-    gate_up_kernel[(programs, columns // bn, 2 * split if split > 1 else 1)](
-        h, ids, tiles, pairs, codes, steps, head, order, bias, out, count, experts, gain, 1 / gain,
-        TOP_K=ids.shape[1], R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
-        BM=pair_tile, BN=bn, PP=power_of_two(count) if tiles is None else 16, SPLIT=split, SORTED=tiles is not None,
-        **gate, STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
-    )  # fmt: skip
-    if split > 1:
-        block = min(1024, triton.next_power_of_2(columns))
-        gate_kernel[(count, triton.cdiv(columns, block))](
-            out, ids, bias, z, count, experts, I=columns, SPLIT=split, BLOCK=block, **gate, num_warps=4
-        )
+    with on(h.device):
+        gate_up_kernel[(programs, columns // bn, 2 * split if split > 1 else 1)](
+            h, ids, tiles, pairs, codes, steps, head, order, bias, out, count, experts, gain, 1 / gain,
+            TOP_K=ids.shape[1], R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
+            BM=pair_tile, BN=bn, PP=power_of_two(count) if tiles is None else 16,
+            SPLIT=split, SORTED=tiles is not None, **gate, STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
+        )  # fmt: skip
+        if split > 1:
+            block = min(1024, triton.next_power_of_2(columns))
+            gate_kernel[(count, triton.cdiv(columns, block))](
+                out, ids, bias, z, count, experts, I=columns, SPLIT=split, BLOCK=block, **gate, num_warps=4
+            )
     return z
 
 

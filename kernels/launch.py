@@ -4,6 +4,7 @@ Few tokens: two warps, each decoding 64 rows of weights for 8 tokens with `mma.s
 sm_80. Many tokens: eight warps, with the widest tensor-core instruction that the GPU has.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,24 @@ def launch(tile: int, rows: int, cc: int) -> Launch:
     return Launch(warps=warps, stages=3 if tile <= 16 else 2, pack=pack)
 
 
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU; make it the tensors' own (models spread over several GPUs)."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def down_registers(tile: int) -> int | None:
+    """Registers per thread of down: two warps fit 128; left alone, the compiler aims lower and spills."""
+    return 128 if tile <= 8 else None
+
+
 def power_of_two(count: int) -> int:
     """The smallest power of two ≥ ``count``, at least 16."""
     return max(16, triton.next_power_of_2(count))
+
+
+def basis_stages(bits: int) -> int:
+    """Loads in flight of the basis kernel: fewer for 8 bits, whose four would not fit the registers."""
+    return 3 if bits == 8 else 4
 
 
 def decode_tile(pairs: int, experts: int) -> int:

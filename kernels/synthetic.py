@@ -27,8 +27,8 @@ def random_experts(
     def floats(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
-    def integers(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=g, device=device)
+    def integers(high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.randint(high, shape, generator=g, device=device, dtype=dtype)
 
     def side(
         matrices: int, units: int, fan_in: int, group_major: bool
@@ -37,7 +37,7 @@ def random_experts(
         chosen = choices[integers(len(widths), matrices, units)]
         chosen.view(layout.num_experts, -1)[: layout.num_dense] = 0
         bits = int(chosen.sum(dtype=torch.int64)) * layout.groups
-        codes = integers(256, bits * layout.quantum).to(torch.uint8)
+        codes = integers(256, bits * layout.quantum, dtype=torch.uint8)
         kept = (chosen > 0)[:, None].expand(-1, layout.groups, -1)
         rows = torch.rand(int(kept.sum()), layout.block_size, generator=g, device=device) + 0.5
         top = torch.tensor([levels(b) for b in range(9)], device=device)[chosen.long()]
@@ -52,7 +52,7 @@ def random_experts(
         if bits == 16:
             return floats(rows, columns, scale=columns**-0.5, dtype=torch.bfloat16), None
         step = torch.rand(rows, columns // layout.basis_group_size, generator=g, device=device) + 0.5
-        packed = integers(256, rows, columns * bits // 8).to(torch.uint8)
+        packed = integers(256, rows, columns * bits // 8, dtype=torch.uint8)
         return packed, (step / (levels(bits) * columns**0.5)).to(torch.float16)
 
     n, inner, hidden = layout.num_experts, layout.intermediate_size, layout.hidden_size

@@ -1,0 +1,64 @@
+"""Prefill speed of one MoE layer: `python benchmarks/prefill.py --shape qwen3-30b-a3b --tokens 512,2048,8192`.
+
+Time per layer, achieved arithmetic rate (6 H I k operations per token, what the 16-bit layer computes), and the ratio
+to the 16-bit grouped matrix product and to decoding every expert first and then multiplying. See layers.py for how
+times are taken.
+"""
+
+import argparse
+import platform
+
+import torch
+from layers import (
+    SHAPES,
+    Shape,
+    dense_weights,
+    grouped_layer,
+    kernel_layer,
+    markdown,
+    routing,
+    seconds_per_call,
+    stored_layer,
+)
+
+
+def run(shape: Shape, tokens: list[int], device: torch.device, repeats: int) -> str:
+    """The table for one shape."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    packed = stored_layer(shape, "bitsmoe", device, 0)
+    ours, dense = kernel_layer(packed), grouped_layer(*dense_weights(packed, dtype))
+
+    def decode_everything(x: torch.Tensor, ids: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return grouped_layer(*dense_weights(packed, dtype))(x, ids, p)
+
+    rows = []
+    for count in tokens:
+        x = torch.randn(count, shape.hidden, device=device, generator=torch.Generator(device=device).manual_seed(count))
+        arguments = (x.to(dtype), *routing(shape, count, device, count))
+        seconds = [
+            seconds_per_call([lambda layer=layer, a=arguments: layer(*a)], repeats, device, graph)
+            for layer, graph in ((ours, True), (dense, True), (decode_everything, False))
+        ]
+        rate = 6 * shape.hidden * shape.inner * shape.top_k * count / seconds[0]
+        row = [str(count), f"{seconds[0] * 1e3:.3f}", f"{rate / 1e12:.2f}"]
+        rows.append(row + [f"{other / seconds[0]:.2f}" for other in seconds[1:]])
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}, plain path"
+    header = ["tokens", "ms / layer", "TFLOP/s", "bf16 / ours", "decode all, multiply / ours"]
+    return f"{where}; medians of {repeats}\n\n{markdown(header, rows)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description="Prefill speed of one MoE layer.")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--tokens", default="512,2048,8192", help="comma-separated numbers of tokens")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    with torch.inference_mode():
+        tokens = [int(t) for t in options.tokens.split(",")]
+        print(run(SHAPES[options.shape], tokens, torch.device(options.device), options.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""What the compiler made of the kernels, checked without a GPU: `python -m bitsmoe_kernels.compile_gates [--cc 80 90
+100]`.
+
+Every kernel is compiled as it would be launched for a Qwen3-30B-A3B layer (R = 2048, I = 768, blocks and groups of
+128) and disassembled with the tools of Triton's package. A row passes when
+- no thread uses the stack, which is where spilled registers go;
+- the registers and the shared memory of one multiprocessor hold the programs that the pipeline's loads need;
+- no byte is loaded alone in the loop over the weights;
+- that loop spends no more instructions per weight than the width's budget.
+Instructions are counted in the machine code of the innermost loop that multiplies, over the weights that a thread
+decodes in one round of it. A 2-bit weight at full memory bandwidth leaves time for about 1.8 of them on an H200 (4.3
+TB/s, 132 multiprocessors, 4 instructions of 32 lanes a clock at 1.75 GHz).
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .basis import basis_kernel
+from .combine import combine_kernel
+from .down import down_kernel
+from .gate_up import gate_kernel, gate_up_kernel
+from .launch import Launch, basis_stages, down_registers, launch
+
+TARGETS = (80, 90, 100)
+
+#: Instructions per weight that the loop may spend, by width: a plane costs about 2 plus the share of the activations.
+#: The 16-byte rows of 1-bit planes (1 and 3 bits) cost more: their digits pass through shared memory in `down`.
+BUDGET = {1: 5.5, 2: 3.5, 3: 7.5, 4: 3.5, 6: 5.5, 8: 6.0}
+BASIS_BUDGET = {4: 3.5, 8: 6.0}
+#: Prefill scales and multiplies 64 tokens per weight: its loop is bound by the products, a generous budget.
+PREFILL_BUDGET = 10.0
+
+_R, _I = 2048, 768
+_SHARED = {80: 163, 90: 227, 100: 227}  # KiB per multiprocessor
+_REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as launched; ``weights``: decoded by a thread per round of its loop, 0 where there is no such loop."""
+
+    name: str
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    how: Launch
+    weights: float = 0
+    budget: float = 0
+    programs: int = 1
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled case uses. ``resident``: programs per multiprocessor; ``byte_loads``: in the loop."""
+
+    registers: int
+    stack: int
+    shared: int
+    resident: int
+    per_weight: float
+    byte_loads: int
+    wide_loads: int
+
+    def failures(self, case: Case) -> list[str]:
+        """The gates that this report misses."""
+        checks = {
+            f"{self.stack} bytes of stack": self.stack > 0,
+            f"{self.resident} programs resident, {case.programs} wanted": self.resident < case.programs,
+            f"{self.byte_loads} byte loads": self.byte_loads > 0,
+            f"{self.per_weight:.2f} instructions per weight > {case.budget}": self.per_weight > case.budget,
+            "the loop was not found": case.weights > 0 and self.per_weight == 0,
+        }
+        return [text for text, failed in checks.items() if failed]
+
+
+# -------------------------------------------------------------------------------------------------- the kernels
+
+
+def _routing(sorted_: bool) -> dict[str, object]:
+    return {} if sorted_ else {"tiles_ptr": None, "pairs_ptr": None}
+
+
+_INPUTS = {"ids_ptr": "*i64", "tiles_ptr": "*i32", "pairs_ptr": "*i32", "codes_ptr": "*u8", "steps_ptr": "*fp16"}
+_META = {"head_ptr": "*i32", "order_ptr": "*i32", "P": "i32", "E": "i32"}
+_GATE = {"bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": None, "ALPHA": 1.0, "SHIFT": 0.0}
+
+
+def _gate_up(
+    cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", split: int = 1, block: int = 128
+) -> Case:
+    sorted_, rows = tile > 16, block
+    how = launch(tile, rows, cc)
+    constants = {
+        **_GATE, **_routing(sorted_), "TOP_K": 8, "R": _R, "I": _I, "BS": block, "GS": block, "WIDTHS": widths,
+        "BM": tile, "BN": rows, "PP": 16, "SPLIT": split, "SORTED": sorted_, "STAGES": how.stages, "PACK": how.pack,
+    }  # fmt: skip
+    signature = {
+        **_INPUTS, **_META, "h_ptr": f"*{dtype}", "out_ptr": f"*{dtype if split == 1 else 'fp32'}",
+        "gain": "fp32", "inverse_gain": "fp32",
+    }  # fmt: skip
+    name = _name("gate_up", widths, tile, dtype, block) + (f", split {split}" if split > 1 else "")
+    return Case(name, gate_up_kernel, signature, constants, how, *_loop(widths, rows * block, tile, how))
+
+
+def _down(cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", block: int = 128) -> Case:
+    sorted_, rows = tile > 16, min(block, 64 if tile <= 8 else 128)
+    how = launch(tile, rows, cc)
+    constants = {
+        **_routing(sorted_), "R": _R, "I": _I, "BS": block, "GS": block, "WIDTHS": widths, "BM": tile, "BR": rows,
+        "PP": 16, "SORTED": sorted_, "STAGES": how.stages, "PACK": how.pack,
+    }  # fmt: skip
+    signature = {**_INPUTS, **_META, "z_ptr": f"*{dtype}", "t_ptr": f"*{dtype}" if sorted_ else "*fp32"}
+    name = _name("down", widths, tile, dtype, block)
+    loop = _loop(widths, rows * block, tile, how)
+    return Case(name, down_kernel, signature, constants, how, *loop, max_registers=down_registers(tile))
+
+
+def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int) -> str:
+    bits = ",".join(map(str, widths))
+    return f"{operation} {bits} bit, {tile} pairs, {dtype}" + (f", blocks of {block}" if block != 128 else "")
+
+
+def _loop(widths: tuple[int, ...], weights: int, tile: int, how: Launch) -> tuple[float, float, int]:
+    """(weights, budget, programs wanted): a loop of several widths is gated on its resources only."""
+    programs = 4 if tile <= 8 else 2 if tile <= 16 else 1
+    if len(widths) > 1:
+        return 0, 0, programs
+    return weights / (32 * how.warps), BUDGET[widths[0]] if tile <= 16 else PREFILL_BUDGET, programs
+
+
+def _basis(bits: int, dtype: str = "bf16") -> Case:
+    how = Launch(warps=4, stages=basis_stages(bits), pack=4)
+    chunk = 64 if bits == 16 else 128
+    constants: dict[str, object] = {
+        "N": _R, "K": _R, "BITS": bits, "BM": 8, "BN": 16, "BK": chunk, "SLICES": 4, "STAGES": how.stages, "PACK": 4,
+    }  # fmt: skip
+    if bits == 16:
+        constants["step_ptr"] = None
+    signature = {"x_ptr": f"*{dtype}", "w_ptr": "*bf16" if bits == 16 else "*u8", "step_ptr": "*fp16"}
+    signature |= {"y_ptr": f"*{dtype}", "T": "i32"}
+    name = f"basis {bits} bit, 8 tokens, {dtype}"
+    if bits == 16:  # nothing to decode
+        return Case(name, basis_kernel, signature, constants, how, programs=2)
+    return Case(name, basis_kernel, signature, constants, how, 16 * chunk * 4 / 128, BASIS_BUDGET[bits], 2)
+
+
+def _small() -> Iterator[Case]:
+    how = Launch(warps=4, stages=1, pack=0)
+    yield Case(
+        "combine", combine_kernel,
+        {"t_ptr": "*fp32", "ids_ptr": "*i64", "p_ptr": "*fp32", "y_ptr": "*bf16", "E": "i32"},
+        {"bias_ptr": None, "base_ptr": None, "TOP_K": 8, "N": _R, "BLOCK": 512, "HAS_T": True, "HAS_BIAS": False,
+         "HAS_BASE": False}, how,
+    )  # fmt: skip
+    yield Case(
+        "gate after a split", gate_kernel,
+        {"part_ptr": "*fp32", "ids_ptr": "*i64", "z_ptr": "*bf16", "P": "i32", "E": "i32"},
+        {**_GATE, "I": _I, "SPLIT": 4, "BLOCK": 1024}, how,
+    )  # fmt: skip
+
+
+def cases(cc: int, every: bool = True) -> Iterator[Case]:
+    """The kernels to check for one target; ``every=False``: decode with the default recipe's widths only."""
+    mixed = (6, 4, 2)
+    for make in (_gate_up, _down):
+        for width in (1, 2, 3, 4, 6, 8) if every else (2,):
+            yield make(cc, (width,), 8)
+        yield make(cc, mixed, 8)
+        if every:
+            yield make(cc, mixed, 64)
+            yield make(cc, (2,), 8, "fp16")
+            yield make(cc, (2,), 16)
+            yield make(cc, mixed, 16)
+            yield make(cc, (2,), 64)
+            yield make(cc, (8, 6, 4, 3, 2, 1), 8)
+            yield make(cc, mixed, 8, block=64)
+    yield _basis(4)
+    if every:
+        yield _gate_up(cc, mixed, 8, split=4)
+        yield _basis(4, "fp16")
+        yield _basis(8)
+        yield _basis(16)
+        yield from _small()
+
+
+# -------------------------------------------------------------------------------------------------- the compiler
+
+
+def compile_case(case: Case, cc: int) -> Report:
+    """Compile one case for a target and read its machine code.
+
+    Raises:
+        RuntimeError: where the disassembler of Triton's package does not know the target.
+    """
+    names = case.kernel.arg_names
+    signature = {n: "constexpr" if n in case.constants else case.signature[n] for n in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    constants = {(names.index(n),): value for n, value in case.constants.items()}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.how.warps, "num_stages": case.how.stages, "maxnreg": case.max_registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", path)
+        code = _tool("nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"no resource usage of {case.name} for sm_{cc} in: {usage[-400:]}")
+    registers, stack, local = map(int, found.groups())
+    shared = compiled.metadata.shared
+    threads = 32 * case.how.warps
+    resident = min(_REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)
+    if shared:
+        resident = min(resident, _SHARED[cc] * 1024 // (shared + 1024))
+    loop = main_loop(code)
+    opcodes = Counter(_opcodes(loop))
+    loads = [op for op in opcodes.elements() if op.startswith(("LDG", "LDS."))]
+    return Report(
+        registers=registers,
+        stack=stack + local,
+        shared=shared,
+        resident=resident,
+        per_weight=sum(opcodes.values()) / case.weights if case.weights else 0.0,
+        byte_loads=sum(".U8" in op or ".S8" in op for op in loads),
+        wide_loads=sum(op.startswith("LDG") and ".128" in op for op in loads),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Output of one of the CUDA tools that Triton's package carries."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    ran = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{name} failed: {(ran.stderr or ran.stdout).strip()[-400:]}")
+    return ran.stdout
+
+
+def main_loop(code: str) -> str:
+    """The innermost loop that multiplies on the tensor cores, the longest where there are several; "" without one."""
+    lines = code.splitlines()
+    labels, spans = {}, []
+    for i, line in enumerate(lines):
+        label = re.match(r"\s*(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = i
+        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if jump and jump[1] in labels:
+            spans.append((labels[jump[1]], i))
+    products = [(a, b) for a, b in spans if any("MMA" in op for op in _opcodes("\n".join(lines[a : b + 1])))]
+    inner = [s for s in products if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in products)]
+    start, end = max(inner, key=lambda s: s[1] - s[0], default=(0, -1))
+    return "\n".join(lines[start : end + 1])
+
+
+def _opcodes(code: str) -> list[str]:
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", code)
+
+
+# ------------------------------------------------------------------------------------------------------ command
+
+
+def table(targets: tuple[int, ...], every: bool = True) -> tuple[str, list[str]]:
+    """(the table in Markdown, the gates missed)."""
+    lines = [
+        "| target | kernel | warps | registers | stack | shared KiB | programs per SM | per weight | budget |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    missed = []
+    for cc in targets:
+        for case in cases(cc, every):
+            report = compile_case(case, cc)
+            missed += [f"sm_{cc} {case.name}: {failure}" for failure in report.failures(case)]
+            spent, budget = (f"{report.per_weight:.2f}", f"{case.budget}") if case.weights else ("", "")
+            cells = (
+                f"sm_{cc}", case.name, case.how.warps, report.registers, report.stack, f"{report.shared / 1024:.1f}",
+                report.resident, spent, budget,
+            )  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines), missed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table and the gates missed; 1 where there are some."""
+    parser = argparse.ArgumentParser(description="Check the compiled kernels without a GPU.")
+    parser.add_argument("--cc", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--quick", action="store_true", help="only decode with the default recipe's widths")
+    options = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: these kernels would be interpreted, not compiled")
+    text, missed = table(tuple(options.cc), not options.quick)
+    print(f"Triton {triton.__version__}\n\n{text}\n")
+    print("\n".join(f"MISSED {line}" for line in missed) or "all gates passed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
