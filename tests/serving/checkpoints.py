@@ -13,7 +13,10 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers import _COMMON, _SPECIFIC, RandomLayer, pack_randomly
 
@@ -69,14 +72,11 @@ def packed_checkpoint(
     return save_packed(model, folder)
 
 
-def decoded_checkpoint(architecture: str, folder: Path, *, w4a16: bool = False, **layer: object) -> Path:
-    """The model with dense experts that `packed_checkpoint` with the same arguments stands for."""
+def decoded_checkpoint(architecture: str, folder: Path, **layer: object) -> Path:
+    """The dense model that `packed_checkpoint` with the same arguments stands for."""
     model, packed = random_model(architecture), random_model(architecture)
     for name, expected in pack_randomly(packed, **layer).items():
         insert_dense(model.get_submodule(name), expected)
-    if w4a16:
-        quantize_attention(model)
-        return save_packed(model, folder)
     model.save_pretrained(folder)
     return folder
 
@@ -110,3 +110,12 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a checkpoint a tokenizer of one word per token, ``t0`` to ``t127``."""
+    words = {f"t{i}": i for i in range(128)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", bos_token="t1", eos_token="t2")
+    fast.save_pretrained(folder)
