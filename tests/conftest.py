@@ -1,6 +1,8 @@
 """Settings for all tests."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,3 +13,28 @@ def _small_machine() -> None:
     """Tiny tensors: threads only cost time."""
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a tiny random model: ``dense_checkpoint(architecture, dtype, **config)``; not to be changed.
+
+    `oneshot` wants a model that was loaded from somewhere, and a tokenizer beside it even for data that needs none.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from helpers import tiny_model
+
+    folders: dict[object, Path] = {}
+
+    def folder(architecture: str, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:
+        key = (architecture, dtype, *sorted(overrides.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(architecture)
+            tiny_model(architecture, dtype, **overrides).save_pretrained(folders[key])
+            words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(128)}, unk_token="word0"))
+            PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folders[key])
+        return folders[key]
+
+    return folder

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts, pack_basis, pack_factor
 from bitsmoe_modifier.planes import WIDTHS, code_values, levels
@@ -247,3 +248,27 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     ids = torch.arange(40).reshape(2, 20) * 7 % 128
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+# ----------------------------------------------------------------------------------------------------- calibration
+
+
+def calibration(rows: int = 6, length: int = 32, vocab: int = 128, seed: int = 0) -> DataLoader:
+    """Batches of one random row of tokens each, as `oneshot` takes them."""
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab, (rows, 1, length), generator=gen)
+    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=None)
+
+
+def load(folder: Path, **kwargs: object):
+    """The model of a checkpoint, in its own dtype."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **kwargs})
+
+
+def packed_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The packed experts modules of a model, by name."""
+    from bitsmoe_modifier.experts import BitsMoEExperts
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
