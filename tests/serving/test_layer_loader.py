@@ -1,7 +1,11 @@
 """Collecting, checking and cutting a layer's tensors; needs no vLLM."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.layout import PackedExperts
@@ -117,3 +121,47 @@ def test_local_experts_follow_their_local_ids() -> None:
     assert local_experts(None) is None
     assert local_experts([0, 1, -1, -1]) == (0, 1)
     assert local_experts([-1, 1, -1, 0]) == (3, 1)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of all storages that operations created and that are still alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self._known.add(tensor.untyped_storage()._cdata)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self._known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, key, size)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("changes", [{}, {"tp_size": 2, "tp_rank": 1}, {"experts": tuple(range(8))}], ids=str)
+def test_peak_memory_is_the_shard_and_little_more(changes: dict[str, object]) -> None:
+    layers, sizes = 8, {"num_experts": 16, "hidden_size": 128, "intermediate_size": 256, "has_bias": False}
+    whole = random_layer(16, 128, 256, group_size=64, widths=(2, 4)).packed
+    held = []
+    with PeakBytes() as memory:
+        for _ in range(layers):
+            loader = LayerLoader(Part("layer", **{**sizes, **changes}))
+            for name, tensor in whole.items():
+                loader.add(name, tensor)
+            held.append(loader.cut(CPU))
+    total = sum(packed.nbytes for packed in held)
+    assert memory.peak >= 0.9 * total  # the measurement sees the copies
+    assert memory.peak <= 1.2 * total
