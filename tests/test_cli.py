@@ -160,7 +160,32 @@ def test_a_dense_model_without_experts_is_refused(tmp_path, capsys):
     assert "model_type llama) has no routed experts" in capsys.readouterr().err
 
 
-def test_quantize_then_eval_then_inspect(tmp_path, capsys):
+def test_quantize_by_bitsmoe_then_eval_then_inspect(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", 3000, seed=0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("a_stage: {q_modifiers: {BitsMoEModifier: {bits: 4.5, group_size: 32, block_size: 16}}}")
+    common = ["--model", str(model), "--seq-len", "32", "--batch-size", "4", "--device", "cpu"]
+    out = tmp_path / "out"
+    quantize = ["quantize", *common, "--recipe", str(recipe), "--calibration", str(text), "--samples", "16"]
+    assert main([*quantize, "--out", str(out)]) == 0
+
+    figures = tmp_path / "figures.json"
+    measure = ["eval", str(out), *common, "--eval-text", str(text), "--eval-rows", "4", "--json", str(figures)]
+    assert main(measure) == 0
+    found = json.loads(figures.read_text())["checkpoint"]
+    # what was asked for, rounded down to whole units: one of 2 bits is 0.02 bits per weight of so small a layer
+    assert 4.5 - 0.02 <= found["measured_bits_per_expert_weight"] <= 4.5
+    assert 1e-5 < found["kld_mean"] < 1
+
+    assert main(["inspect", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.experts: 8 experts of 32 × 64, 4." in printed
+    assert "tokens  per expert" in printed
+    assert "of the layer's output power" in printed
+
+
+def test_quantize_by_gptq_then_eval_then_inspect(tmp_path, capsys):
     model = save_tiny(tmp_path / "model")
     text = write_text(tmp_path / "text.txt", 3000, seed=0)
     recipe = tmp_path / "recipe.yaml"

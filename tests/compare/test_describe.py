@@ -53,12 +53,15 @@ def test_what_the_quantization_noted_is_shown(packed, tmp_path: Path):
     copied.mkdir()
     for file in folder.iterdir():
         (copied / file.name).write_bytes(file.read_bytes())
-    name = sorted(layers)[0]
-    noted = {"layers": {name: {"tokens_per_expert": [0, 9, 4, 0, 7], "relative_output_error": 0.0123}}}
-    (copied / "bitsmoe_report.json").write_text(json.dumps(noted))
-    text = render(describe(copied))
-    assert "per expert 0 … 9, median 4, none for 2" in text
-    assert "1.23 %" in text
+    first, second = sorted(layers)
+    note = {"tokens_per_expert": [0, 9, 4, 0, 7], "relative_output_error": 0.0123}
+    for noted in ({first: note}, {"renamed.0.x": note, "renamed.1.x": {}}, {second: {}, first: note}):
+        (copied / "bitsmoe_report.json").write_text(json.dumps({"layers": noted}))
+        found = describe(copied)
+        assert found["layers"][0]["quantization"] == note
+        text = render(found)
+        assert "per expert 0 … 9, median 4, none for 2" in text
+        assert "1.23 %" in text
 
 
 def test_a_dense_checkpoint_is_described_too(tmp_path: Path):

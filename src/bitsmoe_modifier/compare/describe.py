@@ -11,6 +11,7 @@ import torch
 from ..layout import TENSOR_NAMES, ExpertsLayout
 from ..shards import Stored, packed_modules, scan
 from .model import read_config
+from .quantizing import REPORT_NAME
 from .sizes import checkpoint_bytes, expert_bytes, is_expert, tensor_sizes
 
 #: which kind of byte a stored tensor is
@@ -22,7 +23,6 @@ _KINDS = {
     "dense experts": ("dense_ids", "dense_in", "dense_out"),
     "biases": ("in_bias", "out_bias"),
 }
-REPORT_NAME = "bitsmoe_report.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ def describe(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     sizes = tensor_sizes(folder)
     modules = packed_modules(scan(str(file) for file in sorted(folder.glob("*.safetensors"))))
-    noted = _read_report(folder)
-    layers = [describe_layer(name, modules[name], noted.get(name, {})) for name in sorted(modules, key=_natural)]
+    names = sorted(modules, key=_natural)
+    noted = _read_report(folder, names)
+    layers = [describe_layer(name, modules[name], noted.get(name, {})) for name in names]
     packed = sum(s.nbytes for name, s in sizes.items() if name.rpartition(".")[2] in TENSOR_NAMES and is_expert(name))
     elements = sum(layer.layout.dense_elements for layer in layers)
     total = sum(s.nbytes for s in sizes.values())
@@ -97,7 +98,7 @@ def describe(folder: Path) -> dict[str, Any]:
                 "bits": layer.bits,
                 "bytes": layer.kinds,
                 "widths": layer.widths,
-                **layer.report,
+                "quantization": layer.report,
             }
             for layer in layers
         ],
@@ -130,22 +131,30 @@ def render(found: dict[str, Any]) -> str:
             units = sum(counts.values())
             shares = "  ".join(f"{width}: {100 * n / units:4.1f} %" for width, n in counts.items())
             lines.append(f"  {matrix:<7} widths  {shares}")
-        tokens = layer.get("tokens_per_expert")
+        noted = layer["quantization"]
+        tokens = noted.get("tokens_per_expert")
         if tokens:
             ordered = sorted(tokens)
             lines.append(
                 f"  tokens  per expert {ordered[0]} … {ordered[-1]}, median {ordered[len(ordered) // 2]}, "
                 f"none for {ordered.count(0)}"
             )
-        if layer.get("relative_output_error") is not None:
-            lines.append(f"  error   {100 * layer['relative_output_error']:.2f} % of the layer's output power")
+        if noted.get("relative_output_error") is not None:
+            lines.append(f"  error   {100 * noted['relative_output_error']:.2f} % of the layer's output power")
     return "\n".join(lines)
 
 
-def _read_report(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the quantization noted, by module; {} where it wrote nothing."""
+def _read_report(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What the quantization noted, by module; {} where it wrote nothing.
+
+    It noted the model's names, which some architectures rename in their files: layers are then matched by their order.
+    """
     path = folder / REPORT_NAME
-    return json.loads(path.read_text(encoding="utf-8")).get("layers", {}) if path.exists() else {}
+    if not path.exists():
+        return {}
+    noted = json.loads(path.read_text(encoding="utf-8")).get("layers", {})
+    in_order = [noted[name] for name in sorted(noted, key=_natural)]
+    return dict(zip(names, in_order, strict=True)) if len(noted) == len(names) else noted
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 #: warnings that say nothing about the result; the experts are linearized by every oneshot
 _EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
+#: loggers that warn about the libraries' own inner workings: deprecations, targets of experts that were fused at loading
+_INTERNAL = ("torch.fx", "compressed_tensors")
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -25,6 +27,8 @@ def set_up_logging(verbose: bool) -> None:
     logger.remove()
     logger.add(sys.stderr, level="INFO" if verbose else "WARNING", filter=None if verbose else _worth_saying)
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    for name in _INTERNAL:
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 
 def _worth_saying(record: Any) -> bool:

@@ -6,11 +6,12 @@ the checkpoint and count GPTQ's scales at 4 bytes instead of 2.
 """
 
 import gc
+import json
 import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import yaml
 from torch import nn
 
 from .data import dataloader
+
+#: in a checkpoint's folder: what the quantization noted about every layer; `bitsmoe inspect` shows it
+REPORT_NAME = "bitsmoe_report.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ def quantize(
         moe_calibrate_all_experts=settings.calibrate_all_experts,
     )
     seconds = time.perf_counter() - started
+    reports = layer_reports(model)
     warnings = zeroed_experts(model)
+    warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
     restore_dtypes(model, stored, stored_dtype)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -95,6 +101,8 @@ def quantize(
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
         _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
+        if reports:
+            (temporary / REPORT_NAME).write_text(json.dumps({"layers": reports}), encoding="utf-8")
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -153,6 +161,15 @@ def _declare_dtype(model: Any, dtype: torch.dtype) -> None:
     """Write the dtype to the configuration: llm-compressor makes its Linears by it, and it is saved."""
     for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
         config.dtype = dtype
+
+
+def layer_reports(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What BitsMoE noted about each layer it quantized, by module name."""
+    from ..experts import BitsMoEExperts
+
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, BitsMoEExperts))
+    noted: dict[str, Any] = {name: getattr(module, "report", None) for name, module in packed}
+    return {name: asdict(report) for name, report in noted.items() if report is not None}
 
 
 def zeroed_experts(model: nn.Module) -> list[str]:
