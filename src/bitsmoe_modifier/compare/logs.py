@@ -8,7 +8,7 @@ from typing import Any
 
 #: warnings that say nothing about the result; the experts are linearized by every oneshot
 _EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
-#: loggers that warn about the libraries' own inner workings: deprecations, targets of experts that were fused at loading
+#: loggers that warn about the libraries' own affairs: deprecations, targets of experts that are fused while loading
 _INTERNAL = ("torch.fx", "compressed_tensors")
 
 
