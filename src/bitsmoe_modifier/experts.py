@@ -31,6 +31,8 @@ from .layout import (
 if TYPE_CHECKING:
     from bitsmoe_kernels import PreparedExperts
 
+    from .quantize import LayerReport
+
 _LOGGER = logging.getLogger(__name__)
 
 #: Bytes of weights that are decoded at a time when a batch reaches many experts.
@@ -58,6 +60,9 @@ class BitsMoEExperts(nn.Module):
     dense_out: torch.Tensor
     in_bias: torch.Tensor
     out_bias: torch.Tensor
+
+    #: what quantization noted about this layer; None in a loaded checkpoint
+    report: "LayerReport | None" = None
 
     def __init__(self, packed: PackedExperts, gating: Gating) -> None:
         super().__init__()
