@@ -108,7 +108,7 @@ def survey_layers(
         by module name.
 
     Raises:
-        CalibrationError: naming the modules that no calibration row reached.
+        CalibrationError: naming the modules that no calibration row reached, or that got NaN or infinity.
     """
     targets = infer_sequential_targets(model, sequential_targets)
     subgraphs = trace_subgraphs(model, next(iter(dataloader)), targets, DatasetArguments().tracing_ignore, 1)
@@ -118,11 +118,13 @@ def survey_layers(
         patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False),
     ):
         kept: list[list[dict[str, Any]]] = []
-        for _ in _forward(model, _first(dataloader), subgraphs, "Surveying predictions", kept):
-            pass
+        captured: dict[nn.Module, list[Inputs]] = {}
+        with capture_inputs(experts, captured):
+            for _ in _forward(model, _first(dataloader), subgraphs, "Surveying predictions", kept):
+                for module in list(captured):
+                    _check_finite(experts[module], captured.pop(module))
         metrics = _backward(model, subgraphs, kept, experts)
         del kept
-        captured: dict[nn.Module, list[Inputs]] = {}
         curves: dict[nn.Module, Curve] = {}
         with capture_inputs(experts, captured):
             for _ in _forward(model, list(dataloader), subgraphs, "Surveying layers"):
@@ -132,6 +134,14 @@ def survey_layers(
     if missed:
         raise CalibrationError(f"calibration never reached {', '.join(missed)}; add them to `ignore`")
     return {name: LayerSurvey(*curves[m], metrics[m]) for m, name in experts.items()}
+
+
+def _check_finite(name: str, inputs: list[Inputs]) -> None:
+    for x, _, weight in inputs:
+        if not bool(torch.isfinite(x).all() and torch.isfinite(weight).all()):
+            raise CalibrationError(
+                f"{name}: its calibration inputs hold NaN or infinity; calibrate in bfloat16 or float32"
+            )
 
 
 def _first(dataloader: Any) -> list[dict[str, torch.Tensor]]:
@@ -269,6 +279,8 @@ def _ends(outputs: Any, slope: _Slopes) -> list[tuple[torch.Tensor, torch.Tensor
 def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Log-likelihood, summed over tokens, of labels drawn from the model's own predictions ``[batch, tokens, V]``."""
     scores = logits.to(torch.float32).log_softmax(-1).flatten(0, -2)
+    if not bool(torch.isfinite(scores).all()):
+        raise CalibrationError("the model's predictions hold NaN or infinity; check the base model")
     labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
     return scores.gather(1, labels.to(scores.device)).sum()
 
