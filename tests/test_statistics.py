@@ -9,6 +9,7 @@ import torch
 from bitsmoe_modifier.errors import CalibrationError
 from bitsmoe_modifier.gating import Gating
 from bitsmoe_modifier.statistics import (
+    _SPREAD,
     LayerStatistics,
     RoutedTokens,
     activate,
@@ -205,12 +206,29 @@ def test_mass_and_peak(kind: str) -> None:
 
 
 def shrunk_diagonal(case: Case, expected: Direct) -> torch.Tensor:
-    """diag of Z[e] <- (1 - a_e) Z[e] + a_e (n_e / n) Z, masses in the place of counts."""
+    """diag of Z[e] <- (1 - a_e) Z[e] + a_e (n_e / n) Z, masses in the place of counts; then boosted."""
     width = case.down.shape[2]
     diagonal = expected.z.diagonal(dim1=1, dim2=2)
     common = diagonal.sum(0) / expected.mass.sum()
     share = prior_share(expected.counts, width).double()[:, None]
-    return (1 - share) * diagonal + share * case.collect().mass.double()[:, None] * common
+    shrunk = (1 - share) * diagonal + share * case.collect().mass.double()[:, None] * common
+    return shrunk * expected_boost(expected)[:, None]
+
+
+def expected_boost(expected: Direct) -> torch.Tensor:
+    """(mass + spread) / mass, the spread a fixed share of the average mass; 1 where the mass is the spread itself."""
+    spread = _SPREAD * expected.mass.mean()
+    return torch.where(expected.mass > 0, (expected.mass + spread) / expected.mass.clamp_min(1e-300), 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_of_rare_experts_are_boosted(kind: str) -> None:
+    case = make_case(kind)
+    statistics, expected = case.collect(), direct(case)
+    close(statistics.boost, expected_boost(expected))
+    idle = expected.mass == 0
+    if bool(idle.any()):
+        close(statistics.mass[idle], (_SPREAD * expected.mass.mean()).expand(int(idle.sum())))
 
 
 @pytest.mark.parametrize("kind", KINDS)

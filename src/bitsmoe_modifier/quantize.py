@@ -361,7 +361,7 @@ def _stored_bits(basis: SharedBasis) -> int:
 
 
 def direction_gain(tokens: RoutedTokens, statistics: LayerStatistics, basis: SharedBasis | None) -> torch.Tensor:
-    """diag(B C[e] Bᵀ) of every expert with the prior's share, float32 ``[E, R]``."""
+    """diag(B C[e] Bᵀ) of every expert with the prior's share, boosted, float32 ``[E, R]``."""
     num_experts = len(tokens.counts)
     h2 = _project(tokens.x, basis).square()
     gain = torch.zeros(num_experts, h2.shape[1], device=h2.device)
@@ -369,7 +369,7 @@ def direction_gain(tokens: RoutedTokens, statistics: LayerStatistics, basis: Sha
         gain[expert] = tokens.weight[pairs] @ h2[tokens.token[pairs]]
     total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     share = prior_share(tokens.counts, tokens.x.shape[1], h2.device)
-    return shrink(gain, gain.sum(0) / total, statistics.mass, share)
+    return shrink(gain, gain.sum(0) / total, statistics.mass, share) * statistics.boost[:, None]
 
 
 def _project(x: torch.Tensor, basis: SharedBasis | None) -> torch.Tensor:

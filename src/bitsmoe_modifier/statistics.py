@@ -12,6 +12,10 @@ import torch
 from .errors import CalibrationError
 from .gating import Gating
 
+#: Costs are weighed as if this many average experts' tokens more had gone to every expert: text in use routes
+#: differently from the calibration text, and an expert that was dropped because few tokens reached it is lost for all.
+_SPREAD = 0.01
+
 #: An expert with as many tokens as this many times the width of its second moment trusts its own moment by half.
 _PRIOR_STRENGTH = 0.25
 
@@ -136,9 +140,10 @@ class LayerStatistics:
     Attributes:
         input_moment: C = Σ_e C[e], float32 ``[H, H]``.
         row_importance: ρ, float32 ``[E, 2I]``: squared output error per squared error of a gate or up activation.
-        down_moment_diagonal: diag Z[e] at the unquantized activations, shrunk, float32 ``[E, I]``.
+        down_moment_diagonal: diag Z[e] at the unquantized activations, shrunk and boosted, float32 ``[E, I]``.
         down_output_moment: Σ_e W_down[e] Z[e] W_down[e]ᵀ, float32 ``[H, H]``.
         mass: summed pair weights per expert, float32 ``[E]``; experts without tokens get their prior's.
+        boost: by how much costs of an expert exceed what its own tokens make them (`_SPREAD`), float32 ``[E]``.
         peak_output: largest routed output norm ‖W_down z‖ of each expert, float32 ``[E]`` (super experts).
     """
 
@@ -147,6 +152,7 @@ class LayerStatistics:
     down_moment_diagonal: torch.Tensor
     down_output_moment: torch.Tensor
     mass: torch.Tensor
+    boost: torch.Tensor
     peak_output: torch.Tensor
 
 
@@ -226,7 +232,7 @@ def collect_statistics(
     if not bool(torch.isfinite(input_moment).all() and torch.isfinite(output_moment).all()):
         raise CalibrationError("the squares of its inputs or outputs overflow; check weights and calibration text")
     return _with_prior(
-        LayerStatistics(input_moment, importance, diagonal, output_moment, mass, peak),
+        LayerStatistics(input_moment, importance, diagonal, output_moment, mass, torch.ones_like(mass), peak),
         tokens.counts,
     )
 
@@ -236,8 +242,9 @@ def _with_prior(statistics: LayerStatistics, counts: Sequence[int]) -> LayerStat
     mass, width = statistics.mass, statistics.down_moment_diagonal.shape[1]
     share = prior_share(counts, width, mass.device)
     total = mass.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    # a token-less expert counts like one with a hundredth of the average mass: cheap, but never free to destroy
-    mass = torch.where(mass > 0, mass, total / len(counts) * 1e-2)
+    spread = _SPREAD * total / len(counts)
+    boost = torch.where(mass > 0, 1 + spread / mass.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    mass = torch.where(mass > 0, mass, spread)
     average_importance = (statistics.mass[:, None] * statistics.row_importance).sum(0, keepdim=True) / total
     floor = average_importance.mean() * 1e-3
     importance = statistics.row_importance * (1 - share)[:, None] + average_importance * share[:, None]
@@ -245,8 +252,9 @@ def _with_prior(statistics: LayerStatistics, counts: Sequence[int]) -> LayerStat
     return LayerStatistics(
         statistics.input_moment,
         importance.clamp_min(floor),
-        shrink(statistics.down_moment_diagonal, common, mass, share),
+        shrink(statistics.down_moment_diagonal, common, mass, share) * boost[:, None],
         statistics.down_output_moment,
         mass,
+        boost,
         statistics.peak_output,
     )
