@@ -1,7 +1,8 @@
 """Settings for all tests."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,11 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return folders[key]
 
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_recipe_left_behind() -> Iterator[None]:
+    """llm-compressor's session is global: what one test ran would be saved as part of the next one's recipe."""
+    yield
+    if "llmcompressor.core" in sys.modules:
+        sys.modules["llmcompressor.core"].reset_session()
