@@ -255,6 +255,13 @@ def test_too_short_calibration(model: PreTrainedModel, out: Path) -> None:
     assert "calibrate with at least 256 tokens" in said
 
 
+def test_pipeline_without_calibration(model: PreTrainedModel, out: Path) -> None:
+    """The data-free pipeline calls no layer: an error instead of a model that was left as it is."""
+    with pytest.raises(CalibrationError, match=f"2 MoE layers were never calibrated: {FIRST}, {SECOND}; use the seq"):
+        oneshot(model=unrun(model), recipe=[modifier()], dataset=calibration(), pipeline="datafree", output_dir=out)
+    assert not out.exists()
+
+
 # -------------------------------------------------------------------------------------------- NaN and infinity
 
 

@@ -14,6 +14,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from tqdm import tqdm
 
+from . import tracing  # noqa: F401  (calibration attends causally)
 from .errors import BitsMoEError, CalibrationError, RecipeError
 from .experts import BitsMoEExperts
 from .format import attach, make_scheme

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.offload import dispatch_with_map
 from compressed_tensors.quantization import QuantizationStatus
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
@@ -226,6 +227,32 @@ def test_more_bits_are_closer_to_the_dense_model(dense_checkpoint: Checkpoint) -
     assert divergence[0] > 3 * divergence[1] > 9 * divergence[2]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_calibration_sees_what_the_model_computes(
+    architecture: str, dense_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first MoE layer's inputs in the sequential pipeline are those of the model itself: attention is causal."""
+    source, seen = dense_checkpoint(architecture), []
+    model = load(source)
+    name = experts_names(model)[0]
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in calibration():
+            model(**batch)
+    expected, captured = torch.cat(seen), []
+    plan = BitsMoEModifier._plan
+
+    def spy(self: BitsMoEModifier, module: torch.nn.Module, layer: str, inputs: list) -> object:
+        if layer == name:
+            captured.extend(x for x, _, _ in inputs)
+        return plan(self, module, layer, inputs)
+
+    monkeypatch.setattr(BitsMoEModifier, "_plan", spy)
+    run(source, [modifier(refine_passes=0)], pipeline="sequential")
+    # eager attention sums in another order than the default one
+    torch.testing.assert_close(torch.cat(captured), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_quantized_layers_are_seen_by_the_next(dense_checkpoint: Checkpoint) -> None:
     """Calibration of layer 1 runs on what the packed layer 0 gives: its inputs depend on how layer 0 was quantized."""
     source = dense_checkpoint("qwen3_moe")
@@ -268,6 +295,28 @@ def test_scopes_differ(dense_checkpoint: Checkpoint) -> None:
         check_quantized(model, load(source), scope=scope)
         bits[scope] = [module.report.bits for module in packed_modules(model).values()]
     assert max(bits["layer"]) - min(bits["layer"]) < 0.05 < max(bits["global"]) - min(bits["global"])
+
+
+def test_basic_pipeline(dense_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """One pass over the whole model; quantized layers are not seen by the next, everything else is the same."""
+    source = dense_checkpoint("olmoe")
+    model = run(source, YAML, pipeline="basic", output_dir=tmp_path / "out")
+    check_quantized(model, load(source))
+    check_reload(model, tmp_path / "out")
+
+
+def test_offloaded_to_disk(dense_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A model whose weights live on disk quantizes to the same bytes."""
+    source = dense_checkpoint("qwen3_moe")
+    offloaded = load(source)
+    owners = [name for name, module in offloaded.named_modules() if list(module.parameters(recurse=False))]
+    (tmp_path / "weights").mkdir()
+    dispatch_with_map(offloaded, {name: (torch.device("cpu"), "disk") for name in owners}, str(tmp_path / "weights"))
+    for model, out in ((offloaded, "one"), (load(source), "two")):
+        oneshot(model=model, dataset=calibration(), recipe=YAML, output_dir=tmp_path / out)
+    one, two = (load(tmp_path / out).state_dict() for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_two_runs_give_the_same_bytes(dense_checkpoint: Checkpoint, tmp_path: Path) -> None:

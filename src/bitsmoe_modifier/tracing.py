@@ -1,0 +1,32 @@
+"""Causal attention in llm-compressor's sequential pipeline.
+
+llm-compressor 0.14 traces models under eager attention. Where a model picks its mask function by a variable, as
+Qwen3-MoE and Mixtral do, the trace calls `create_causal_mask` with a config that it rebuilds from ``config.to_dict()``.
+That leaves out the attention implementation, for which transformers then makes no mask; eager attention takes no mask
+for full attention, and calibration, GPTQ's included, lets every token see the whole row: on a tiny Qwen3-MoE the
+experts' inputs are off by 20 %. `install` makes rebuilt configs keep the implementation; it changes nothing else.
+"""
+
+from typing import Any
+
+from llmcompressor.pipelines.sequential.helpers import SequentialTracer
+from transformers import PreTrainedConfig
+
+
+def install() -> None:
+    """Make traced graphs rebuild configs with their attention implementation; does nothing the second time."""
+    original = SequentialTracer.create_arg
+    if getattr(original, "keeps_attention", False):
+        return
+
+    def create_arg(tracer: SequentialTracer, value: Any) -> Any:
+        made = original(tracer, value)
+        if isinstance(value, PreTrainedConfig):
+            made.kwargs = {**made.kwargs, "attn_implementation": value._attn_implementation}
+        return made
+
+    create_arg.keeps_attention = True  # type: ignore[attr-defined]
+    SequentialTracer.create_arg = create_arg
+
+
+install()
