@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .decoding import misread_experts
 from .evaluate import evaluate, evaluate_reference, load_model
 from .metrics import Summary
 from .quantizing import QuantizeSettings, quantize
@@ -99,6 +100,8 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
     settings = QuantizeSettings(job.batch_size, job.dtype, job.pipeline, job.calibrate_all_experts)
     made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
+    misread = misread_experts(checkpoint)
+    warnings = [*made.warnings, *([f"{misread}; measured on weights decoded here"] if misread else [])]
     started = time.perf_counter()
     summary = measure(job, checkpoint, device)
     return {
@@ -107,7 +110,7 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
         "peak_memory_bytes": made.peak_memory_bytes,
         "evaluate_seconds": time.perf_counter() - started,
         **asdict(summary),
-        "warnings": list(made.warnings),
+        "warnings": warnings,
     }
 
 

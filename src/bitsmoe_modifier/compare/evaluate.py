@@ -1,19 +1,26 @@
 """Measure a checkpoint against the recorded predictions of the unquantized model."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from .decoding import load_decoded, misread_experts
 from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
 from .reference import Reference
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A checkpoint of any kind, for evaluation: through ``AutoModelForCausalLM``, as a user would load it."""
+    """A checkpoint of any kind, for evaluation: through ``AutoModelForCausalLM``, as a user would load it.
+
+    Where transformers would read packed experts wrongly they are decoded by `decoding` instead.
+    """
     from transformers import AutoModelForCausalLM
 
+    if misread_experts(Path(path)):
+        return load_decoded(Path(path), dtype).to(device).eval()
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval()
 

@@ -150,10 +150,14 @@ def _ending(code: int | None) -> str:
 
 
 class Status:
-    """One line at the bottom of the terminal: which arm is running, what it does, for how long."""
+    """One line at the bottom of the terminal: which arm is running, what it does, for how long.
+
+    Where there is no terminal (a log file), only the lines that stay are printed.
+    """
 
     def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed} {desc}", unit="arm")
+        shape = "{n_fmt}/{total_fmt} |{bar:20}| {elapsed} {desc}"
+        self._bar = tqdm(total=total, bar_format=shape, unit="arm", disable=None, leave=False)
         self._name = ""
         self._since = time.monotonic()
 
@@ -168,14 +172,13 @@ class Status:
 
     def end(self, line: str) -> None:
         """It is done: leave a line about it above the bar."""
-        self._bar.write(line, file=sys.stderr)
+        self.note(line)
         self._bar.update()
 
     def note(self, line: str) -> None:
         """Leave a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Remove the line."""
-        self._bar.leave = False
         self._bar.close()
