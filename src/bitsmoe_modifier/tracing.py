@@ -20,13 +20,13 @@ def install() -> None:
         return
 
     def create_arg(tracer: SequentialTracer, value: Any) -> Any:
-        made = original(tracer, value)
+        made: Any = original(tracer, value)
         if isinstance(value, PreTrainedConfig):
             made.kwargs = {**made.kwargs, "attn_implementation": value._attn_implementation}
         return made
 
     create_arg.keeps_attention = True  # type: ignore[attr-defined]
-    SequentialTracer.create_arg = create_arg
+    SequentialTracer.create_arg = create_arg  # type: ignore[method-assign, assignment]
 
 
 install()
