@@ -2,7 +2,9 @@
 
 import argparse
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib.resources import files
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(given)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, taking the arm's process along
     try:
         return args.run(args, shlex.join(["bitsmoe", *given]))
     except BitsMoEError as error:

@@ -75,6 +75,8 @@ def quantize(
 
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
+    from .. import tracing  # noqa: F401 - causal attention while calibrating, for every modifier alike
+
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}

@@ -150,7 +150,7 @@ def markdown(report: dict[str, Any], picture: str | None) -> str:
     parts.append(
         "## How this was measured\n\n"
         f"- Calibration: {calibration['rows']} rows of {calibration['seq_len']} tokens from {calibration['source']}, "
-        f"seed {calibration['seed']}, {experts}; the same rows for every arm.\n"
+        f"seed {calibration['seed']}, {experts}; the same rows, and causal attention, for every arm.\n"
         f"- Evaluation: {evaluation['rows']} rows of {evaluation['seq_len']} tokens ({report['reference']['tokens']} "
         f"positions) of {evaluation['source']}, on the checkpoints as loaded from disk.\n"
         f"- Computed in {report['compute']['dtype']} on {report['environment']['device']}.\n"
