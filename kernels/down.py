@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product
-from .launch import capability, down_registers, down_tile, launch, on, power_of_two
+from .launch import capability, down_tile, launch_down, on, power_of_two
 from .routing import pair_tile
 
 
@@ -111,14 +111,14 @@ def down(
         return t
     programs = count if tiles is None else tiles.shape[0]
     br = down_tile(programs, directions, block_size, pair_tile)
-    how = launch(pair_tile, br, capability(z.device))
+    how = launch_down(pair_tile, br, capability(z.device))
     with on(z.device):
         down_kernel[(programs, directions // br)](
             z, ids, tiles, pairs, codes, steps, head, order, t, count, head.shape[0],
             R=directions, I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths), BM=pair_tile, BR=br,
             PP=power_of_two(count) if tiles is None else 16, SORTED=tiles is not None,
             STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
-            maxnreg=down_registers(pair_tile),
+            maxnreg=how.registers,
         )  # fmt: skip
     return t
 

@@ -223,7 +223,8 @@ def gate_up(
             h, ids, tiles, pairs, codes, steps, head, order, bias, out, count, experts, gain, 1 / gain,
             TOP_K=ids.shape[1], R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=pair_tile, BN=bn, PP=power_of_two(count) if tiles is None else 16,
-            SPLIT=split, SORTED=tiles is not None, **gate, STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
+            SPLIT=split, SORTED=tiles is not None, **gate, STAGES=how.stages, PACK=how.pack,
+            num_warps=how.warps,
         )  # fmt: skip
         if split > 1:
             block = min(1024, triton.next_power_of_2(columns))

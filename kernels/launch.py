@@ -5,7 +5,7 @@ sm_80. Many tokens: eight warps, with the widest tensor-core instruction that th
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,11 +28,13 @@ class Launch:
         warps: per program.
         stages: of the software pipeline: loads in flight.
         pack: bytes that one instance of the decoding assembly converts (`digits.digit_values`); 0 interprets.
+        registers: per thread at most; None leaves it to the compiler.
     """
 
     warps: int
     stages: int
     pack: int
+    registers: int | None = None
 
 
 def interpreting() -> bool:
@@ -49,28 +51,30 @@ def capability(device: torch.device) -> int:
 
 
 def launch(tile: int, rows: int, cc: int) -> Launch:
-    """Warps, stages and packing of gate_up or down.
+    """Warps, stages and packing of gate_up, and of down but for its registers.
 
     Args:
         tile: BM, pairs of a tile.
         rows: BN or BR, weight rows of a program; every 16 rows feed one warp.
         cc: `capability`.
     """
-    wanted = 2 if tile <= 8 else 4 if tile <= 16 and cc < 100 else 8  # Blackwell spills with four
+    # Blackwell's own products take weights through tensor memory, which pays for wide tiles only
+    wanted = 2 if tile <= (16 if cc >= 100 else 8) else 4 if tile <= 16 else 8
     warps = max(1, min(wanted, rows // 16))
     # Hopper's warpgroup products (4 warps and more, 64 rows and more) leave two bytes side by side in a thread
     pack = 0 if cc == 0 else 2 if 90 <= cc < 100 and warps >= 4 and rows >= 64 else 4
-    return Launch(warps=warps, stages=3 if tile <= 16 else 2, pack=pack)
+    return Launch(warps, 3 if tile <= 16 else 2, pack)
+
+
+def launch_down(tile: int, rows: int, cc: int) -> Launch:
+    """`launch` for down: at two warps the compiler aims for 96 registers by itself and spills for want of a few."""
+    how = launch(tile, rows, cc)
+    return replace(how, registers=144) if tile <= 8 else how
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current GPU; make it the tensors' own (models spread over several GPUs)."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def down_registers(tile: int) -> int | None:
-    """Registers per thread of down: two warps fit 128; left alone, the compiler aims lower and spills."""
-    return 128 if tile <= 8 else None
 
 
 def power_of_two(count: int) -> int:

@@ -45,7 +45,7 @@ class PreparedSide:
 
 @dataclass(frozen=True)
 class PreparedExperts:
-    """A layer's stored tensors with the launch metadata of both sides. The tensors are shared with ``packed``."""
+    """A layer's stored tensors with the launch metadata of both sides. Payloads are shared with ``packed``."""
 
     layout: ExpertsLayout
     packed: PackedExperts
@@ -58,6 +58,10 @@ def unsupported(layout: ExpertsLayout, dtype: torch.dtype = torch.bfloat16) -> s
 
     The storage format allows more sizes than a tensor-core tile has shapes; the plain path runs all of them.
     """
+    if torch.version.hip is not None:
+        return "digits are decoded by NVIDIA instructions; this is a ROCm build of torch"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+        return "the GPU is older than sm_80, which has the bf16 instructions that decode digits"
     checks: list[tuple[str, object, tuple[object, ...]]] = [
         ("block_size", layout.block_size, _BLOCKS),
         ("group_size", layout.group_size, _GROUPS),
@@ -90,6 +94,11 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
     return PreparedExperts(layout, packed, side_in, side_out)
 
 
+def _aligned(payload: torch.Tensor) -> torch.Tensor:
+    """The payload at an address that 16-byte loads can use; a copy only where a loader handed out a view in between."""
+    return payload if payload.data_ptr() % 16 == 0 else payload.clone()
+
+
 def _prepare_side(
     codes: torch.Tensor, steps: torch.Tensor, widths: torch.Tensor, layout: ExpertsLayout
 ) -> PreparedSide:
@@ -104,8 +113,8 @@ def _prepare_side(
     largest = float(steps.max()) if steps.numel() else 1.0
     gain = 2.0 ** (-4 - math.ceil(math.log2(largest))) if largest > 0 else 1.0
     return PreparedSide(
-        codes=codes,
-        steps=steps,
+        codes=_aligned(codes),
+        steps=_aligned(steps),
         head=head.to(torch.int32).contiguous(),
         order=torch.argsort(wide, dim=1, descending=True, stable=True).to(torch.int32).contiguous(),
         widths=used,
