@@ -67,6 +67,7 @@ def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(runner, "compare", fake)
     options = "--model m --recipe r --calibration c --eval-text e --out o --arms a,b --samples 3 --seq-len 4 --seed 5"
     options += " --eval-rows 6 --batch-size 7 --device cpu --dtype bfloat16 --pipeline sequential --text-column body"
+    options += " --tasks t,u --task-items 8"
     flags = ["--calibrate-all-experts", "--fresh", "--verbose"]
     assert main(["compare", *options.split(), *flags]) == 1, "an arm failed"
     assert seen["settings"] == runner.CompareSettings(
@@ -85,6 +86,8 @@ def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
         dtype="bfloat16",
         pipeline="sequential",
         calibrate_all_experts=True,
+        tasks=("t", "u"),
+        task_items=8,
         text_column="body",
         fresh=True,
         verbose=True,

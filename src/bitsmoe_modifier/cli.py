@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="quantize by every stage of a recipe, compare", description=_COMPARE)
     _model_options(compare, recipe=_AB_RECIPE, recipe_help=f"recipe; each stage is an arm (default: {_AB_RECIPE})")
-    compare.add_argument("--arms", metavar="NAME,…", help="only these stages")
+    compare.add_argument("--arms", type=_names, default=(), metavar="NAME,…", help="only these stages")
     compare.add_argument("--out", default=_REPORT, metavar="DIR", help=f"folder to write (default: {_REPORT})")
     compare.add_argument("--fresh", action="store_true", help="run arms again that an earlier run in DIR finished")
     _calibration_options(compare)
@@ -120,6 +120,20 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eval-rows", type=int, default=256, metavar="N", help="rows at most; 0: the whole text (default: 256)"
     )
+    group.add_argument(
+        "--tasks",
+        type=_names,
+        default=(),
+        metavar="NAME,…",
+        help="accuracy on lm-eval tasks: any installed one, `continuations` (comes with the package), an lm-eval YAML "
+        "file, or a .jsonl file of {context, endings, label}",
+    )
+    group.add_argument("--task-items", type=int, default=0, metavar="N", help="items per task at most (default: all)")
+
+
+def _names(value: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(name for name in value.split(",") if name)
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +174,7 @@ def _run_compare(args: argparse.Namespace, command: str) -> int:
         calibration=_given(args.calibration, "docmoe_calibration.txt"),
         eval_text=_given(args.eval_text, "docmoe_heldout.txt"),
         out=args.out,
-        arms=[name for name in args.arms.split(",") if name] if args.arms else None,
+        arms=list(args.arms) or None,
         samples=args.samples,
         seq_len=args.seq_len,
         seed=args.seed,
@@ -170,6 +184,8 @@ def _run_compare(args: argparse.Namespace, command: str) -> int:
         dtype=args.dtype,
         pipeline=args.pipeline,
         calibrate_all_experts=args.calibrate_all_experts,
+        tasks=args.tasks,
+        task_items=args.task_items,
         text_column=args.text_column,
         fresh=args.fresh,
         verbose=args.verbose,

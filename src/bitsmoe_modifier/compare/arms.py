@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from .accuracy import Accuracy, check_tasks, measure_tasks
 from .decoding import misread_experts
 from .evaluate import evaluate, evaluate_reference, load_model
 from .metrics import Summary
+from .model import load_tokenizer
 from .quantizing import QuantizeSettings, quantize
 from .recipe import Stage, check_stage
 from .reference import load, record
@@ -35,6 +37,8 @@ class Job:
         dtype: what models compute in while they are calibrated and measured.
         batch_size: rows per forward pass.
         pipeline, calibrate_all_experts: see `QuantizeSettings`.
+        tasks: of lm-eval (see `accuracy`).
+        task_items: items per task at most; None: all.
     """
 
     model: Path
@@ -45,12 +49,15 @@ class Job:
     batch_size: int
     pipeline: str
     calibrate_all_experts: bool
+    tasks: tuple[str, ...] = ()
+    task_items: int | None = None
 
 
-def check_recipe(stages: list[Stage]) -> None:
-    """Build every stage's modifiers once (see `check_stage`)."""
+def check_inputs(stages: list[Stage], tasks: tuple[str, ...]) -> None:
+    """Build every stage's modifiers and load every task once (see `check_stage`, `check_tasks`)."""
     for stage in stages:
         check_stage(stage)
+    check_tasks(tasks)
 
 
 def run_reference(job: Job) -> dict[str, Any]:
@@ -119,6 +126,12 @@ def measure(job: Job, checkpoint: Path, device: torch.device) -> Summary:
     workspace = Workspace(job.out)
     model = load_model(str(checkpoint), job.dtype, device)
     return evaluate(model, workspace.rows("evaluation"), load(workspace.reference), job.batch_size)
+
+
+def run_tasks(job: Job, checkpoint: Path) -> Accuracy:
+    """Load a checkpoint, or the dense model, and run the tasks on it."""
+    model = load_model(str(checkpoint), job.dtype, use_device(job.device))
+    return measure_tasks(model, load_tokenizer(checkpoint), job.tasks, job.batch_size, job.task_items)
 
 
 def sizes_of(checkpoint: Path, expert_elements: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 
 from .. import __version__
 from ..errors import BitsMoEError, RecipeError
-from .arms import Job, check_recipe, run_arm, run_reference
+from .accuracy import Accuracy, compare_accuracy
+from .arms import Job, check_inputs, run_arm, run_reference, run_tasks
 from .data import Text, calibration_rows, evaluation_rows, read_text, tokenize
 from .model import DenseModel, load_tokenizer, open_dense, read_config
 from .processes import Failure, Status, run_in_process, start_context
@@ -41,6 +42,8 @@ class CompareSettings:
         device: "cpu", "cuda", "cuda:1", or "auto".
         dtype: key of `DTYPES`, or "auto": float32 on a CPU, the model's own elsewhere.
         pipeline, calibrate_all_experts: see `QuantizeSettings`.
+        tasks: lm-eval tasks (see `accuracy`).
+        task_items: items per task at most; 0: all.
         text_column: column of tables and datasets.
         fresh: do not use what an earlier run in ``out`` finished.
         verbose: let the libraries print to the terminal instead of into log files.
@@ -61,6 +64,8 @@ class CompareSettings:
     dtype: str = "auto"
     pipeline: str = "independent"
     calibrate_all_experts: bool = False
+    tasks: tuple[str, ...] = ()
+    task_items: int = 0
     text_column: str = "text"
     fresh: bool = False
     verbose: bool = False
@@ -108,6 +113,8 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
         batch_size=settings.batch_size,
         pipeline=settings.pipeline,
         calibrate_all_experts=settings.calibrate_all_experts,
+        tasks=tuple(settings.tasks),
+        task_items=settings.task_items or None,
     )
     status = Status(len(stages) + 1)
     try:
@@ -128,6 +135,7 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
             "measured_bits_per_expert_weight": model.expert_bits,
             "checkpoint_bytes": model.checkpoint_bytes,
             **dense["reference"],
+            "accuracy": compare_accuracy(runner.dense_accuracy, {}),
         },
         "noise_floor": dense["noise_floor"],
         "arms": arms,
@@ -142,15 +150,16 @@ class _Runner:
     def __init__(self, context: Any, workspace: Workspace, job: Job, status: Status, verbose: bool) -> None:
         self.context, self.workspace, self.job, self.status, self.verbose = context, workspace, job, status, verbose
         self.versions = {name: installed(name) for name in _PACKAGES}
+        self.dense_accuracy: Accuracy = {}
 
     def _call(self, name: str, function: Any, *arguments: Any) -> Any:
         log = self.workspace.log(name)
         return run_in_process(self.context, function, arguments, log, self.status.show, self.verbose)
 
     def reference(self, stages: list[Stage]) -> dict[str, Any]:
-        """Check the recipe, then the dense model's figures; both or an error."""
+        """Check recipe and tasks, then the dense model's figures; all of it or an error."""
         self.status.begin("checking the recipe")
-        checked = self._call("recipe", check_recipe, stages)
+        checked = self._call("recipe", check_inputs, stages, self.job.tasks)
         if isinstance(checked, Failure):
             raise RecipeError(checked.message)
         key = {"versions": self.versions}
@@ -162,8 +171,26 @@ class _Runner:
             raise BitsMoEError(f"the unquantized model could not be measured: {made.message} (all of it in {log})")
         self.workspace.keep("_reference", key, made)
         figures = made["reference"]
-        self.status.end(f"unquantized: perplexity {figures['perplexity']:.2f}" + (" (as before)" if kept else ""))
+        self.dense_accuracy, warnings = self.accuracy("_reference", key, self.job.model, reuse=kept is not None)
+        for warning in warnings:
+            self.status.note(f"unquantized: {warning}")
+        said = f"unquantized: perplexity {figures['perplexity']:.2f}{_accuracies(self.dense_accuracy)}"
+        self.status.end(said + (" (as before)" if kept else ""))
         return made
+
+    def accuracy(self, name: str, key: dict[str, Any], checkpoint: Path, reuse: bool) -> tuple[Accuracy, list[str]]:
+        """The accuracy of one model, {} without tasks; a failure is {} and a warning."""
+        job = self.job
+        if not job.tasks:
+            return {}, []
+        key = {**key, "tasks": list(job.tasks), "items": job.task_items}
+        kept = self.workspace.finished(f"{name}.tasks", key) if reuse else None
+        log = f"{name.removeprefix('_')}.tasks"
+        made = kept or self._call(log, run_tasks, job, checkpoint)
+        if isinstance(made, Failure):
+            return {}, [f"the tasks failed: {made.message} (all of it in logs/{log}.log)"]
+        self.workspace.keep(f"{name}.tasks", key, made)
+        return made, []
 
     def arm(self, stage: Stage) -> dict[str, Any]:
         """One arm's entry of the report, with its figures or its error."""
@@ -183,13 +210,22 @@ class _Runner:
             self.status.end(f"{stage.name}: failed: {made.message} (all of it in {self.workspace.folder / log})")
             return {**head, "error": made.message, "log": str(log)}
         self.workspace.keep(stage.name, key, made)
+        checkpoint = self.workspace.checkpoint(stage.name)
+        accuracy, warnings = self.accuracy(stage.name, key, checkpoint, reuse=kept is not None)
+        made = {**made, "warnings": [*made["warnings"], *warnings]}
         self.status.end(
             f"{stage.name}: {made['measured_bits_per_expert_weight']:.3f} bits, KL divergence × 1000 "
-            f"{1000 * made['kld_mean']:.2f}, perplexity {made['perplexity']:.2f}" + (" (as before)" if kept else "")
+            f"{1000 * made['kld_mean']:.2f}, perplexity {made['perplexity']:.2f}"
+            f"{_accuracies(accuracy)}" + (" (as before)" if kept else "")
         )
         for warning in made["warnings"]:
             self.status.note(f"{stage.name}: {warning}")
-        return {**head, **made, "reused": kept is not None}
+        compared = compare_accuracy(accuracy, self.dense_accuracy)
+        return {**head, **made, "accuracy": compared, "reused": kept is not None}
+
+
+def _accuracies(accuracy: Accuracy) -> str:
+    return "".join(f", {task} {100 * entry['acc']:.1f} %" for task, entry in accuracy.items())
 
 
 def resolve_device(device: str) -> str:

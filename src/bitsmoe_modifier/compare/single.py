@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BitsMoEError, RecipeError
+from .accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from .arms import sizes_of, use_device
 from .data import calibration_rows, evaluation_rows, read_text, tokenize
 from .evaluate import evaluate, evaluate_reference, load_model
@@ -31,6 +32,8 @@ class Options:
     pipeline: str = "independent"
     calibrate_all_experts: bool = False
     text_column: str = "text"
+    tasks: tuple[str, ...] = ()
+    task_items: int = 0
     verbose: bool = False
 
 
@@ -90,24 +93,38 @@ def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, op
     set_up_logging(options.verbose)
     import bitsmoe_modifier  # noqa: F401 - registers the loader
 
+    check_tasks(options.tasks)
+    accuracy = []
     with tempfile.TemporaryDirectory() as scratch:
-        reference = record(load_model(str(dense.folder), dtype, device), rows, options.batch_size, Path(scratch))
+        loaded = load_model(str(dense.folder), dtype, device)
+        reference = record(loaded, rows, options.batch_size, Path(scratch))
+        accuracy.append(_accuracy(loaded, dense.folder, options))
         own = evaluate_reference(rows, reference.to(device), options.batch_size)
-        figures = evaluate(load_model(str(folder), dtype, device), rows, reference, options.batch_size)
+        loaded = load_model(str(folder), dtype, device)
+        figures = evaluate(loaded, rows, reference, options.batch_size)
+        accuracy.append(_accuracy(loaded, folder, options))
     return {
         "reference": {
             "name": "unquantized",
             "measured_bits_per_expert_weight": dense.expert_bits,
             "checkpoint_bytes": dense.checkpoint_bytes,
             **asdict(own),
+            "accuracy": compare_accuracy(accuracy[0], {}),
         },
         "checkpoint": {
             "name": folder.name,
             "measured_bits_per_expert_weight": 8 * expert_bytes(sizes) / dense.expert_elements,
             "checkpoint_bytes": checkpoint_bytes(folder),
             **asdict(figures),
+            "accuracy": compare_accuracy(accuracy[1], accuracy[0]),
         },
     }
+
+
+def _accuracy(model: Any, folder: Path, options: Options) -> Accuracy:
+    if not options.tasks:
+        return {}
+    return measure_tasks(model, load_tokenizer(folder), options.tasks, options.batch_size, options.task_items or None)
 
 
 def _check_new(out: Path) -> None:

@@ -1,0 +1,106 @@
+"""lm-eval tasks: the embedded items, files of items, refusals, and the figures against a plain computation."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitsmoe_modifier.compare.accuracy import check_tasks, compare_accuracy, label, measure_tasks
+from bitsmoe_modifier.compare.evaluate import load_model
+from bitsmoe_modifier.compare.model import load_tokenizer
+from bitsmoe_modifier.errors import BitsMoEError
+from bitsmoe_modifier.tasks.items import EMBEDDED, load, read
+from tiny_text import LETTERS
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 items for the tokenizer of single characters."""
+    draw = random.Random(0)
+
+    def text(n: int) -> str:
+        return "".join(draw.choices(LETTERS[:26], k=n))
+
+    rows = [{"context": text(20), "endings": [text(3 + 2 * i) for i in range(3)], "label": i % 3} for i in range(24)]
+    path = tmp_path_factory.mktemp("items") / "letters.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return path
+
+
+def test_the_embedded_items_are_items():
+    assert len(read(EMBEDDED)) == 400
+    assert load()["test"][0]["label"] in range(4)
+
+
+def test_lm_eval_finds_the_shipped_task():
+    check_tasks(["continuations"])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not JSON"),
+        ('{"context": "a"}', "an item is"),
+        ('{"context": "a", "endings": ["b"], "label": 0}', "an item is"),
+        ('{"context": "a", "endings": ["b", "c"], "label": 2}', "an item is"),
+        ('{"context": "a", "endings": ["b", ""], "label": 0}', "an item is"),
+    ],
+    ids=["broken", "no-endings", "one-ending", "label-out-of-range", "empty-ending"],
+)
+def test_a_wrong_line_is_named(line, problem, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"context": "a", "endings": ["b", "c"], "label": 1}\n' + line)
+    with pytest.raises(BitsMoEError, match=rf"x\.jsonl, line 2: .*{problem}"):
+        check_tasks([str(path)])
+
+
+@pytest.mark.parametrize(("task", "problem"), [("/no/items.jsonl", "no such file"), ("/no/t.yaml", "cannot be loaded")])
+def test_missing_files_are_refused(task, problem):
+    with pytest.raises(BitsMoEError, match=problem):
+        check_tasks([task])
+
+
+def test_labels():
+    assert [label(t) for t in ("continuations", "/a/b.jsonl", "c.yaml")] == ["continuations", "b", "c"]
+
+
+def test_scores_are_those_of_a_plain_computation(tiny, items):
+    folder = tiny / "model"
+    model, tokenizer = load_model(str(folder), torch.float32, torch.device("cpu")), load_tokenizer(folder)
+
+    def logp(context: list[int], ending: list[int]) -> float:
+        with torch.no_grad():
+            logits = model(torch.tensor([context + ending])).logits[0].log_softmax(-1)
+        return sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(ending))
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    mutual, normed = [], []
+    for item in read(items):
+        endings = [encode(" " + ending) for ending in item["endings"]]
+        given = [logp(encode(item["context"]), ending) for ending in endings]
+        alone = [logp([tokenizer.eos_token_id], ending) for ending in endings]
+        gains = [a - b for a, b in zip(given, alone, strict=True)]
+        rates = [a / len(ending) for a, ending in zip(given, item["endings"], strict=True)]
+        mutual.append(float(gains.index(max(gains)) == item["label"]))
+        normed.append(float(rates.index(max(rates)) == item["label"]))
+    assert 0 < sum(mutual) < 24, "a test that could not tell"
+
+    found = measure_tasks(model, tokenizer, [str(items)], 7, None)["letters"]
+    assert found["metric"] == "acc_mutual_info"
+    assert found["scores"] == mutual
+    assert found["acc"] == pytest.approx(sum(mutual) / 24)
+    assert found["others"] == {"acc_norm": pytest.approx(sum(normed) / 24)}
+    assert measure_tasks(model, tokenizer, [str(items)], 7, 5)["letters"]["scores"] == mutual[:5]
+
+
+def test_a_difference_is_taken_item_by_item():
+    own = {"t": {"acc": 0.5, "scores": [1.0, 0.0]}, "u": {"acc": 1.0, "scores": [1.0]}}
+    compared = compare_accuracy(own, {"t": {"acc": 1.0, "scores": [1.0, 1.0]}})
+    assert compared["t"]["paired"]["difference"] == -0.5
+    assert compared["t"]["paired"]["only_reference"] == 1
+    assert "paired" not in compared["u"]
+    assert all("scores" not in entry for entry in compared.values())
