@@ -394,5 +394,4 @@ def test_dense_loading_is_refused(saved: tuple[PreTrainedModel, Path]) -> None:
 def test_pickles_are_refused(copy_of: Path) -> None:
     file = copy_of / "model.safetensors"
     torch.save(load_file(file), copy_of / "pytorch_model.bin")
-    file.unlink()
     _assert_refused(copy_of, "pytorch_model.bin", "safetensors", use_safetensors=False)

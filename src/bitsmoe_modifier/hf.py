@@ -8,6 +8,7 @@ state, and lets the stock loader fill them: dense experts are never allocated. I
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from . import format as bitsmoe_format
 from .errors import CheckpointError
 from .experts import BitsMoEExperts
 from .gating import gating_of
+from .hf_fit import check_fits
 from .layout import ExpertsLayout, PackedExperts, check_content, check_structure
-from .shards import Stored, file_names, packed_modules, scan
+from .shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
 
-_HEADERS = ("layout", "widths_in", "widths_out")
 _LINEAR_SUFFIXES = (".weight_packed", ".weight_scale")
 
 
@@ -52,6 +53,13 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
             yield
         finally:
             self.quantization_config.quantization_config = self.compressor.quantization_config = whole
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Check a folder's list of files: no other call comes between reading config.json and opening files."""
+        folder = Path(getattr(config, "name_or_path", None) or "")
+        if self._schemes() and (folder / "config.json").is_file():
+            checkpoint_files(folder)
+        return super().update_tp_plan(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -78,6 +86,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
             # the hook would find nothing to decompress, but mark the configuration as decompressed
             self.compressor.remove_decompression_hook(model)
         self._replace_experts(model, packed_modules(found))
+        check_fits(model, found)
 
     def _replace_experts(self, model: PreTrainedModel, stored: dict[str, dict[str, Stored]]) -> None:
         """Put an empty `BitsMoEExperts` in the place of every experts module that the checkpoint stores packed."""
@@ -169,15 +178,8 @@ def _by_module_name(
 
 def _placeholder(stored: dict[str, Stored], replaced: nn.Module, name: str) -> BitsMoEExperts:
     """An empty `BitsMoEExperts` for the stored tensors, which must fit each other and the module that it replaces."""
-    where = f"{file_names(stored.values())}: {name}"
-    tensors: dict[str, Any] = {}
-    for leaf, part in stored.items():
-        if part.dtype is None:
-            raise CheckpointError(f"{where}.{leaf}: unknown dtype; the checkpoint was written by something else")
-        tensors[leaf] = part.read() if leaf in _HEADERS else (part.dtype, part.shape)
-    with torch.device("cpu"):
-        layout = check_structure(tensors, where)
-    _check_sizes(layout, replaced, where)
+    layout, tensors = read_structure(stored, name)
+    _check_sizes(layout, replaced, f"{file_names(stored.values())}: {name}")
     packed = PackedExperts(**{leaf: _empty(value) for leaf, value in tensors.items()})
     return BitsMoEExperts(packed, gating_of(replaced)).to("meta")
 

@@ -1,15 +1,22 @@
-"""What the safetensors files of a checkpoint hold, read from their headers alone."""
+"""Which files a checkpoint has, and what they hold, read from their headers alone.
 
+Nothing here believes a file: names that lead out of the checkpoint's folder are refused, and no size is used before it
+was compared with the bytes that are there.
+"""
+
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
-from .layout import TENSOR_NAMES
+from .layout import TENSOR_NAMES, ExpertsLayout, check_structure
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -23,6 +30,10 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+
+
+#: the tensors of a layer that say how large the others are
+_HEADERS = ("layout", "widths_in", "widths_out")
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,54 @@ class Stored:
         # a loader may run under a meta default device, which would catch the tensor that safetensors creates
         with torch.device("cpu"), safe_open(self.file, "pt") as shard:
             return shard.get_tensor(self.key)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: when the file is missing, no JSON, nested without end, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; give the folder of a saved model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)[:200]
+        raise CheckpointError(f"{path} is not JSON ({problem}); fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no settings; fetch the checkpoint again")
+    return content
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those that its index names, or all there are.
+
+    Links that a download made inside the folder are followed.
+
+    Raises:
+        CheckpointError: when there are none, the index is damaged, or it names a file that is missing, elsewhere, or
+            of another kind.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} has no safetensors files; it is not a checkpoint, or of an older kind")
+        return files
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: weight_map does not say which file holds which tensor; fetch it again")
+    root = os.path.join(os.path.abspath(folder), "")
+    found = [folder / name for name in sorted(set(names.values()))]
+    for file in found:
+        if not os.path.abspath(file).startswith(root) or file.suffix != ".safetensors" or "\0" in str(file):
+            raise CheckpointError(
+                f"{index}: names {str(file)!r}, not a safetensors file in this folder; do not use this checkpoint"
+            )
+        if not file.is_file():
+            raise CheckpointError(f"{file}: named by the index but missing; fetch the checkpoint again")
+    return found
 
 
 def scan(files: Iterable[str]) -> dict[str, Stored]:
@@ -90,6 +149,27 @@ def packed_modules(found: dict[str, Stored]) -> dict[str, dict[str, Stored]]:
                 modules[prefix][key[len(prefix) + 1 :]] = stored
                 break
     return dict(modules)
+
+
+def read_structure(
+    stored: dict[str, Stored], where: str
+) -> tuple[ExpertsLayout, dict[str, torch.Tensor | tuple[torch.dtype, tuple[int, ...]]]]:
+    """Read a layer's header and widths, and check the sizes of its other tensors against them.
+
+    Returns:
+        the layout; by name the tensors that were read, and (dtype, shape) of those that were not.
+
+    Raises:
+        CheckpointError: naming files, module and tensor.
+    """
+    where = f"{file_names(stored.values())}: {where}"
+    tensors: dict[str, torch.Tensor | tuple[torch.dtype, tuple[int, ...]]] = {}
+    for leaf, part in stored.items():
+        if part.dtype is None:
+            raise CheckpointError(f"{where}.{leaf}: unknown dtype; the checkpoint was written by something else")
+        tensors[leaf] = part.read() if leaf in _HEADERS else (part.dtype, part.shape)
+    with torch.device("cpu"):
+        return check_structure(tensors, where), tensors
 
 
 def file_names(tensors: Iterable[Stored]) -> str:

@@ -1,6 +1,5 @@
 """What is in a checkpoint: bytes by kind, widths, bases, tokens per expert. Reads headers and widths, no model."""
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..layout import TENSOR_NAMES, ExpertsLayout
-from ..shards import Stored, packed_modules, scan
+from ..shards import Stored, checkpoint_files, packed_modules, read_json, read_structure, scan
 from .model import read_config
 from .quantizing import REPORT_NAME
 from .sizes import checkpoint_bytes, expert_bytes, is_expert, tensor_sizes
@@ -47,14 +47,18 @@ class Layer:
 
 
 def describe_layer(name: str, stored: dict[str, Stored], report: dict[str, Any]) -> Layer:
-    """Read one layer's header and widths, and count its bytes."""
-    layout = ExpertsLayout.from_tensor(stored["layout"].read())
+    """Read one layer's header and widths, and count its bytes.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing or does not fit the others.
+    """
+    layout, tensors = read_structure(stored, name)
     kind_of = {tensor: kind for kind, tensors in _KINDS.items() for tensor in tensors}
     kinds: dict[str, int] = defaultdict(int)
     for leaf, tensor in stored.items():
         size = torch.Size(tensor.shape).numel() * (tensor.dtype.itemsize if tensor.dtype else 0)
         kinds[kind_of.get(leaf, "other")] += size
-    widths_in, widths_out = stored["widths_in"].read(), stored["widths_out"].read()
+    widths_in, widths_out = torch.as_tensor(tensors["widths_in"]), torch.as_tensor(tensors["widths_out"])
     widths = {
         matrix: dict(sorted(Counter(w.flatten().tolist()).items()))
         for matrix, w in (("gate", widths_in[:, 0]), ("up", widths_in[:, 1]), ("down", widths_out))
@@ -69,8 +73,9 @@ def describe(folder: Path) -> dict[str, Any]:
         CheckpointError: when the folder is no checkpoint, or its files are damaged.
     """
     config = read_config(folder)
+    scheme = config.get("quantization_config")
     sizes = tensor_sizes(folder)
-    modules = packed_modules(scan(str(file) for file in sorted(folder.glob("*.safetensors"))))
+    modules = packed_modules(scan(map(str, checkpoint_files(folder))))
     names = sorted(modules, key=_natural)
     noted = _read_report(folder, names)
     layers = [describe_layer(name, modules[name], noted.get(name, {})) for name in names]
@@ -80,7 +85,7 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "model_type": config.get("model_type"),
-        "format": (config.get("quantization_config") or {}).get("format"),
+        "format": scheme.get("format") if isinstance(scheme, dict) else None,
         "checkpoint_bytes": checkpoint_bytes(folder),
         "bytes": {"experts": expert_bytes(sizes), "packed experts": packed, "rest": total - expert_bytes(sizes)},
         "bits_per_expert_weight": 8 * packed / elements if elements else None,
@@ -152,7 +157,9 @@ def _read_report(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     path = folder / REPORT_NAME
     if not path.exists():
         return {}
-    noted = json.loads(path.read_text(encoding="utf-8")).get("layers", {})
+    noted = read_json(path).get("layers")
+    if not isinstance(noted, dict) or not all(isinstance(layer, dict) for layer in noted.values()):
+        raise CheckpointError(f"{path} holds no layers; delete it, or fetch the checkpoint again")
     in_order = [noted[name] for name in sorted(noted, key=_natural)]
     return dict(zip(names, in_order, strict=True)) if len(noted) == len(names) else noted
 

@@ -1,11 +1,11 @@
 """The model that a comparison starts from: where it is, whether it can be quantized, its tokenizer."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RecipeError
+from ..shards import read_json
 from .sizes import checkpoint_bytes, expert_elements, tensor_sizes
 
 
@@ -89,15 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is missing or not JSON.
     """
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a saved model") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/config.json is not JSON ({error}); fetch the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder}/config.json holds no settings; fetch the checkpoint again")
-    return content
+    return read_json(folder / "config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..shards import checkpoint_files, scan
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,15 @@ def tensor_sizes(folder: Path) -> dict[str, TensorSize]:
     """Every tensor of a checkpoint folder.
 
     Raises:
-        CheckpointError: when the folder has no safetensors files, or one of them is cut off.
+        CheckpointError: when the folder has no safetensors files, or one of them is damaged.
     """
+    files = checkpoint_files(folder)
+    scan(map(str, files))  # checks the headers, which are believed from here on
     sizes: dict[str, TensorSize] = {}
-    for file in _files(folder):
+    for file in files:
         with file.open("rb") as stream:
-            try:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
-            except (struct.error, ValueError, MemoryError, OverflowError):
-                raise CheckpointError(f"{file}: not a whole safetensors file; fetch or write it again") from None
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
@@ -51,7 +50,7 @@ def tensor_sizes(folder: Path) -> dict[str, TensorSize]:
 
 def checkpoint_bytes(folder: Path) -> int:
     """Bytes of the checkpoint's safetensors files."""
-    return sum(file.stat().st_size for file in _files(folder))
+    return sum(file.stat().st_size for file in checkpoint_files(folder))
 
 
 def expert_elements(sizes: dict[str, TensorSize]) -> int:
@@ -67,18 +66,3 @@ def expert_bytes(sizes: dict[str, TensorSize]) -> int:
 def is_expert(name: str) -> bool:
     """Whether a tensor belongs to the routed experts (``mlp.experts.3.up_proj.weight``; not the shared ones)."""
     return ".experts." in name
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, or all there are."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        for file in named:
-            if not file.exists():
-                raise CheckpointError(f"{file}: named by the index but missing; fetch the checkpoint again")
-        return named
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors files; it is not a checkpoint, or of an older kind")
-    return files
