@@ -75,7 +75,7 @@ def test_dense_model(out: Path, dense_checkpoint: Checkpoint, tmp_path: Path) ->
     for file in dense_checkpoint("qwen3_moe").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "llama")
     said = refused(load(tmp_path / "llama"), out)
-    assert said.startswith("RecipeError: LlamaForCausalLM has no MoE layer that llm-compressor can linearize")
+    assert said.startswith("RecipeError: LlamaForCausalLM (model_type llama) has no mixture-of-experts layer")
 
 
 @pytest.mark.parametrize(

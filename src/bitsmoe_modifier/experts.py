@@ -27,6 +27,7 @@ from .layout import (
     decode_factor,
     index_units,
 )
+from .sorted_rows import routing_of
 
 if TYPE_CHECKING:
     from bitsmoe_kernels import PreparedExperts
@@ -229,12 +230,16 @@ class BitsMoEExperts(nn.Module):
     # --------------------------------------------------------------------------------------------------- forward
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The layer's routed experts, as transformers calls them.
 
         Args:
-            hidden_states: x ``[T, H]``, any float dtype; the matrix products run in it.
+            hidden_states: x ``[T, H]``, any float dtype; the matrix products run in it. Without the other arguments,
+                rows that the caller has sorted by expert (`sorted_rows`).
             top_k_index: ``[T, k]``, expert of every (token, choice). Ids outside ``[0, E)``, which expert parallelism
                 gives to other ranks' experts, add nothing.
             top_k_weights: p ``[T, k]``, any float dtype.
@@ -243,6 +248,8 @@ class BitsMoEExperts(nn.Module):
             y ``[T, H]`` in the dtype of ``hidden_states``. The sum over a token's experts runs in float32 in order of
             the expert id, never in the order in which threads finish.
         """
+        if top_k_index is None or top_k_weights is None:
+            top_k_index, top_k_weights = routing_of(hidden_states, self.num_experts)
         if hidden_states.is_cuda and os.environ.get("BITSMOE_FORCE_PLAIN") != "1":
             prepared = self._prepare_kernels(hidden_states.dtype)
             if prepared is not None:

@@ -20,18 +20,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
 }
 
-# Class names of torch's and transformers' activation modules.
-_ACTIVATION_OF_CLASS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELU": "gelu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-}
-
 
 @dataclass(frozen=True)
 class Gating:
@@ -65,7 +53,7 @@ class Gating:
 
 
 def gating_of(experts: nn.Module) -> Gating:
-    """Read the gating of an experts module (transformers' fused one or llm-compressor's linearized one).
+    """Read the gating of an experts module: transformers' (fused or a list of MLPs) or llm-compressor's linear one.
 
     The class's own ``_apply_gate`` is evaluated on probe values and compared with the candidate built from the
     module's attributes, so that a family with another formula is refused instead of quantized wrongly.
@@ -74,8 +62,9 @@ def gating_of(experts: nn.Module) -> Gating:
         RecipeError: naming the class, when the activation or the formula is unknown.
     """
     name = type(experts).__name__
-    act_fn = getattr(experts, "act_fn", None)
-    activation = _ACTIVATION_OF_CLASS.get(type(act_fn).__name__, "")
+    owner = experts[0] if isinstance(experts, nn.ModuleList) and not hasattr(experts, "act_fn") else experts
+    act_fn = getattr(owner, "act_fn", getattr(owner, "activation_fn", None))
+    activation = "" if act_fn is None else _activation_of(act_fn)
     limit = getattr(experts, "limit", None) or getattr(experts, "swiglu_limit", None)
     alpha = getattr(experts, "alpha", None) or getattr(experts, "swiglu_alpha", None)
     candidates = [Gating(activation)] if activation else []
@@ -89,8 +78,16 @@ def gating_of(experts: nn.Module) -> Gating:
             return gating
     raise RecipeError(
         f"the experts class {name} combines gate and up in a way this version does not know "
-        f"(activation {type(act_fn).__name__}, limit {limit}, alpha {alpha}); add its modules to `ignore`"
+        f"(activation {getattr(act_fn, '__name__', type(act_fn).__name__)}, limit {limit}, alpha {alpha}); "
+        "add its modules to `ignore`"
     )
+
+
+def _activation_of(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """Name of the known activation with the values of ``act_fn`` (a module or a function); "" where there is none."""
+    gate, _ = _PROBE
+    values = act_fn(gate)
+    return next((name for name, known in _ACTIVATIONS.items() if torch.allclose(values, known(gate), 1e-5, 1e-6)), "")
 
 
 _PROBE = (torch.linspace(-9.0, 9.0, 37), torch.linspace(8.5, -8.0, 37))

@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .experts import BitsMoEExperts
 from .gating import gating_of
 from .hf_fit import check_fits
-from .layout import ExpertsLayout, PackedExperts, check_content, check_structure
+from .layout import TENSOR_NAMES, ExpertsLayout, PackedExperts, check_content, check_structure
 from .shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
 
 _LINEAR_SUFFIXES = (".weight_packed", ".weight_scale")
@@ -135,11 +135,15 @@ def install() -> None:
 
 
 def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
-    """(E, H, I) of one of transformers' fused experts modules, on any device.
+    """(E, H, I) of one of transformers' experts modules, on any device.
+
+    Either fused ones, or the list of MLPs that transformers makes of Llama 4's when a checkpoint is quantized.
 
     Raises:
-        CheckpointError: when the module does not follow transformers' common experts interface.
+        CheckpointError: when the module is neither.
     """
+    if isinstance(experts, nn.ModuleList) and all(hasattr(expert, "down_proj") for expert in experts):
+        return len(experts), *experts[0].down_proj.weight.shape
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor) or gate_up.ndim != 3:
         raise CheckpointError(
@@ -147,7 +151,7 @@ def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
             "packed experts cannot take its place"
         )
     hidden, intermediate = down.shape[1:]
-    if getattr(experts, "is_transposed", False):
+    if gate_up.shape[1:] != (2 * intermediate, hidden):  # stored [E, H, 2I] and [E, I, H]
         hidden, intermediate = intermediate, hidden
     return gate_up.shape[0], hidden, intermediate
 
@@ -172,8 +176,17 @@ def _by_module_name(
     renamed = {}
     for prefix, tensors in stored.items():
         key, _ = rename_source_key(f"{prefix}.layout", renamings, [], model.base_model_prefix, known)
-        renamed[key.removesuffix(".layout") if f"{prefix}.layout" not in known else prefix] = tensors
+        name = key.removesuffix(".layout") if f"{prefix}.layout" not in known else prefix
+        renamed[name] = {leaf: part for leaf, part in tensors.items() if not _is_moved(prefix, leaf, renamings)}
     return renamed
+
+
+def _is_moved(prefix: str, leaf: str, renamings: list[WeightRenaming]) -> bool:
+    """Whether a tensor beside packed ones is another module's (a router's bias is stored under its experts' name)."""
+    if leaf in TENSOR_NAMES:
+        return False
+    own, moved = (rename_source_key(f"{prefix}.{end}", renamings, [])[0] for end in ("layout", leaf))
+    return not moved.startswith(own.removesuffix("layout"))
 
 
 def _placeholder(stored: dict[str, Stored], replaced: nn.Module, name: str) -> BitsMoEExperts:

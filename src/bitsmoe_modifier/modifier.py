@@ -14,10 +14,11 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from tqdm import tqdm
 
-from . import tracing  # noqa: F401  (calibration attends causally)
+from . import mends, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
 from .errors import BitsMoEError, CalibrationError, RecipeError
 from .experts import BitsMoEExperts
 from .format import attach, make_scheme
+from .fusing import fuse_dense_experts
 from .planes import WIDTHS
 from .quantize import LayerPlan, LayerReport, QuantizerSettings, plan_layer, quantize_layer
 from .statistics import RoutedTokens
@@ -50,7 +51,7 @@ class BitsMoEModifier(Modifier):
     - on_calibration_start: with `scope: global`, survey all layers and split the budget; hook the inputs of
       every experts module (routed tokens only)
     - on_sequential_epoch_end: quantize the layers just calibrated, one at a time, and replace each by `BitsMoEExperts`
-    - on_finalize: raise if any layer was left undone
+    - on_finalize: raise if any layer was left undone; give experts that stay dense back their fused form
 
     Args:
         bits: average bits per expert weight, everything stored counted: codes, steps, bases, widths, dense experts.
@@ -187,7 +188,7 @@ class BitsMoEModifier(Modifier):
         return budgets
 
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
-        self._inputs.setdefault(module, []).append(experts_inputs(args, kwargs))
+        self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
@@ -229,13 +230,14 @@ class BitsMoEModifier(Modifier):
         self.remove_hooks()
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Raise if a layer was never reached."""
+        """Raise if a layer was never reached; make what stays dense ready to be saved."""
         self._progress.close()
         if self._names:
             raise CalibrationError(
                 f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "
                 "use the sequential pipeline, or add them to `ignore`"
             )
+        fuse_dense_experts(state.model)
         return True
 
     # ---------------------------------------------------------------------------------------------- super experts

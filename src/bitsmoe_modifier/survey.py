@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from .allocation import allocate
 from .errors import CalibrationError, RecipeError
+from .sorted_rows import routed_rows
 from .statistics import prior_share
 
 #: Tokens of the backward pass.
@@ -188,7 +189,7 @@ def capture_inputs(experts: Mapping[nn.Module, str], captured: dict[nn.Module, l
     """Append the inputs of every call of an experts module to ``captured[module]``."""
 
     def hook(module: nn.Module, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
-        captured.setdefault(module, []).append(experts_inputs(args, kwargs))
+        captured.setdefault(module, []).append(experts_inputs(module, args, kwargs))
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in experts]
     try:
@@ -198,9 +199,12 @@ def capture_inputs(experts: Mapping[nn.Module, str], captured: dict[nn.Module, l
             handle.remove()
 
 
-def experts_inputs(args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> Inputs:
+def experts_inputs(module: nn.Module, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> Inputs:
     """(hidden states, top-k ids, top-k weights) of a call of an experts module, however they were passed."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
+    if len(args) + len(kwargs) == 1:
+        rows = args[0] if args else kwargs[names[0]]
+        return tuple(v.detach() for v in routed_rows(rows, module.num_experts))
     return tuple(v.detach().clone() for v in (*args, *(kwargs[name] for name in names[len(args) :])))
 
 

@@ -3,6 +3,7 @@
 This module and `modifier` are the only ones that know llm-compressor's classes.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,7 +25,8 @@ def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
     """Experts modules that the recipe targets, by name, in model order.
 
     Raises:
-        RecipeError: when none is matched, or the model's experts are already quantized.
+        RecipeError: when none is matched, or the model's experts are already quantized, or of a kind that the format
+            cannot hold; naming the model's family.
     """
     matched = dict(match_named_modules(model, list(targets), list(ignore)))
     packed = [name for name, module in matched.items() if isinstance(module, BitsMoEExperts)]
@@ -38,11 +40,31 @@ def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
                 f"targets {list(targets)} minus ignore {list(ignore)} match none of the model's MoE layers "
                 f"({_some(present)}); drop `targets` to quantize them all"
             )
+        raise RecipeError(_unsupported(model))
+    ungated = [name for name, module in found.items() if not module.has_gate]
+    if ungated:
         raise RecipeError(
-            f"{type(model).__name__} has no MoE layer that llm-compressor can linearize; "
-            "BitsMoEModifier quantizes routed experts only"
+            f"{_family(model)} is not supported: its experts ({_some(ungated)}) have no gate projection, which the "
+            "bitsmoe format needs; use another modifier for them"
         )
     return found
+
+
+def _family(model: nn.Module) -> str:
+    return f"{type(model).__name__} (model_type {model.config.model_type})"
+
+
+def _unsupported(model: nn.Module) -> str:
+    """Why a model without one experts module that could be linearized cannot be quantized."""
+    kinds = ((name, type(module).__name__) for name, module in model.named_modules())
+    foreign = [(name, kind) for name, kind in kinds if re.search(r"(Experts|MoE)$", kind)]
+    if not foreign:
+        return f"{_family(model)} has no mixture-of-experts layer; BitsMoEModifier quantizes routed experts only"
+    name, kind = foreign[-1]
+    return (
+        f"{_family(model)} is not supported: its experts class {kind} (e.g. {name}) does not follow transformers' "
+        "common experts interface, so llm-compressor cannot linearize it; docs/models.md lists the families that work"
+    )
 
 
 def check_unclaimed(experts: Iterable[tuple[str, LinearExperts2D]]) -> None:
@@ -73,8 +95,6 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
     Raises:
         RecipeError, CalibrationError: naming the layer, the offender and the remedy.
     """
-    if not module.has_gate:
-        raise RecipeError(f"{name}: its experts have no gate projection, which this format needs; add it to `ignore`")
     try:
         gating_of(module)
     except RecipeError as error:
