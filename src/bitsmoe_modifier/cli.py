@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show sizes, widths and bases of a checkpoint", description=_INSPECT)
     inspect.add_argument("checkpoint", metavar="DIR", help="checkpoint folder")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--html", metavar="FILE", help="draw it as a page of its own, and print where it is")
     inspect.add_argument("--verbose", action="store_true", help="show tracebacks")
     inspect.set_defaults(run=_run_inspect)
     return parser
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 _QUANTIZE = "Quantize a model by one stage of a recipe and save a checkpoint that AutoModelForCausalLM loads."
 _COMPARE = """Quantize a model by every stage of a recipe, each in its own process from the unquantized model and with
 the same calibration rows; load every saved checkpoint again, measure it against the unquantized model, and write
-report.json, report.md and report.png. A rerun with the same inputs uses what is finished."""
+report.json, report.md and report.html. A rerun with the same inputs uses what is finished."""
 _EVAL = "Perplexity of a checkpoint, and how far its predictions are from the unquantized model's."
 _INSPECT = "What a checkpoint stores, from its headers: sizes per layer, widths, bases, tokens per expert."
 
@@ -191,10 +192,11 @@ def _run_compare(args: argparse.Namespace, command: str) -> int:
         verbose=args.verbose,
     )
     report = compare(settings, command)
-    from .compare.report import headline, table
+    from .compare.columns import table
+    from .compare.verdicts import headline
 
     done = [arm for arm in report["arms"] if "error" not in arm]
-    print(f"\n{table(report['reference'], done)}\n\n{headline(done)}\n\n{Path(args.out) / 'report.md'}")
+    print(f"\n{table(report['reference'], done)}\n\n{headline(done)}\n\n{Path(args.out) / 'report.html'}")
     return 0 if len(done) == len(report["arms"]) else 1
 
 
@@ -228,7 +230,7 @@ def _run_eval(args: argparse.Namespace, command: str) -> int:
         eval_rows=args.eval_rows,
         options=_options(args),
     )
-    from .compare.report import table
+    from .compare.columns import table
 
     print(f"\n{table(figures['reference'], [figures['checkpoint']])}")
     if args.json:
@@ -244,7 +246,15 @@ def _run_inspect(args: argparse.Namespace, command: str) -> int:
     from .compare.describe import describe, render
     from .compare.model import find_model
 
-    found = describe(find_model(args.checkpoint))
+    folder = find_model(args.checkpoint)
+    if args.html:
+        from .compare.workspace import write_text
+        from .pages.checkpoint import checkpoint_page
+
+        write_text(Path(args.html), checkpoint_page(folder))
+        print(args.html)
+        return 0
+    found = describe(folder)
     if args.json:
         import json
 

@@ -216,7 +216,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done to one layer, for reports and logs."""
+    """What was done to one layer, for reports and logs.
+
+    ``energy`` is what dropping each unit of directions would lose, summed over the experts' matrices of a side, in the
+    unit of the layer's squared output error; empty where width 0 is not allowed.
+    """
 
     bits: float
     tokens_per_expert: tuple[int, ...]
@@ -230,6 +234,7 @@ class LayerReport:
     relative_output_error: float
     dense_experts: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    energy: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def plan_layer(
@@ -442,8 +447,13 @@ def quantize_layer(plan: LayerPlan, budget_bits: float) -> tuple[PackedExperts, 
         relative_output_error=error,
         dense_experts=plan.dense_ids,
         warnings=plan.warnings,
+        energy={"in": _energy(inputs.costs), "out": _energy(outputs.costs)},
     )
     return packed, report
+
+
+def _energy(costs: SideCosts) -> tuple[float, ...]:
+    return tuple(costs.distortion[:, :, 0].sum(0).tolist()) if costs.widths[0] == 0 else ()
 
 
 def _histogram(widths: torch.Tensor) -> dict[int, int]:

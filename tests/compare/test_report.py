@@ -6,67 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bitsmoe_modifier.compare.report import headline, markdown, next_larger, table, verdict, write_report
-
-
-def arm(name: str, bits: float, kld: float, kind: str = "GPTQModifier", nominal: float | None = None, **more) -> dict:
-    return {
-        "name": name,
-        "modifiers": [kind],
-        "nominal_bits": nominal if nominal is not None else float(int(bits)),
-        "measured_bits_per_expert_weight": bits,
-        "checkpoint_bytes": int(bits * 1e6),
-        "quantize_seconds": 10.0,
-        "peak_memory_bytes": 2_000_000,
-        "perplexity": 10 + kld,
-        "kld_mean": kld,
-        "kld_median": kld / 2,
-        "kld_p90": 2 * kld,
-        "kld_stderr": 1e-5,
-        "top1_agreement": 1 - kld,
-        **more,
-    }
-
-
-def ours(name: str, bits: float, kld: float, **more) -> dict:
-    return arm(name, bits, kld, kind="BitsMoEModifier", nominal=bits, **more)
-
-
-GPTQ = [arm("gptq_w2", 2.129, 0.055), arm("gptq_w3", 3.129, 0.0101), arm("gptq_w4", 4.129, 0.003)]
-FAILED = {
-    "name": "broken",
-    "modifiers": ["X"],
-    "nominal_bits": 2,
-    "error": "ValueError: no",
-    "log": "logs/broken.log",
-}
-REFERENCE = {
-    "name": "unquantized",
-    "measured_bits_per_expert_weight": 16.0,
-    "checkpoint_bytes": 16_000_000,
-    "perplexity": 10.0,
-    "kld_mean": 0.0,
-    "kld_median": 0.0,
-    "kld_p90": 0.0,
-    "top1_agreement": 1.0,
-    "tokens": 1234,
-}
-
-
-def report(arms: list[dict]) -> dict:
-    return {
-        "version": 1,
-        "command": "bitsmoe compare --model m",
-        "environment": {"packages": {"torch": "2"}, "python": "3.11", "cpu": "a cpu", "threads": 2, "device": "cpu"},
-        "model": {"name": "/somewhere/bookmoe"},
-        "calibration": {"source": "c.txt", "rows": 128, "seq_len": 256, "seed": 0, "all_experts": False},
-        "evaluation": {"source": "e.txt", "rows": 64, "seq_len": 256},
-        "compute": {"device": "cpu", "dtype": "float32"},
-        "reference": REFERENCE,
-        "noise_floor": {"how": "run again in bfloat16", "rows": 32, "kld_mean": 0.0002},
-        "arms": arms,
-    }
-
+from bitsmoe_modifier.compare.columns import table
+from bitsmoe_modifier.compare.report import markdown, write_report
+from bitsmoe_modifier.compare.verdicts import headline, next_larger, verdict
+from entries import FAILED, GPTQ, REFERENCE, arm, ours, report
 
 # ------------------------------------------------------------------------------------------------- sentences
 
@@ -148,12 +91,12 @@ def test_the_best_of_every_column_is_bold():
 
 def test_markdown_holds_the_headline_failures_and_warnings():
     warned = GPTQ[0] | {"warnings": ["3 expert projections were set to zero"]}
-    text = markdown(report([warned, GPTQ[1], ours("bitsmoe_2_0", 2.0, 0.004), FAILED]), "report.png")
+    text = markdown(report([warned, GPTQ[1], ours("bitsmoe_2_0", 2.0, 0.004), FAILED]), "report.svg")
     assert text.startswith("# Quantization of bookmoe\n\n**bitsmoe_2_0 (2.00 bits")
     assert "- broken: ValueError: no (log: logs/broken.log)" in text
     assert "- gptq_w2: 3 expert projections were set to zero" in text
     assert "![" in text
-    assert "](report.png)" in text
+    assert "](report.svg)" in text
     assert "128 rows of 256 tokens from c.txt" in text
     assert "run again in bfloat16" in text
 
@@ -164,16 +107,15 @@ def test_markdown_of_failures_only():
     assert "![" not in text
 
 
-def test_write_report_leaves_three_files_and_nothing_half(tmp_path: Path):
+def test_write_report_leaves_four_files_and_nothing_half(tmp_path: Path):
     made = report([*GPTQ, ours("bitsmoe_2_0", 2.0, 0.004), arm("rtn", 2.1, 0.2, kind="QuantizationModifier")])
     before = copy.deepcopy(made)
     write_report(made, tmp_path)
     assert made == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "report.svg"]
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(made))
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_write_report_without_a_measured_arm_draws_nothing(tmp_path: Path):
     write_report(report([]), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .accuracy import Accuracy, check_tasks, measure_tasks
+from .accuracy import check_tasks, measure_tasks
 from .decoding import misread_experts
 from .evaluate import evaluate, evaluate_reference, load_model
 from .metrics import Summary
@@ -113,7 +113,9 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     summary = measure(job, checkpoint, device)
     return {
         **sizes_of(checkpoint, job.expert_elements),
+        "load_seconds": made.load_seconds,
         "quantize_seconds": made.seconds,
+        "save_seconds": made.save_seconds,
         "peak_memory_bytes": made.peak_memory_bytes,
         "evaluate_seconds": time.perf_counter() - started,
         **asdict(summary),
@@ -128,10 +130,16 @@ def measure(job: Job, checkpoint: Path, device: torch.device) -> Summary:
     return evaluate(model, workspace.rows("evaluation"), load(workspace.reference), job.batch_size)
 
 
-def run_tasks(job: Job, checkpoint: Path) -> Accuracy:
-    """Load a checkpoint, or the dense model, and run the tasks on it."""
+def run_tasks(job: Job, checkpoint: Path) -> dict[str, Any]:
+    """Load a checkpoint, or the dense model, and run the tasks on it.
+
+    Returns:
+        ``accuracy`` and ``seconds``.
+    """
+    started = time.perf_counter()
     model = load_model(str(checkpoint), job.dtype, use_device(job.device))
-    return measure_tasks(model, load_tokenizer(checkpoint), job.tasks, job.batch_size, job.task_items)
+    accuracy = measure_tasks(model, load_tokenizer(checkpoint), job.tasks, job.batch_size, job.task_items)
+    return {"accuracy": accuracy, "seconds": time.perf_counter() - started}
 
 
 def sizes_of(checkpoint: Path, expert_elements: int) -> dict[str, Any]:

@@ -48,12 +48,14 @@ class QuantizeRecord:
     """What a quantization took.
 
     Attributes:
-        seconds: of oneshot, without loading and saving.
+        load_seconds, seconds, save_seconds: of loading the dense model, of oneshot, of writing the checkpoint.
         peak_memory_bytes: peak resident memory of the process up to here; on CUDA, peak allocated device memory.
         warnings: what the user should know about the result.
     """
 
+    load_seconds: float
     seconds: float
+    save_seconds: float
     peak_memory_bytes: int
     warnings: tuple[str, ...]
 
@@ -75,15 +77,16 @@ def quantize(
 
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
-    from .. import tracing  # noqa: F401 - causal attention while calibrating, for every modifier alike
+    from .. import mends, tracing  # noqa: F401 - for every modifier alike
 
+    started = time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
         model.to(settings.dtype)
         _declare_dtype(model, settings.dtype)
-    started = time.perf_counter()
+    loaded = time.perf_counter()
     oneshot(
         model=model,
         recipe=recipe,
@@ -91,7 +94,7 @@ def quantize(
         pipeline=settings.pipeline,
         moe_calibrate_all_experts=settings.calibrate_all_experts,
     )
-    seconds = time.perf_counter() - started
+    finished = time.perf_counter()
     reports = layer_reports(model)
     warnings = zeroed_experts(model)
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
@@ -111,7 +114,13 @@ def quantize(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    record = QuantizeRecord(seconds, peak_memory_bytes(), tuple(warnings))
+    record = QuantizeRecord(
+        load_seconds=loaded - started,
+        seconds=finished - loaded,
+        save_seconds=time.perf_counter() - finished,
+        peak_memory_bytes=peak_memory_bytes(),
+        warnings=tuple(warnings),
+    )
     del model
     gc.collect()
     return record

@@ -171,26 +171,28 @@ class _Runner:
             raise BitsMoEError(f"the unquantized model could not be measured: {made.message} (all of it in {log})")
         self.workspace.keep("_reference", key, made)
         figures = made["reference"]
-        self.dense_accuracy, warnings = self.accuracy("_reference", key, self.job.model, reuse=kept is not None)
+        self.dense_accuracy, _, warnings = self.accuracy("_reference", key, self.job.model, reuse=kept is not None)
         for warning in warnings:
             self.status.note(f"unquantized: {warning}")
         said = f"unquantized: perplexity {figures['perplexity']:.2f}{_accuracies(self.dense_accuracy)}"
         self.status.end(said + (" (as before)" if kept else ""))
         return made
 
-    def accuracy(self, name: str, key: dict[str, Any], checkpoint: Path, reuse: bool) -> tuple[Accuracy, list[str]]:
-        """The accuracy of one model, {} without tasks; a failure is {} and a warning."""
+    def accuracy(
+        self, name: str, key: dict[str, Any], checkpoint: Path, reuse: bool
+    ) -> tuple[Accuracy, float, list[str]]:
+        """The accuracy of one model, the seconds it took, and warnings; {} without tasks or where they failed."""
         job = self.job
         if not job.tasks:
-            return {}, []
+            return {}, 0.0, []
         key = {**key, "tasks": list(job.tasks), "items": job.task_items}
         kept = self.workspace.finished(f"{name}.tasks", key) if reuse else None
         log = f"{name.removeprefix('_')}.tasks"
         made = kept or self._call(log, run_tasks, job, checkpoint)
         if isinstance(made, Failure):
-            return {}, [f"the tasks failed: {made.message} (all of it in logs/{log}.log)"]
+            return {}, 0.0, [f"the tasks failed: {made.message} (all of it in logs/{log}.log)"]
         self.workspace.keep(f"{name}.tasks", key, made)
-        return made, []
+        return made["accuracy"], made["seconds"], []
 
     def arm(self, stage: Stage) -> dict[str, Any]:
         """One arm's entry of the report, with its figures or its error."""
@@ -211,7 +213,7 @@ class _Runner:
             return {**head, "error": made.message, "log": str(log)}
         self.workspace.keep(stage.name, key, made)
         checkpoint = self.workspace.checkpoint(stage.name)
-        accuracy, warnings = self.accuracy(stage.name, key, checkpoint, reuse=kept is not None)
+        accuracy, seconds, warnings = self.accuracy(stage.name, key, checkpoint, reuse=kept is not None)
         made = {**made, "warnings": [*made["warnings"], *warnings]}
         self.status.end(
             f"{stage.name}: {made['measured_bits_per_expert_weight']:.3f} bits, KL divergence × 1000 "
@@ -221,7 +223,7 @@ class _Runner:
         for warning in made["warnings"]:
             self.status.note(f"{stage.name}: {warning}")
         compared = compare_accuracy(accuracy, self.dense_accuracy)
-        return {**head, **made, "accuracy": compared, "reused": kept is not None}
+        return {**head, **made, "accuracy": compared, "tasks_seconds": seconds, "reused": kept is not None}
 
 
 def _accuracies(accuracy: Accuracy) -> str:

@@ -68,7 +68,9 @@ def quantize_one(
     made = quantize(dense.folder, chosen.text, rows, out, settings)
     return {
         **sizes_of(out, dense.expert_elements),
+        "load_seconds": made.load_seconds,
         "quantize_seconds": made.seconds,
+        "save_seconds": made.save_seconds,
         "peak_memory_bytes": made.peak_memory_bytes,
         "warnings": list(made.warnings),
     }

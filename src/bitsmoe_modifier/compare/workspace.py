@@ -1,6 +1,6 @@
 """The output folder of a comparison: what lies where, and when an existing one may be used again.
 
-    report.json, report.md, report.png     the result
+    report.json, report.html, report.md    the result (report.svg belongs to report.md)
     arms/NAME/                             the checkpoint of each arm, ready to load
     logs/NAME.log                          what the libraries printed
     work/inputs.json                       what the comparison was made of; a rerun must match it
@@ -10,7 +10,6 @@
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import BitsMoEError
+from ..records import differences, write_text
 
 
 class Workspace:
@@ -53,7 +53,7 @@ class Workspace:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             if not record.exists():
                 raise BitsMoEError(f"{self.folder} is not empty and no earlier comparison; give another --out")
-            changed = _differences(json.loads(record.read_text()), json.loads(json.dumps(inputs)))
+            changed = differences(json.loads(record.read_text()), json.loads(json.dumps(inputs)))
             if changed:
                 raise BitsMoEError(
                     f"{self.folder} holds a comparison of other inputs ({'; '.join(changed)}); "
@@ -93,21 +93,3 @@ class Workspace:
 
     def _result(self, name: str) -> Path:
         return self.folder / "work" / "results" / f"{name}.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """Where two JSON values differ, as ``calibration.samples: 128, now 64``."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted({*old, *new})
-            for line in _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
-        ]
-    return [] if old == new else [f"{at}: {old}, now {new}"]

@@ -1,0 +1,69 @@
+"""The summary of a comparison: a row per model, a column per figure, the best arm of each column marked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Arm = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure: its title, where an arm has it, how to print it, and which way is better (0: neither)."""
+
+    title: str
+    get: Callable[[Arm], float | None]
+    show: Callable[[float], str]
+    better: int
+
+    def cells(self, rows: Sequence[Arm], arms: Sequence[Arm]) -> list[tuple[str, bool]]:
+        """Text of every row, and whether it is the best arm (the unquantized model does not compete)."""
+        values = [value for arm in arms if (value := self.get(arm)) is not None]
+        best = (max if self.better > 0 else min)(values) if values and self.better else None
+        return [
+            ("–", False)
+            if (value := self.get(row)) is None
+            else (self.show(value), value == best and any(row is arm for arm in arms))
+            for row in rows
+        ]
+
+
+def _figure(title: str, key: str, show: Callable[[float], str], better: int) -> _Column:
+    return _Column(title, lambda arm: arm.get(key), show, better)
+
+
+def _accuracy(task: str) -> _Column:
+    return _Column(
+        f"{task}, %", lambda arm: arm.get("accuracy", {}).get(task, {}).get("acc"), lambda v: f"{100 * v:.1f}", 1
+    )
+
+
+_COLUMNS = (
+    _figure("nominal bits", "nominal_bits", lambda v: f"{v:g}", 0),
+    _figure("bits per expert weight", "measured_bits_per_expert_weight", lambda v: f"{v:.3f}", -1),
+    _figure("checkpoint, MB", "checkpoint_bytes", lambda v: f"{v / 1e6:.2f}", -1),
+    _figure("KLD × 1000", "kld_mean", lambda v: f"{1000 * v:.2f}", -1),
+    _figure("median", "kld_median", lambda v: f"{1000 * v:.2f}", -1),
+    _figure("p90", "kld_p90", lambda v: f"{1000 * v:.2f}", -1),
+    _figure("same top token, %", "top1_agreement", lambda v: f"{100 * v:.2f}", 1),
+    _figure("perplexity", "perplexity", lambda v: f"{v:.3f}", -1),
+    _figure("quantize, s", "quantize_seconds", lambda v: f"{v:.0f}", -1),
+    _figure("peak memory, MB", "peak_memory_bytes", lambda v: f"{v / 1e6:.0f}", -1),
+)
+
+
+def summary(reference: Arm, arms: Sequence[Arm]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Titles, and a row for the unquantized model and every arm that worked: cells as (text, best of its column)."""
+    rows = [reference, *arms]
+    tasks = dict.fromkeys(task for row in rows for task in row.get("accuracy", {}))
+    columns = [*_COLUMNS, *map(_accuracy, tasks)]
+    cells = [[(str(row["name"]), False) for row in rows], *(column.cells(rows, arms) for column in columns)]
+    return ["model", *(column.title for column in columns)], [list(row) for row in zip(*cells, strict=True)]
+
+
+def table(reference: Arm, arms: Sequence[Arm]) -> str:
+    """The summary as a Markdown table, the best of every column in bold."""
+    heads, rows = summary(reference, arms)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines += [[f"**{text}**" if best else text for text, best in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages about comparisons and checkpoints: one file each, no scripts, no network."""
