@@ -83,6 +83,18 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", metavar="FILE", help="draw it as a page of its own, and print where it is")
     inspect.add_argument("--verbose", action="store_true", help="show tracebacks")
     inspect.set_defaults(run=_run_inspect)
+    export = commands.add_parser(
+        "export", help="write a checkpoint's dense weights for other tools", description=_EXPORT
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with packed experts")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to create")
+    export.add_argument("--to", default="dense", choices=["dense", "w4"], help="what to write (default: dense)")
+    export.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of dense weights (bfloat16)"
+    )
+    export.add_argument("--group-size", type=int, default=128, metavar="N", help="weights per scale of w4 (128)")
+    export.add_argument("--verbose", action="store_true", help="show all messages of the libraries, and tracebacks")
+    export.set_defaults(run=_run_export)
     return parser
 
 
@@ -91,6 +103,9 @@ _COMPARE = """Quantize a model by every stage of a recipe, each in its own proce
 the same calibration rows; load every saved checkpoint again, measure it against the unquantized model, and write
 report.json, report.md and report.html. A rerun with the same inputs uses what is finished."""
 _EVAL = "Perplexity of a checkpoint, and how far its predictions are from the unquantized model's."
+_EXPORT = """Decode the experts and write an ordinary checkpoint, under the architecture's own tensor names: dense, or
+(w4) with the experts as packed 4-bit Linears of compressed-tensors, rounded to nearest from the decoded weights. Needs
+memory for the whole dense model."""
 _INSPECT = "What a checkpoint stores, from its headers: sizes per layer, widths, bases, tokens per expert."
 
 
@@ -261,6 +276,14 @@ def _run_inspect(args: argparse.Namespace, command: str) -> int:
         print(json.dumps(found, indent=2))
     else:
         print(render(found))
+    return 0
+
+
+def _run_export(args: argparse.Namespace, command: str) -> int:
+    from .compare.single import export_one
+
+    export_one(args.checkpoint, Path(args.out), args.to, args.dtype, args.group_size, args.verbose)
+    print(args.out)
     return 0
 
 

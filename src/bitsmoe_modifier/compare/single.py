@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import BitsMoEError, RecipeError
+from ..export import check_new_folder, export_dense
 from .accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from .arms import sizes_of, use_device
 from .data import calibration_rows, evaluation_rows, read_text, tokenize
@@ -15,7 +18,7 @@ from .model import find_model, load_tokenizer, open_dense
 from .quantizing import QuantizeSettings, quantize
 from .recipe import Stage, check_stage, find_recipe, read_stages, select
 from .reference import record
-from .runner import resolve_device, resolve_dtype
+from .runner import DTYPES, resolve_device, resolve_dtype
 from .sizes import checkpoint_bytes, expert_bytes, tensor_sizes
 
 
@@ -54,7 +57,7 @@ def quantize_one(
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work.
     """
-    _check_new(out)
+    _check_writable(out)
     chosen = _one_stage(recipe, stage)
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
@@ -129,10 +132,42 @@ def _accuracy(model: Any, folder: Path, options: Options) -> Accuracy:
     return measure_tasks(model, load_tokenizer(folder), options.tasks, options.batch_size, options.task_items or None)
 
 
-def _check_new(out: Path) -> None:
+def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int, verbose: bool) -> None:
+    """Write what a checkpoint with packed experts stands for in a form that other tools read.
+
+    Args:
+        checkpoint: folder or hub name.
+        out: folder to create.
+        to: "dense", or "w4": experts rounded once more, to compressed-tensors' packed 4-bit Linears.
+        dtype: of the dense weights, a key of `DTYPES`.
+        group_size: weights per scale of "w4".
+        verbose: let the libraries speak.
+
+    Raises:
+        BitsMoEError: when the checkpoint or the folder cannot be used.
+    """
+    _check_writable(out)
+    folder = find_model(checkpoint)
+    set_up_logging(verbose)
+    import bitsmoe_modifier  # noqa: F401 - registers the loader
+
+    if to == "dense":
+        export_dense(folder, out, DTYPES[dtype])
+        return
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        export_dense(folder, Path(scratch) / "dense", DTYPES[dtype])
+        recipe = (
+            find_recipe("experts_w4")
+            .read_text(encoding="utf-8")
+            .replace("group_size: 128", f"group_size: {group_size}")
+        )
+        settings = QuantizeSettings(pipeline="datafree")
+        quantize(Path(scratch) / "dense", recipe, torch.zeros(0, 1, dtype=torch.int64), out, settings)
+
+
+def _check_writable(out: Path) -> None:
     """Refuse an output folder that holds something, or that cannot be written, before the work."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BitsMoEError(f"{out} exists and is not an empty folder; give another --out")
+    check_new_folder(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent):
