@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from bitsmoe_modifier.cli import main
-from helpers import ARCHITECTURES, load, logits, pack_randomly, save, tiny_model
+from helpers import load, logits, pack_randomly, save, tiny_model
 from tiny_text import save_tiny, write_text
 
 _GPT_OSS = {
@@ -34,7 +34,7 @@ def with_tokenizer(folder: Path, dense_checkpoint) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_the_dense_model_predicts_the_same(architecture, dense_checkpoint, tmp_path, monkeypatch):
     import helpers
 

@@ -1,7 +1,7 @@
 """Packed experts back to dense weights, for tools that do not know the format.
 
-The checkpoint is loaded as it is, every packed module is decoded into the fused experts of the unquantized architecture,
-and transformers saves those under the names that the architecture's own checkpoints use.
+The checkpoint is loaded as it is, every packed module is decoded into the fused experts of the unquantized
+architecture, and transformers saves those under the names that the architecture's own checkpoints use.
 """
 
 import copy
@@ -84,8 +84,8 @@ def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype)
         dtype: of the result.
 
     Returns:
-        By parameter name: ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``, their last two axes exchanged
-        where the class is transposed; with biases, ``gate_up_proj_bias`` and ``down_proj_bias``.
+        By parameter name: ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``, their last two axes
+        exchanged where the class is transposed; with biases, ``gate_up_proj_bias`` and ``down_proj_bias``.
     """
     gate_up, down = experts.dense_weights()
     interleaved = not getattr(fused, "is_concatenated", True)

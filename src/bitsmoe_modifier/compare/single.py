@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ..errors import BitsMoEError, RecipeError
 from ..export import check_new_folder, export_dense
@@ -156,13 +157,17 @@ def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int,
         return
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         export_dense(folder, Path(scratch) / "dense", DTYPES[dtype])
-        recipe = (
-            find_recipe("experts_w4")
-            .read_text(encoding="utf-8")
-            .replace("group_size: 128", f"group_size: {group_size}")
-        )
+        recipe = _experts_w4(group_size)
         settings = QuantizeSettings(pipeline="datafree")
         quantize(Path(scratch) / "dense", recipe, torch.zeros(0, 1, dtype=torch.int64), out, settings)
+
+
+def _experts_w4(group_size: int) -> str:
+    """The shipped recipe of this name with another group size, as YAML."""
+    content = yaml.safe_load(find_recipe("experts_w4").read_text(encoding="utf-8"))
+    modifier = content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    modifier["config_groups"]["experts"]["weights"]["group_size"] = group_size
+    return yaml.safe_dump(content)
 
 
 def _check_writable(out: Path) -> None:
