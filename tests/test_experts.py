@@ -89,10 +89,11 @@ _TOLERANCE = {torch.float64: 1e-14, torch.float32: 8 * 2**-23, torch.bfloat16: 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [9, 3], ids=["decoded", "packed"])  # more than `FEW_PAIRS` pairs, and fewer
 @pytest.mark.parametrize("kind", LAYERS)
-def test_forward_equals_dense_experts(kind: str, dtype: torch.dtype) -> None:
+def test_forward_equals_dense_experts(kind: str, tokens: int, dtype: torch.dtype) -> None:
     layer = random_layer(**LAYERS[kind])
-    x, ids, p = _inputs(layer, 9, dtype)
+    x, ids, p = _inputs(layer, tokens, dtype)
     y = BitsMoEExperts(layer.packed, Gating())(x, ids, p)
     assert y.dtype == dtype
     expected = _oracle(layer, Gating(), x, ids, p)
@@ -166,13 +167,25 @@ def test_chunks_and_cache_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
     layer = random_layer(num_experts=6)
     x, ids, p = _inputs(layer, 20, torch.float32, choices=3)
     module = BitsMoEExperts(layer.packed, Gating())
-    cold = module(x, ids, p)
+    cold, few = module(x, ids, p), module(x[:4], ids[:4], p[:4])
     assert torch.equal(module(x, ids, p), cold)
     monkeypatch.setattr(experts, "CHUNK_BYTES", 1)
     monkeypatch.setattr(decoded, "CACHE_BYTES", 0)
     small = BitsMoEExperts(layer.packed, Gating())
     assert torch.equal(small(x, ids, p), cold)
+    assert torch.equal(small(x[:4], ids[:4], p[:4]), few)
     assert small._cache.nbytes == 0
+
+
+def test_few_pairs_leave_no_decoded_expert_behind() -> None:
+    layer = random_layer(num_experts=8, basis_bits=(0, 0))
+    module = BitsMoEExperts(layer.packed, Gating())
+    x, ids, p = _inputs(layer, 8, torch.float32)
+    module(x, ids, p)
+    assert module._cache.nbytes == 0
+    x, ids, p = _inputs(layer, 9, torch.float32)
+    module(x, ids, p)
+    assert module._cache.nbytes > 0
 
 
 def test_decodes_only_active_experts_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +199,7 @@ def test_decodes_only_active_experts_in_bounded_chunks(monkeypatch: pytest.Monke
         return decode(wanted, dtype)
 
     monkeypatch.setattr(module, "_decode", spy)
+    monkeypatch.setattr(experts, "FEW_PAIRS", 0)
     two_experts = 2 * 4 * 48 * (2 * 64 + 64)
     monkeypatch.setattr(experts, "CHUNK_BYTES", two_experts)
     x = torch.randn(3, 64)
@@ -269,7 +283,7 @@ def test_state_dict_holds_the_stored_tensors() -> None:
 def test_copies_start_with_an_empty_cache(duplicate: Callable[[BitsMoEExperts], BitsMoEExperts]) -> None:
     layer = random_layer()
     module = BitsMoEExperts(layer.packed, Gating())
-    x, ids, p = _inputs(layer, 4, torch.float32)
+    x, ids, p = _inputs(layer, 9, torch.float32)
     y = module(x, ids, p)
     assert module._cache.nbytes > 0
     other = duplicate(module)
@@ -277,11 +291,12 @@ def test_copies_start_with_an_empty_cache(duplicate: Callable[[BitsMoEExperts], 
     assert torch.equal(other(x, ids, p), y)
 
 
-def test_cached_weights_serve_every_autograd_mode() -> None:
+@pytest.mark.parametrize("tokens", [9, 4], ids=["decoded", "packed"])
+def test_serves_every_autograd_mode(tokens: int) -> None:
     """What inference decoded must not be an inference tensor, which a later backward could not use."""
     layer = random_layer(dense=(1,))
     module = BitsMoEExperts(layer.packed, Gating())
-    x, ids, p = _inputs(layer, 4, torch.float32)
+    x, ids, p = _inputs(layer, tokens, torch.float32)
     with torch.inference_mode():
         expected = module(x, ids, p).clone()
     x.requires_grad_(True)

@@ -1,9 +1,10 @@
 """`BitsMoEExperts`: the module that stands in for a layer's routed experts and runs on the stored tensors.
 
 The forward is the one of docs/method.md: ``h = B x`` once per token, per active expert ``a = A[e] h``,
-``z = gating(a_gate, a_up)``, ``t += p_e F[e] z``, and ``y = U t`` once. In plain PyTorch only the experts that a batch
-reaches are decoded, a bounded number at a time, and those used last are kept (`decoded`). On CUDA the same
-computation runs in the Triton kernels of `bitsmoe_kernels`, unless BITSMOE_FORCE_PLAIN=1 is set.
+``z = gating(a_gate, a_up)``, ``t += p_e F[e] z``, and ``y = U t`` once. In plain PyTorch a decoding step's few
+pairs are multiplied straight from the stored codes (`packed_product`); for more of them the experts that the batch
+reaches are decoded, a bounded number at a time, and those used last are kept (`decoded`). On CUDA the same computation
+runs in the Triton kernels of `bitsmoe_kernels`, unless BITSMOE_FORCE_PLAIN=1 is set.
 """
 
 import importlib.util
@@ -27,6 +28,7 @@ from .layout import (
     decode_factor,
     index_units,
 )
+from .packed_product import packed_product
 from .sorted_rows import routing_of
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ _LOGGER = logging.getLogger(__name__)
 
 #: Bytes of weights that are decoded at a time when a batch reaches many experts.
 CHUNK_BYTES = 64 * 2**20
+
+#: (token, choice) pairs up to which decoding whole experts costs more than it saves: few of them share an expert.
+FEW_PAIRS = 16
 
 
 class BitsMoEExperts(nn.Module):
@@ -291,9 +296,9 @@ class BitsMoEExperts(nn.Module):
         # super experts and output biases live in the hidden channels, beside the output basis
         y = t if basis_out is None else p.new_zeros(tokens, spec.hidden_size)
 
-        for e, a, f in self._factors([e for e in spans if e not in dense], dtype):
-            span = spans[e]
-            t.index_add_(0, token[span], self._run_expert(e, h[token[span]], a, f) * p[span])
+        run = self._run_packed if len(pairs) <= FEW_PAIRS else self._run_decoded
+        for e, out in run({e: h[token[span]] for e, span in spans.items() if e not in dense}):
+            t.index_add_(0, token[spans[e]], out * p[spans[e]])
         for e in sorted(dense.keys() & spans.keys()):
             span, w_in, w_out = spans[e], self.dense_in[dense[e]].to(dtype), self.dense_out[dense[e]].to(dtype)
             y.index_add_(0, token[span], self._run_expert(e, x[token[span]], w_in, w_out) * p[span])
@@ -304,6 +309,37 @@ class BitsMoEExperts(nn.Module):
         if basis_out is not None:
             y = y + F.linear(t.to(dtype), basis_out)
         return y.to(dtype)
+
+    def _run_packed(self, rows: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (expert, its output ``[n, R']`` in float32 or wider) for each expert's rows of h ``[n, R]``."""
+        if not rows:
+            return
+        spec, (index_in, index_out) = self.spec, self._index()
+        ids = torch.tensor([e for e, part in rows.items() for _ in part], device=self.codes_in.device)
+        h = torch.cat(list(rows.values()))
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        gate_and_up = torch.stack([2 * ids, 2 * ids + 1], 1).flatten()
+        a = self._multiply("in", index_in, gate_and_up, h.repeat_interleave(2, 0)).view(len(ids), -1)
+        if spec.has_bias:
+            a = a + self.in_bias[ids]
+        t = self._multiply("out", index_out, ids, self.gating(*a.chunk(2, -1)))
+        yield from zip(rows, t.split([len(part) for part in rows.values()]), strict=True)
+
+    def _multiply(self, side: str, index: UnitIndex, matrices: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The side's given matrices, each times its row of v."""
+        codes, steps, widths = (getattr(self, f"{name}_{side}") for name in ("codes", "steps", "widths"))
+        size = self.spec.intermediate_size * widths.shape[-1] * self.spec.block_size * v.itemsize
+        chunk, parts = max(1, CHUNK_BYTES // size), []
+        for rows, part in zip(matrices.split(chunk), v.split(chunk), strict=True):
+            chosen = UnitIndex(index.code_offset[rows], index.step_offset[rows])
+            parts.append(packed_product(codes, steps, widths.flatten(0, -2)[rows], chosen, self.spec, side, part))
+        return torch.cat(parts)
+
+    def _run_decoded(self, rows: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """`_run_packed` with decoded factors, in the dtype of the rows."""
+        dtype = next(iter(rows.values())).dtype if rows else torch.float32
+        for e, a, f in self._factors(list(rows), dtype):
+            yield e, self._run_expert(e, rows[e], a, f)
 
     def _run_expert(self, expert: int, rows: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> torch.Tensor:
         """``w_out @ gating(w_in @ row + in_bias[expert])`` per row; ``w_in`` has gate rows before up rows."""
