@@ -22,10 +22,7 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
     `oneshot` wants a model that was loaded from somewhere, and a tokenizer beside it even for data that needs none.
     """
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    from helpers import tiny_model
+    from helpers import save_tokenizer, tiny_model
 
     folders: dict[object, Path] = {}
 
@@ -34,8 +31,7 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp(architecture)
             tiny_model(architecture, dtype, **overrides).save_pretrained(folders[key])
-            words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(128)}, unk_token="word0"))
-            PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folders[key])
+            save_tokenizer(folders[key])
         return folders[key]
 
     return folder

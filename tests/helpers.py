@@ -234,6 +234,15 @@ def pack_randomly(model: torch.nn.Module, names: list[str] | None = None, **laye
     return layers
 
 
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of 128 words; `oneshot` wants one beside a model even for data that needs none."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(128)}, unk_token="word0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
 def save(model: torch.nn.Module, folder: Path, **kwargs: object) -> Path:
     """Save through llm-compressor's wrapper of ``save_pretrained``, as ``oneshot`` does."""
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained

@@ -3,13 +3,18 @@
 - Norms that multiply by ``1 + weight`` (Qwen3-Next, Qwen3.5, Gemma) are replaced by plain ones during calibration and
   put back as ``(1 + weight) - 1``, which rounds a bfloat16 weight to a multiple of 2⁻⁸ or more. A norm that no modifier
   has touched gets its own weight back.
+- Linearizing a model keeps the fused experts of all layers until the last one is done, which doubles the memory of
+  an MoE model. `linearize` lets go of each layer's.
 - Llama 4's experts are linearized from ``config.text_config``, which a text-only Llama 4 does not have.
 """
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm
 from torch import nn
@@ -30,6 +35,16 @@ def _install_norms() -> None:
     CalibrationOffsetNorm.restore = restore_exactly  # type: ignore[method-assign, assignment]
 
 
+def linearize(model: nn.Module) -> nn.Module:
+    """What llm-compressor's `linearize_moe` does, with one layer's experts in memory twice instead of all."""
+    for name in [name for name, _ in get_non_linearized_moes(model)]:
+        experts: Any = model.get_submodule(name)
+        kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+        config = getattr(experts, "config", model.config)
+        model.set_submodule(name, kind.from_experts_module(experts, config))
+    return model
+
+
 def _install_llama4() -> None:
     original = Llama4LinearExperts.from_experts_module.__func__  # type: ignore[attr-defined]
     if getattr(original, "takes_text_config", False):
@@ -45,3 +60,5 @@ def _install_llama4() -> None:
 
 _install_norms()
 _install_llama4()
+# a function of the same name hides the module as an attribute of its package
+importlib.import_module("llmcompressor.entrypoints.oneshot").linearize_moe = linearize

@@ -1,0 +1,106 @@
+"""Write docs/models.md from the matrix: ``python tests/families/models_page.py``. The models are built on meta."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from model_families import FAMILIES, Family, config_of
+
+from bitsmoe_modifier.gating import Gating, gating_of
+from helpers import experts_names
+
+_PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_HEAD = """# Models
+
+<!-- Written by `python tests/families/models_page.py` from the test matrix in tests/families; do not edit. -->
+
+Every family in this table is tested with a tiny random model: quantized by `oneshot`, saved, loaded through
+`AutoModelForCausalLM`. The logits after loading are bit for bit those before saving; the unquantized model with the
+dequantized weights put into it gives the same up to float32 rounding; every tensor outside the packed experts (shared
+experts, dense layers, routers, norms) is bit for bit what it was; and so is a MoE layer that the recipe ignores. `make
+test` runs the rows marked ·, `make test-slow` all.
+
+"""
+_REFUSED = """
+## Refused
+
+These are refused before calibration, by name:
+
+"""
+_TAIL = """
+Which of them vLLM serves is another question: it needs a model class of its own there. Tested with vLLM: Qwen3-MoE,
+Mixtral, OLMoE, DeepSeek-V2 and V3.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = [_row(family) for family in FAMILIES if not family.refusal]
+    refused = [
+        f"- `{family.model_type}` ({type(_build(family)).__name__}): {_reason(family)}"
+        for family in FAMILIES
+        if family.refusal
+    ]
+    head = "| | model_type | class | experts | stored by transformers | gating |\n|---|---|---|---|---|---|\n"
+    return _HEAD + head + "\n".join(rows) + "\n" + _REFUSED + "\n".join(refused) + "\n" + _TAIL
+
+
+def current_page() -> str:
+    """What stands in docs/."""
+    return _PAGE.read_text(encoding="utf-8")
+
+
+def _build(family: Family) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_of(family))
+
+
+def _row(family: Family) -> str:
+    model = _build(family)
+    name = experts_names(model)[0]
+    experts = model.get_submodule(name)
+    path = ".".join("N" if part.isdigit() else part for part in name.split("."))
+    cells = (
+        "·" if family.fast else "",
+        family.model_type,
+        type(model).__name__,
+        f"`{path}`",
+        _stored(experts),
+        _gating(gating_of(experts)),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _stored(experts: nn.Module) -> str:
+    transposed = experts.gate_up_proj.shape[1:] != (2 * experts.down_proj.shape[2], experts.down_proj.shape[1])
+    words = [
+        "[E, H, 2I]" if transposed else "[E, 2I, H]",
+        "gate and up alternate" if not getattr(experts, "is_concatenated", True) else "",
+        "biases" if getattr(experts, "has_bias", False) else "",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _gating(gating: Gating) -> str:
+    act = gating.activation + (f", slope {gating.alpha:g}" if gating.alpha != 1 else "")
+    limit = f", clamped at {gating.limit:g}" if gating.limit is not None else ""
+    return act + limit + (f", up + {gating.up_shift:g}" if gating.up_shift else "")
+
+
+def _reason(family: Family) -> str:
+    if "gate projection" in family.refusal:
+        return "its experts have no gate projection, which the format needs"
+    return "its experts class does not follow transformers' common experts interface, so it cannot be linearized"
+
+
+if __name__ == "__main__":
+    partial = _PAGE.with_suffix(".partial")
+    partial.write_text(page(), encoding="utf-8")
+    os.replace(partial, _PAGE)
