@@ -10,6 +10,7 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import PreTrainedModel
 
 from bitsmoe_modifier import CalibrationError, RecipeError, survey
+from bitsmoe_modifier.distributed import Ranks
 from bitsmoe_modifier.statistics import prior_share
 from bitsmoe_modifier.survey import LayerSurvey, share_budget, survey_layers
 from helpers import ARCHITECTURES, calibration, tiny_model
@@ -31,8 +32,9 @@ def fisher(model: PreTrainedModel, experts: dict[torch.nn.Module, str], batches:
         return outputs[module]
 
     handles = [module.register_forward_hook(keep) for module in experts]
-    generator, total = torch.Generator().manual_seed(0), {}
-    for batch in batches:
+    total = {}
+    for number, batch in enumerate(batches):
+        generator = torch.Generator().manual_seed(number)
         scores = model(**batch).logits.log_softmax(-1).flatten(0, -2)
         labels = torch.multinomial(scores.detach().exp(), 1, generator=generator)
         scores.gather(1, labels).sum().backward()
@@ -81,9 +83,9 @@ def test_survey_leaves_the_model_alone() -> None:
 
 def test_predictions_are_surveyed_on_the_first_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "_BACKWARD_TOKENS", 40)
-    assert len(survey._first(calibration(rows=5))) == 2
+    assert len(survey._first(calibration(rows=5), Ranks())) == 2
     monkeypatch.setattr(survey, "_BACKWARD_TOKENS", 10_000)
-    assert len(survey._first(calibration(rows=5))) == 5
+    assert len(survey._first(calibration(rows=5), Ranks())) == 5
 
 
 def test_bad_inputs_name_the_layer() -> None:

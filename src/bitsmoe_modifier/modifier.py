@@ -15,12 +15,17 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from tqdm import tqdm
 
 from . import mends, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
+from .distributed import Ranks, check_shares
 from .errors import BitsMoEError, CalibrationError, RecipeError
 from .experts import BitsMoEExperts
+from .fingerprint import active_modifiers, fingerprint, rows_digest
 from .format import attach, make_scheme
 from .fusing import fuse_dense_experts
+from .gating import gating_of
+from .layout import PackedExperts
 from .planes import WIDTHS
 from .quantize import LayerPlan, LayerReport, QuantizerSettings, plan_layer, quantize_layer
+from .resume import ResumeFolder
 from .statistics import RoutedTokens
 from .survey import Curve, Inputs, experts_inputs, share_budget, survey_layers
 from .targets import check_experts, check_unclaimed, dense_experts, find_experts
@@ -76,6 +81,8 @@ class BitsMoEModifier(Modifier):
         targets: names of experts modules, or regular expressions after "re:".
         ignore: the same, to leave out.
         dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
+        resume_dir: folder in which finished layers are kept; the same command continues from there after it was killed.
+            None: keep nothing.
     """
 
     requires_calibration_data: bool = True
@@ -96,12 +103,18 @@ class BitsMoEModifier(Modifier):
     ignore: list[str] = Field(default_factory=list)
     dampening_frac: float = Field(default=0.01, gt=0, le=1)
 
+    #: a machine's path has no place in the recipe that is saved with the checkpoint
+    resume_dir: str | None = Field(default=None, exclude=True)
+
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
     _budgets: dict[str, float] = PrivateAttr(default_factory=dict)
     _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
+    _ranks: Ranks = PrivateAttr(default=None)
+    _resume: ResumeFolder | None = PrivateAttr(default=None)
+    _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
 
     @field_validator("widths")
@@ -153,7 +166,8 @@ class BitsMoEModifier(Modifier):
         experts = find_experts(state.model, self.targets, self.ignore)
         check_unclaimed(experts.items())
         self._check_super_experts(experts)
-        tokens = _count_tokens(state.data.calib if state.data is not None else None)
+        self._ranks = Ranks()
+        tokens = sum(self._ranks.everyones(_count_tokens(state.data.calib if state.data is not None else None)))
         for name, module in tqdm(experts.items(), desc="Checking experts"):
             listed = self._dense_ids(name)
             check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
@@ -161,16 +175,48 @@ class BitsMoEModifier(Modifier):
         self._names = {module: name for name, module in experts.items()}
         self._sequential_targets = kwargs.get("sequential_targets")
         self._scheme = make_scheme(experts, self.group_size)
+        self._open_resume(state)
         self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
-        if self.scope == "global":
+        if self.scope == "global" and not self._restore_survey():
             self._budgets = self._share_budget(state)
-        for module in self._names:
-            self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
+            if self._resume is not None:
+                self._resume.keep_survey(self._metrics, {"budgets": self._budgets})
+        for module, name in self._names.items():
+            if name not in self._finished:
+                self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
+
+    def _open_resume(self, state: State) -> None:
+        """Find what an earlier run finished, and refuse rows that several processes share."""
+        rows = self._ranks.everyones(rows_digest(state.data.calib))
+        check_shares(rows)
+        if self.resume_dir is None:
+            return
+        folder, ranks = self.resume_dir, self._ranks
+
+        def finished() -> frozenset[str]:
+            fields = {f"{n} {type(m).__name__}": m.model_dump() for n, m in enumerate(active_modifiers() or [self])}
+            self._resume = ResumeFolder(folder, fingerprint(state.model, fields, rows))
+            return frozenset(name for name in self._names.values() if self._resume.has_layer(name))
+
+        self._finished = ranks.compute(finished)
+        if self._finished:
+            logger.info(f"{len(self._finished)} of {len(self._names)} layers are finished in {folder}")
+
+    def _restore_survey(self) -> bool:
+        """Whether an earlier run finished the survey, whose results are then in place where layers are made."""
+
+        def restore() -> bool:
+            kept = None if self._resume is None else self._resume.survey()
+            if kept is not None:
+                self._metrics, self._budgets = kept[0], kept[1]["budgets"]
+            return kept is not None
+
+        return self._ranks.compute(restore)
 
     def _share_budget(self, state: State) -> dict[str, float]:
         """Bits of every layer under one budget for all, from a survey of the unquantized model."""
@@ -178,11 +224,14 @@ class BitsMoEModifier(Modifier):
         def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
             self._metrics[self._names[module]] = metric.cpu()
             with _named(self._names[module]):
-                return self._plan(module, self._names[module], inputs).curve()
+                inputs = self._ranks.collect(inputs)
+                return self._ranks.compute(lambda: self._plan(module, self._names[module], inputs).curve())
 
-        surveys = survey_layers(state.model, state.data.calib, self._names, curve_of, self._sequential_targets)
+        surveys = survey_layers(
+            state.model, state.data.calib, self._names, curve_of, self._sequential_targets, self._ranks
+        )
         weights = {name: sum(p.numel() for p in _weights(module)) for module, name in self._names.items()}
-        budgets = share_budget(surveys, self.bits * sum(weights.values()))
+        budgets = self._ranks.compute(lambda: share_budget(surveys, self.bits * sum(weights.values())))
         for name, budget in budgets.items():
             logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
         return budgets
@@ -195,11 +244,11 @@ class BitsMoEModifier(Modifier):
     ) -> None:
         """Quantize and replace the layers that this part of the model calibrated."""
         for module in modules:
-            if isinstance(module, LinearExperts2D) and module in self._inputs:
-                name = self._names[module]
+            name = self._names.get(module)
+            if name is not None and (module in self._inputs or name in self._finished):
                 with _named(name), torch.no_grad(), disable_offloading():
-                    packed = self._quantize(module, name)
-                state.model.set_submodule(name, packed)
+                    replacement = self._replacement(module, name, self._inputs.pop(module, []))
+                state.model.set_submodule(name, replacement)
                 del self._names[module]
                 self._progress.update()
 
@@ -211,13 +260,29 @@ class BitsMoEModifier(Modifier):
         metric = None if metric is None else metric.to(x.device)
         return plan_layer(dense_experts(module), tokens, self.settings, metric, self._dense_ids(name))
 
-    def _quantize(self, module: LinearExperts2D, name: str) -> BitsMoEExperts:
-        """Pack one layer from its captured inputs, which are dropped."""
-        plan = self._plan(module, name, self._inputs.pop(module))
+    def _make(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
+        """One layer's stored tensors on the CPU: kept from an earlier run, or made now and kept."""
+        if self._resume is not None and name in self._finished:
+            return self._resume.layer(name)
+        packed, report = self._quantize(module, name, inputs)
+        packed = packed.to("cpu")
+        if self._resume is not None:
+            self._resume.keep_layer(name, packed, report)
+        return packed, report
+
+    def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
+        """Pack one layer from its captured inputs."""
+        plan = self._plan(module, name, inputs)
         weights = plan.experts.gate_up.numel() + plan.experts.down.numel()
         packed, report = quantize_layer(plan, self._budgets.get(name, self.bits * weights))
         _log(name, report)
-        replacement = BitsMoEExperts(packed, plan.experts.gating)
+        return packed, report
+
+    def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
+        """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
+        inputs = self._ranks.collect(inputs)
+        packed, report = self._ranks.compute(lambda: self._make(module, name, inputs))
+        replacement = BitsMoEExperts(packed.to(module[0].gate_proj.weight.device), gating_of(module))
         replacement.report = report
         attach(replacement, self._scheme)
         leaf = module[0].gate_proj

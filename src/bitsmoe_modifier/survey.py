@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from .allocation import allocate
+from .distributed import Ranks
 from .errors import CalibrationError, RecipeError
 from .sorted_rows import routed_rows
 from .statistics import prior_share
@@ -94,6 +95,7 @@ def survey_layers(
     experts: Mapping[nn.Module, str],
     curve_of: Callable[[nn.Module, list[Inputs], torch.Tensor], Curve],
     sequential_targets: list[str] | str | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, LayerSurvey]:
     """Survey the experts modules of an unquantized model.
 
@@ -104,6 +106,7 @@ def survey_layers(
         curve_of: from a module, its captured inputs (hidden states, top-k ids, top-k weights of every batch) and its
             metric to its (bits, distortion) curve.
         sequential_targets: as given to `oneshot`; None for the model's own.
+        ranks: the processes that share the calibration; None for this one alone.
 
     Returns:
         by module name.
@@ -111,6 +114,7 @@ def survey_layers(
     Raises:
         CalibrationError: naming the modules that no calibration row reached, or that got NaN or infinity.
     """
+    ranks = ranks or Ranks()
     targets = infer_sequential_targets(model, sequential_targets)
     subgraphs = trace_subgraphs(model, next(iter(dataloader)), targets, DatasetArguments().tracing_ignore, 1)
     with (
@@ -121,10 +125,10 @@ def survey_layers(
         kept: list[list[dict[str, Any]]] = []
         captured: dict[nn.Module, list[Inputs]] = {}
         with capture_inputs(experts, captured):
-            for _ in _forward(model, _first(dataloader), subgraphs, "Surveying predictions", kept):
+            for _ in _forward(model, _first(dataloader, ranks), subgraphs, "Surveying predictions", kept):
                 for module in list(captured):
                     _check_finite(experts[module], captured.pop(module))
-        metrics = _backward(model, subgraphs, kept, experts)
+        metrics = _backward(model, subgraphs, kept, experts, ranks)
         del kept
         curves: dict[nn.Module, Curve] = {}
         with capture_inputs(experts, captured):
@@ -145,13 +149,18 @@ def _check_finite(name: str, inputs: list[Inputs]) -> None:
             )
 
 
-def _first(dataloader: Any) -> list[dict[str, torch.Tensor]]:
-    """The first batches that together have `_BACKWARD_TOKENS` tokens, or all."""
+def _first(dataloader: Any, ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+    """This process's part of the first batches that together have `_BACKWARD_TOKENS` tokens, or all; at least one.
+
+    Batches are dealt out in turn; those of the others are taken to be as long as the ones here.
+    """
     batches: list[dict[str, torch.Tensor]] = []
+    before = 0
     for batch in dataloader:
-        if sum(b["input_ids"].numel() for b in batches) >= _BACKWARD_TOKENS:
+        if batches and before + ranks.rank * batch["input_ids"].numel() >= _BACKWARD_TOKENS:
             break
         batches.append(batch)
+        before += ranks.size * batch["input_ids"].numel()
     return batches
 
 
@@ -213,8 +222,12 @@ def _backward(
     subgraphs: list[Subgraph],
     kept: list[list[dict[str, Any]]],
     experts: Mapping[nn.Module, str],
+    ranks: Ranks,
 ) -> dict[nn.Module, torch.Tensor]:
-    """M of every layer: from the last sequential target back to the first, each recomputed on the way."""
+    """M of every layer: from the last sequential target back to the first, each recomputed on the way.
+
+    Every batch has a generator of its own for its labels, so that they do not depend on which process draws them.
+    """
     squares: dict[nn.Module, torch.Tensor] = {}
     tokens = dict.fromkeys(experts, 0)
     outputs_of: dict[nn.Module, torch.Tensor] = {}
@@ -222,7 +235,6 @@ def _backward(
     handles = [m.register_forward_hook(lambda m, _, out: outputs_of.update({m: out})) for m in experts]
     handles.append(model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: logits.append(out)))
     handles.append(model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_()))
-    generator = torch.Generator().manual_seed(0)
     slopes: list[_Slopes] = [{} for _ in kept[0]]
     try:
         with contextlib.ExitStack() as stack:
@@ -230,13 +242,14 @@ def _backward(
                 stack.enter_context(context(model))
             for subgraph, batches in zip(reversed(subgraphs), reversed(kept), strict=True):
                 with disable_offloading(), torch.enable_grad():
-                    for stored, slope in zip(batches, slopes, strict=True):
+                    for number, (stored, slope) in enumerate(zip(batches, slopes, strict=True)):
                         outputs_of.clear()
                         logits.clear()
                         inputs = tree_map(_leaf, stored)
                         outputs = subgraph.forward(model, **inputs)
                         ends = _ends(outputs, slope)
                         if logits:
+                            generator = torch.Generator().manual_seed(ranks.rank + number * ranks.size)
                             likelihood = _sampled_likelihood(logits[-1], generator)
                             ends.append((likelihood, torch.ones_like(likelihood)))
                         _pull_back(ends, inputs, outputs_of, slope)
@@ -247,7 +260,8 @@ def _backward(
     finally:
         for handle in handles:
             handle.remove()
-    return {module: _metric(square, tokens[module]) for module, square in squares.items()}
+    counts = {module: int(ranks.total(torch.tensor(tokens[module]))) for module in squares}
+    return {module: _metric(ranks.total(square), counts[module]) for module, square in squares.items()}
 
 
 def _metric(square: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -315,6 +315,8 @@ def _change_setting(rng: random.Random, folder: Path) -> None:
     if not isinstance(config, dict):
         raise _Impossible
     paths = [p for p in _places(config) if p[0] not in _LOOPS]
+    if not paths:
+        raise _Impossible
     ours = [p for p in paths if p[0] == "quantization_config"]
     path = rng.choice(rng.choice((ours or paths, paths)))
     parent = config

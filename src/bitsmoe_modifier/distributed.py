@@ -1,0 +1,137 @@
+"""Several processes that calibrate one model together (torchrun): who has which rows, who computes what.
+
+Every process runs its share of the calibration rows through its copy of the model. A layer's captured inputs then meet
+on the first process, which holds no more than a single process would, quantizes the layer and sends the result to all;
+the survey's second moments are summed. Rows are dealt out batch by batch and meet in their original order, so that the
+number of processes changes no more than the order in which the survey's moments are summed.
+
+Collective calls run in a gloo group of their own, whose timeout bears that one process works for long while the others
+wait. A process that dies closes its connections, which ends the calls of all others with an error.
+"""
+
+import datetime
+from collections.abc import Callable, Sequence
+from itertools import chain, zip_longest
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import BitsMoEError, CalibrationError
+
+_PATIENCE = datetime.timedelta(days=7)
+
+T = TypeVar("T")
+Inputs = tuple[torch.Tensor, ...]
+
+
+class Ranks:
+    """The processes of this job. One process is a job, too: then nothing here communicates."""
+
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if active else 0
+        self.size = dist.get_world_size() if active else 1
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.size > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that computes."""
+        return self.rank == 0
+
+    def everyones(self, value: T) -> list[T]:
+        """The values that all processes pass, in order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the tensors that all processes pass."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.cpu().contiguous().clone()
+        dist.all_reduce(summed, group=self._group)
+        return summed.to(tensor.device)
+
+    def compute(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on the first process, on all of them; its tensors should be on the CPU.
+
+        Raises:
+            BitsMoEError: on all processes, when the first one raised it.
+        """
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None]
+        if self.first:
+            try:
+                outcome = [make()]
+            except BitsMoEError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if isinstance(outcome[0], BitsMoEError):
+            raise outcome[0]
+        return outcome[0]
+
+    def collect(self, batches: list[Inputs]) -> list[Inputs]:
+        """All processes' batches on the first one, as a single process would have captured them; [] on the others.
+
+        Args:
+            batches: tuples of tensors ``[tokens, ...]``, equal in number, dtype and trailing sizes everywhere.
+        """
+        if self.size == 1:
+            return batches
+        lengths = self.everyones([len(batch[0]) for batch in batches])
+        if not self.first:
+            for column in zip(*batches, strict=True):
+                dist.send(_bytes(torch.cat(column)), 0, group=self._group)
+            return []
+        like = batches[0] if batches else ()
+        shares = [batches, *(self._receive(rank, lengths[rank], like) for rank in range(1, self.size))]
+        return [batch for batch in chain.from_iterable(zip_longest(*shares)) if batch is not None]
+
+    def _receive(self, rank: int, lengths: Sequence[int], like: Inputs) -> list[Inputs]:
+        columns = []
+        for tensor in like:
+            whole = torch.empty(sum(lengths), *tensor.shape[1:], dtype=tensor.dtype)
+            dist.recv(_bytes(whole), rank, group=self._group)
+            columns.append(whole.to(tensor.device).split(list(lengths)))
+        return list(zip(*columns, strict=True))
+
+
+def share(batches: Sequence[T], ranks: Ranks | None = None) -> list[T]:
+    """This process's part of the calibration batches: every n-th of them, for n processes.
+
+    Raises:
+        CalibrationError: when there are fewer batches than processes.
+    """
+    ranks = ranks or Ranks()
+    if len(batches) < ranks.size:
+        raise CalibrationError(
+            f"{len(batches)} calibration batches are too few for {ranks.size} processes; use more rows, "
+            "smaller batches or fewer processes"
+        )
+    return list(batches[ranks.rank :: ranks.size])
+
+
+def check_shares(digests: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that calibrate with the same rows.
+
+    Args:
+        digests: `fingerprint.rows_digest` of every process.
+
+    Raises:
+        CalibrationError: saying how to deal the rows out.
+    """
+    found = [digest["sha256"] for digest in digests]
+    if len(set(found)) < len(found):
+        raise CalibrationError(
+            f"{len(found)} processes calibrate with the same rows, as llm-compressor's own loaders give them; pass "
+            "each a dataloader over bitsmoe_modifier.distributed.share(batches)"
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes on the CPU (gloo knows few dtypes); shares memory where it can."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8)

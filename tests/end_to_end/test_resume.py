@@ -1,0 +1,230 @@
+"""A quantization that is killed and started again ends with the same bytes, or is refused by what differs."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from quantize_once import FIELDS, dying, quantize, quantize_until
+from safetensors.torch import load_file
+
+from bitsmoe_modifier import BitsMoEModifier, CheckpointError, RecipeError, modifier
+from bitsmoe_modifier.compare.processes import start_context
+from helpers import calibration, load
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def source(dense_checkpoint: Checkpoint) -> Path:
+    return dense_checkpoint("qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What a run that nobody interrupts and that keeps nothing packs."""
+    out = tmp_path_factory.mktemp("whole") / "packed.safetensors"
+    quantize(source, out, None)
+    return load_file(out)
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor.view(torch.uint8), two[name].view(torch.uint8)), name
+
+
+def run(target: Callable[..., Any], *arguments: object, wait: float | None = None) -> int:
+    """Run in a process of its own; SIGKILL it after ``wait`` seconds. Its exit code."""
+    process = start_context("cpu").Process(target=target, args=arguments)
+    process.start()
+    process.join(wait)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+
+
+RECORD, SURVEY = "fingerprint.json", "survey.safetensors"
+FIRST, SECOND = (f"model.layers.{n}.mlp.experts.safetensors" for n in (0, 1))
+
+
+#: each run dies right before or after it puts a file in place, which leaves these files; the next one goes on
+DEATHS = (
+    ("before", []),
+    ("after", [RECORD]),
+    ("before", [RECORD]),
+    ("after", [RECORD, SURVEY]),
+    ("before", [RECORD, SURVEY]),
+    ("after", [RECORD, FIRST, SURVEY]),
+    ("before", [RECORD, FIRST, SURVEY]),
+    ("after", [RECORD, FIRST, SECOND, SURVEY]),
+)
+
+
+class Death(BaseException):
+    """Nobody catches it."""
+
+
+def test_ended_around_every_file(
+    source: Path, whole: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an exception, which is quicker to test than a kill."""
+    out, folder = tmp_path / "packed.safetensors", tmp_path / "resume"
+
+    def die() -> None:
+        raise Death
+
+    for when, left in DEATHS:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", dying(when, folder, die))
+            with pytest.raises(Death):
+                quantize(source, out, folder)
+        assert files(folder) == left, when
+        assert not out.exists()
+    quantize(source, out, folder)
+    assert_same(load_file(out), whole)
+
+
+def test_killed_after_a_layer(source: Path, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    out, folder = tmp_path / "packed.safetensors", tmp_path / "resume"
+    quantize(source, out, folder)
+    (folder / SECOND).unlink()
+    out.unlink()
+    assert run(quantize_until, "before", source, out, folder) == -9
+    assert files(folder) == [RECORD, FIRST, SURVEY]
+    assert not out.exists()
+    quantize(source, out, folder)
+    assert_same(load_file(out), whole)
+
+
+@pytest.mark.slow
+def test_killed_around_every_file(source: Path, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    out, folder = tmp_path / "packed.safetensors", tmp_path / "resume"
+    for when, left in DEATHS:
+        assert run(quantize_until, when, source, out, folder) == -9
+        assert files(folder) == left, when
+        assert not out.exists()
+    assert run(quantize, source, out, folder) == 0
+    assert_same(load_file(out), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_random(seed: int, source: Path, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    out, folder = tmp_path / "packed.safetensors", tmp_path / "resume"
+    rng = random.Random(seed)
+    started = time.monotonic()
+    assert run(quantize, source, tmp_path / "timing.safetensors", tmp_path / "other") == 0
+    seconds, deaths = time.monotonic() - started, 0
+    while run(quantize, source, out, folder, wait=rng.uniform(0.2, 1.1) * seconds) != 0 and deaths < 20:
+        assert not out.exists()
+        deaths += 1
+    assert deaths > 0
+    assert_same(load_file(out), whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scope": "layer"}, {"pipeline": "basic"}, {"pipeline": "independent", "super_experts": "auto"}],
+    ids=lambda c: ", ".join(map(str, c.values())) or "global",
+)
+def test_only_what_is_missing_is_made_again(
+    changes: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, folder = tmp_path / "packed.safetensors", tmp_path / "resume"
+    quantize(source, out, None, **changes)
+    expected = load_file(out)
+    quantize(source, out, folder, **changes)
+    assert_same(load_file(out), expected)
+    calls = {"survey_layers": 0, "quantize_layer": 0}
+    for name, original in {name: getattr(modifier, name) for name in calls}.items():
+
+        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(modifier, name, counted)
+    for lost in (FIRST, SECOND):
+        (folder / lost).unlink()
+        quantize(source, out, folder, **changes)
+        assert_same(load_file(out), expected)
+    assert calls == {"survey_layers": 0, "quantize_layer": 2}
+
+
+def test_reports_are_kept(source: Path, tmp_path: Path) -> None:
+    reports = []
+    for _ in range(2):
+        model = load(source)
+        oneshot(model=model, dataset=calibration(), recipe=[BitsMoEModifier(**FIELDS, resume_dir=str(tmp_path))])
+        reports.append([model.get_submodule(f"model.layers.{n}.mlp.experts").report for n in (0, 1)])
+    assert reports[0] == reports[1]
+    assert str(tmp_path) not in BitsMoEModifier(resume_dir=str(tmp_path)).model_dump_json(), "no path in the recipe"
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def started(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("started") / "resume"
+    quantize(source, folder.parent / "packed.safetensors", folder)
+    return folder
+
+
+def refused(model: Any, folder: Path, rows: int = 6, others: tuple[Any, ...] = (), **changes: object) -> str:
+    recipe = [BitsMoEModifier(**{**FIELDS, **changes}, resume_dir=str(folder)), *others]
+    with pytest.raises(RecipeError) as caught:
+        oneshot(model=model, dataset=calibration(rows=rows), recipe=recipe, pipeline="sequential")
+    return str(caught.value)
+
+
+def test_other_inputs_are_named(
+    source: Path, started: Path, dense_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    from bitsmoe_modifier import fingerprint
+
+    assert "recipe.0 BitsMoEModifier.bits: 3.0, now 2.5" in refused(load(source), started, bits=2.5)
+    assert "calibration.batches: 6, now 5" in refused(load(source), started, rows=5)
+    changed = load(source)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.experts.down_proj[3, 2, 1] += 1e-3
+    said = refused(changed, started)
+    assert "model.weights.model.layers.1: " in said
+    assert "model.layers.0" not in said
+    other = refused(load(dense_checkpoint("qwen3_moe", num_hidden_layers=3)), started)
+    assert "model.config.num_hidden_layers: 2, now 3" in other
+    gptq = GPTQModifier(targets=["re:.*q_proj"], scheme="W4A16", ignore=["re:.*experts.*"])
+    assert "recipe.1 GPTQModifier" in refused(load(source), started, others=(gptq,))
+    monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "1.0"})
+    assert "versions.torch: 2" in refused(load(source), started)
+
+
+def test_other_folders_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    assert "is not empty and holds no earlier run" in refused(load(source), tmp_path)
+    assert files(tmp_path) == ["precious.txt"]
+    assert "cannot be written" in refused(load(source), tmp_path / "precious.txt")
+
+
+def test_damaged_layers_are_refused(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resume"
+    quantize(source, tmp_path / "packed.safetensors", folder)
+    data = bytearray((folder / SECOND).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / SECOND).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp.*checksum"):
+        quantize(source, tmp_path / "again.safetensors", folder)
+    (folder / SECOND).write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp.*is damaged .* delete it to compute it again"):
+        quantize(source, tmp_path / "again.safetensors", folder)
