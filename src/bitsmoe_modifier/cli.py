@@ -1,6 +1,7 @@
-"""The command line: ``bitsmoe quantize | compare | eval | inspect``."""
+"""The command line: ``bitsmoe quantize | compare | eval | inspect | export | completion``."""
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, completion, messages
 from .errors import BitsMoEError
 
 _AB_RECIPE = "ab_gptq_bitsmoe"
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(given)
+    messages.configure("json" if args.log_json else "quiet" if args.quiet else "text")
+    if messages.mode() != "text":
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, so before anything else
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, taking the arm's process along
     try:
@@ -33,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BitsMoEError as error:
         if args.verbose:
             traceback.print_exc()
-        print(f"bitsmoe {args.command}: {error}", file=sys.stderr)
+        messages.say("error", f"bitsmoe {args.command}: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"bitsmoe {args.command}: interrupted", file=sys.stderr)
+        messages.say("error", f"bitsmoe {args.command}: interrupted")
         return 130
 
 
@@ -50,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    quantize = commands.add_parser("quantize", help="quantize a model by a recipe and save it", description=_QUANTIZE)
+    quantize = _command(commands, "quantize", "quantize a model by a recipe and save it", _QUANTIZE)
     _model_options(quantize, recipe="w2", recipe_help="recipe file or name of a shipped recipe (default: w2)")
     quantize.add_argument("--stage", metavar="NAME", help="which stage of the recipe, where it has several")
     quantize.add_argument("--out", required=True, metavar="DIR", help="checkpoint folder to create")
@@ -58,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _common_options(quantize)
     quantize.set_defaults(run=_run_quantize)
 
-    compare = commands.add_parser("compare", help="quantize by every stage of a recipe, compare", description=_COMPARE)
+    compare = _command(commands, "compare", "quantize by every stage of a recipe, compare", _COMPARE)
     _model_options(compare, recipe=_AB_RECIPE, recipe_help=f"recipe; each stage is an arm (default: {_AB_RECIPE})")
     compare.add_argument("--arms", type=_names, default=(), metavar="NAME,…", help="only these stages")
     compare.add_argument("--out", default=_REPORT, metavar="DIR", help=f"folder to write (default: {_REPORT})")
@@ -68,24 +72,31 @@ def build_parser() -> argparse.ArgumentParser:
     _common_options(compare)
     compare.set_defaults(run=_run_compare)
 
-    evaluate = commands.add_parser("eval", help="measure a checkpoint against the unquantized model", description=_EVAL)
+    evaluate = _command(commands, "eval", "measure a checkpoint against the unquantized model", _EVAL)
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the quantized model")
     evaluate.add_argument("--model", metavar="DIR|ID", help="the unquantized model (default: the embedded demo model)")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures there too")
     evaluate.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per row (default: 256)")
+    evaluate.add_argument(
+        "--backend",
+        default="transformers",
+        choices=["transformers", "vllm"],
+        help="what runs the checkpoint; vllm measures --tasks only, in an environment with vLLM and lm-eval",
+    )
+    evaluate.add_argument(
+        "--engine", default="", metavar="NAME=VALUE,…", help="vLLM's engine arguments, e.g. tensor_parallel_size=2"
+    )
     _evaluation_options(evaluate)
     _common_options(evaluate)
     evaluate.set_defaults(run=_run_eval)
 
-    inspect = commands.add_parser("inspect", help="show sizes, widths and bases of a checkpoint", description=_INSPECT)
+    inspect = _command(commands, "inspect", "show sizes, widths and bases of a checkpoint", _INSPECT)
     inspect.add_argument("checkpoint", metavar="DIR", help="checkpoint folder")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--html", metavar="FILE", help="draw it as a page of its own, and print where it is")
-    inspect.add_argument("--verbose", action="store_true", help="show tracebacks")
+    _speech_options(inspect)
     inspect.set_defaults(run=_run_inspect)
-    export = commands.add_parser(
-        "export", help="write a checkpoint's dense weights for other tools", description=_EXPORT
-    )
+    export = _command(commands, "export", "write a checkpoint's dense weights for other tools", _EXPORT)
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with packed experts")
     export.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     export.add_argument("--to", default="dense", choices=["dense", "w4"], help="what to write (default: dense)")
@@ -93,20 +104,72 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of dense weights (bfloat16)"
     )
     export.add_argument("--group-size", type=int, default=128, metavar="N", help="weights per scale of w4 (128)")
-    export.add_argument("--verbose", action="store_true", help="show all messages of the libraries, and tracebacks")
+    _speech_options(export)
     export.set_defaults(run=_run_export)
+
+    complete = _command(commands, "completion", "print a completion script for your shell", _COMPLETION)
+    complete.add_argument("shell", choices=completion.SHELLS)
+    _speech_options(complete)
+    complete.set_defaults(run=_run_completion)
     return parser
 
 
-_QUANTIZE = "Quantize a model by one stage of a recipe and save a checkpoint that AutoModelForCausalLM loads."
+def _command(commands: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:
+    """A command; what follows ``Examples:`` in its description is printed after the options, as it is."""
+    text, _, examples = description.partition("Examples:\n")
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+_QUANTIZE = """Quantize a model by one stage of a recipe and save a checkpoint that AutoModelForCausalLM loads.
+
+Give calibration text of the kind that the model will see; 128 rows of 256 tokens are enough to try, 256 rows of 2048 for
+a model to keep. Every expert should see some 64 tokens at least: the model card and `inspect` say how many it saw.
+
+Examples:
+  bitsmoe quantize --out docmoe-2bit                               the demo model, to see what happens
+  bitsmoe quantize --model Qwen/Qwen3-30B-A3B --calibration wikitext.txt --samples 256 --seq-len 2048 --out qwen3-2bit
+  bitsmoe quantize --model DIR --recipe w2_attn_gptq_w4 --calibration FILE --out DIR2   attention too, by GPTQ
+"""
 _COMPARE = """Quantize a model by every stage of a recipe, each in its own process from the unquantized model and with
 the same calibration rows; load every saved checkpoint again, measure it against the unquantized model, and write
-report.json, report.md and report.html. A rerun with the same inputs uses what is finished."""
-_EVAL = "Perplexity of a checkpoint, and how far its predictions are from the unquantized model's."
+report.json, report.md and report.html. A rerun with the same inputs uses what is finished.
+
+Examples:
+  bitsmoe compare                                                  the demo model, five arms
+  bitsmoe compare --tasks continuations --out REPORT               accuracy too
+  bitsmoe compare --model DIR --recipe ab_all --arms gptq_w3,bitsmoe_2_0 --calibration FILE --eval-text FILE --out DIR2
+"""
+_EVAL = """Perplexity of a checkpoint, and how far its predictions are from the unquantized model's.
+
+Examples:
+  bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --eval-text held_out.txt --seq-len 2048
+  bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --tasks arc_easy,hellaswag --task-items 500
+"""
+_INSPECT = """What a checkpoint stores, from its headers: sizes per layer, widths, bases, tokens per expert.
+
+Examples:
+  bitsmoe inspect qwen3-2bit
+  bitsmoe inspect qwen3-2bit --html qwen3-2bit.html                the same, drawn
+"""
 _EXPORT = """Decode the experts and write an ordinary checkpoint, under the architecture's own tensor names: dense, or
 (w4) with the experts as packed 4-bit Linears of compressed-tensors, rounded to nearest from the decoded weights. Needs
-memory for the whole dense model."""
-_INSPECT = "What a checkpoint stores, from its headers: sizes per layer, widths, bases, tokens per expert."
+memory for the whole dense model.
+
+Examples:
+  bitsmoe export qwen3-2bit --out qwen3-2bit-dense                 for tools that know nothing of us
+"""
+_COMPLETION = """Print a script that completes commands and options.
+
+Examples:
+  source <(bitsmoe completion bash)                                or zsh; put it in your shell's startup file
+  bitsmoe completion fish > ~/.config/fish/completions/bitsmoe.fish
+"""
 
 
 def _model_options(parser: argparse.ArgumentParser, recipe: str, recipe_help: str) -> None:
@@ -162,7 +225,14 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="what the model computes in (default: float32 on a CPU, its own elsewhere)",
     )
-    parser.add_argument("--verbose", action="store_true", help="show all messages of the libraries, and tracebacks")
+    _speech_options(parser)
+
+
+def _speech_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("messages").add_mutually_exclusive_group()
+    group.add_argument("--verbose", action="store_true", help="show all messages of the libraries, and tracebacks")
+    group.add_argument("--quiet", action="store_true", help="only the result and errors, no progress")
+    group.add_argument("--log-json", action="store_true", help="progress, messages and errors as JSON lines on stderr")
 
 
 def demo_asset(name: str) -> str:
@@ -231,23 +301,29 @@ def _run_quantize(args: argparse.Namespace, command: str) -> int:
         f"{made['checkpoint_bytes'] / 1e6:.2f} MB, {made['quantize_seconds']:.0f} s"
     )
     for warning in made["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        messages.say("warning", f"warning: {warning}")
     return 0
 
 
 def _run_eval(args: argparse.Namespace, command: str) -> int:
-    from .compare.single import evaluate_one
+    figures: dict[str, Any]
+    if args.backend == "vllm":
+        from .serving.evaluation import evaluate_served, table
 
-    figures = evaluate_one(
-        checkpoint=args.checkpoint,
-        model=_given(args.model, "docmoe"),
-        eval_text=_given(args.eval_text, "docmoe_heldout.txt"),
-        eval_rows=args.eval_rows,
-        options=_options(args),
-    )
-    from .compare.columns import table
+        figures = evaluate_served(args.checkpoint, args.tasks, args.task_items, args.dtype, args.engine)
+        print(f"\n{table(figures)}")
+    else:
+        from .compare.columns import table as all_columns
+        from .compare.single import evaluate_one
 
-    print(f"\n{table(figures['reference'], [figures['checkpoint']])}")
+        figures = evaluate_one(
+            checkpoint=args.checkpoint,
+            model=_given(args.model, "docmoe"),
+            eval_text=_given(args.eval_text, "docmoe_heldout.txt"),
+            eval_rows=args.eval_rows,
+            options=_options(args),
+        )
+        print(f"\n{all_columns(figures['reference'], [figures['checkpoint']])}")
     if args.json:
         import json
 
@@ -284,6 +360,11 @@ def _run_export(args: argparse.Namespace, command: str) -> int:
 
     export_one(args.checkpoint, Path(args.out), args.to, args.dtype, args.group_size, args.verbose)
     print(args.out)
+    return 0
+
+
+def _run_completion(args: argparse.Namespace, command: str) -> int:
+    print(completion.script(build_parser(), args.shell), end="")
     return 0
 
 

@@ -48,11 +48,16 @@ def measure_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: 
         By the task's name (`label`): the metric's name, its mean ``acc`` with ``stderr``, ``items``, the ``scores`` of
         every item in the task's order, and the means of its ``others``.
     """
-    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+
+    return run_tasks(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks, limit)
+
+
+def run_tasks(wrapped: Any, tasks: Sequence[str], limit: int | None) -> Accuracy:
+    """`measure_tasks` on a model of any of lm-eval's own kinds."""
+    from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     measured: Accuracy = {}
     for name, members in _load(tasks).items():
         found = simple_evaluate(

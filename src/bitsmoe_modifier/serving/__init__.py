@@ -9,6 +9,7 @@ vLLM calls `register` in each of its processes through the entry point group ``v
 - `method`: the layer's weights and forward as vLLM wants them
 - `gating`: vLLM's activation settings as a `Gating`
 - `dummy`: random experts for ``--load-format dummy``
+- `evaluation`: lm-eval through vLLM, for ``bitsmoe eval --backend vllm``
 - `refusal`: the clear error where vLLM's version is not supported
 """
 
