@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitsmoe_modifier import cli
+from bitsmoe_modifier import cli, messages
 from bitsmoe_modifier.cli import build_parser, demo_asset, main
 from bitsmoe_modifier.errors import BitsMoEError
 from helpers import pack_randomly, save, tiny_model
 from tiny_text import save_tiny, write_text
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["compare"], ["eval"], ["inspect"]], ids=lambda c: "".join(c))
+@pytest.mark.parametrize(
+    "command", [[], ["quantize"], ["compare"], ["eval"], ["inspect"], ["export"]], ids=lambda c: "".join(c)
+)
 def test_help_lists_the_options(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -53,6 +55,41 @@ def test_our_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
 def test_verbose_adds_the_traceback(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "missing"), "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_errors_as_json(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "missing"), "--log-json"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert entry["event"] == "error"
+    assert "no such model folder" in entry["message"]
+
+
+def test_the_messages_of_a_comparison(capsys):
+    from bitsmoe_modifier.compare.processes import Status
+
+    for mode, expected in (("text", ["arm a"]), ("quiet", []), ("json", ["begin", "end"])):
+        messages.configure(mode)
+        status = Status(1)
+        status.begin("a")
+        status.end("arm a")
+        status.close()
+        lines = capsys.readouterr().err.split("\n")
+        said = [line.strip("\r") for line in lines if line.strip()]
+        assert [json.loads(line)["event"] for line in said] == expected if mode == "json" else said == expected
+    messages.configure("text")
+
+
+@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "inspect", "export", "completion"])
+def test_every_command_shows_examples_that_parse(command):
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if hasattr(action, "choices") and action.choices)
+    examples = [line.strip() for line in commands.choices[command].epilog.splitlines() if "bitsmoe " in line]
+    assert examples
+    for line in examples:
+        words = line.split("  ")[0].removeprefix("source <(").split(" > ")[0].rstrip(")").split()
+        assert words[0] == "bitsmoe"
+        assert parser.parse_args(words[1:]).command == command
 
 
 def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
@@ -181,6 +218,7 @@ def test_quantize_by_bitsmoe_then_eval_then_inspect(tmp_path, capsys):
     assert 4.5 - 0.02 <= found["measured_bits_per_expert_weight"] <= 4.5
     assert 1e-5 < found["kld_mean"] < 1
 
+    assert "bits: 4.5" in (out / "README.md").read_text()
     assert main(["inspect", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "model.layers.1.mlp.experts: 8 experts of 32 × 64, 4." in printed

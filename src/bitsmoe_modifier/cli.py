@@ -128,12 +128,12 @@ def _command(commands: Any, name: str, summary: str, description: str) -> argpar
 
 _QUANTIZE = """Quantize a model by one stage of a recipe and save a checkpoint that AutoModelForCausalLM loads.
 
-Give calibration text of the kind that the model will see; 128 rows of 256 tokens are enough to try, 256 rows of 2048 for
+Give calibration text of the kind that the model will see; 128 rows of 256 tokens are enough to try, 256 of 2048 for
 a model to keep. Every expert should see some 64 tokens at least: the model card and `inspect` say how many it saw.
 
 Examples:
   bitsmoe quantize --out docmoe-2bit                               the demo model, to see what happens
-  bitsmoe quantize --model Qwen/Qwen3-30B-A3B --calibration wikitext.txt --samples 256 --seq-len 2048 --out qwen3-2bit
+  bitsmoe quantize --model Qwen/Qwen3-30B-A3B --calibration wikitext.txt --samples 256 --seq-len 2048 --out OUT
   bitsmoe quantize --model DIR --recipe w2_attn_gptq_w4 --calibration FILE --out DIR2   attention too, by GPTQ
 """
 _COMPARE = """Quantize a model by every stage of a recipe, each in its own process from the unquantized model and with

@@ -122,6 +122,13 @@ def test_the_checkpoint_can_be_loaded_and_keeps_the_models_dtypes(done):
     assert floats == {"BF16"}
 
 
+def test_the_checkpoint_explains_itself(done):
+    out, report = done
+    text = (out / "arms" / "gptq_w4" / "README.md").read_text()
+    assert "num_bits: 4" in text
+    assert f"| {1000 * report['arms'][0]['kld_mean']:.2f} |".replace("| ", "| **").replace(" |", "** |") in text
+
+
 def test_the_checkpoints_recipe_can_be_loaded_safely(done):
     saved = yaml.safe_load((done[0] / "arms" / "gptq_w4" / "recipe.yaml").read_text())
     assert "gptq_w4_stage" in saved

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .accuracy import check_tasks, measure_tasks
+from .card import write_card
 from .decoding import misread_experts
 from .evaluate import evaluate, evaluate_reference, load_model
 from .metrics import Summary
@@ -31,6 +32,7 @@ class Job:
 
     Attributes:
         model: folder of the dense model.
+        model_name: as the user named it.
         expert_elements: its expert weights.
         out: folder of the comparison.
         device: where models run.
@@ -42,6 +44,7 @@ class Job:
     """
 
     model: Path
+    model_name: str
     expert_elements: int
     out: Path
     device: str
@@ -107,6 +110,7 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
     settings = QuantizeSettings(job.batch_size, job.dtype, job.pipeline, job.calibrate_all_experts)
     made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
+    write_card(checkpoint, job.model_name, stage.text, job.expert_elements)
     misread = misread_experts(checkpoint)
     warnings = [*made.warnings, *([f"{misread}; measured on weights decoded here"] if misread else [])]
     started = time.perf_counter()

@@ -6,6 +6,8 @@ import sys
 import warnings
 from typing import Any
 
+from .. import messages
+
 #: warnings that say nothing about the result; the experts are linearized by every oneshot
 _EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
 #: loggers that warn about the libraries' own affairs: deprecations, targets of experts that are fused while loading
@@ -25,10 +27,16 @@ def set_up_logging(verbose: bool) -> None:
     from loguru import logger
 
     logger.remove()
-    logger.add(sys.stderr, level="INFO" if verbose else "WARNING", filter=None if verbose else _worth_saying)
+    sink = _as_message if messages.mode() == "json" else sys.stderr
+    logger.add(sink, level="INFO" if verbose else "WARNING", filter=None if verbose else _worth_saying)
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     for name in _INTERNAL:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def _as_message(text: Any) -> None:
+    record = text.record
+    messages.say("log", record["message"], level=record["level"].name, logger=record["name"])
 
 
 def _worth_saying(record: Any) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .. import messages
 from ..errors import BitsMoEError
 from .logs import set_up_logging
 
@@ -152,18 +153,22 @@ def _ending(code: int | None) -> str:
 class Status:
     """One line at the bottom of the terminal: which arm is running, what it does, for how long.
 
-    Where there is no terminal (a log file), only the lines that stay are printed.
+    Where there is no terminal (a log file), only the lines that stay are printed; in the modes of `messages` that have
+    no bar, events.
     """
 
     def __init__(self, total: int) -> None:
         shape = "{n_fmt}/{total_fmt} |{bar:20}| {elapsed} {desc}"
-        self._bar = tqdm(total=total, bar_format=shape, unit="arm", disable=None, leave=False)
+        plain = True if messages.mode() != "text" else None  # None: disabled where there is no terminal
+        self._bar = tqdm(total=total, bar_format=shape, unit="arm", disable=plain, leave=False)
         self._name = ""
         self._since = time.monotonic()
 
     def begin(self, name: str) -> None:
         """Something starts."""
         self._name, self._since = name, time.monotonic()
+        if messages.mode() == "json":
+            messages.say("begin", name)
         self.show("")
 
     def show(self, doing: str) -> None:
@@ -172,12 +177,18 @@ class Status:
 
     def end(self, line: str) -> None:
         """It is done: leave a line about it above the bar."""
-        self.note(line)
+        self._say("end", line)
         self._bar.update()
 
     def note(self, line: str) -> None:
         """Leave a line above the bar."""
-        tqdm.write(line, file=sys.stderr)
+        self._say("note", line)
+
+    def _say(self, event: str, line: str) -> None:
+        if messages.mode() == "text":
+            tqdm.write(line, file=sys.stderr)  # above the bar
+        else:
+            messages.say(event, line, name=self._name, seconds=round(time.monotonic() - self._since, 1))
 
     def close(self) -> None:
         """Remove the line."""

@@ -15,11 +15,13 @@ from .. import __version__
 from ..errors import BitsMoEError, RecipeError
 from .accuracy import Accuracy, compare_accuracy
 from .arms import Job, check_inputs, run_arm, run_reference, run_tasks
+from .card import write_card
 from .data import Text, calibration_rows, evaluation_rows, read_text, tokenize
 from .model import DenseModel, load_tokenizer, open_dense, read_config
 from .processes import Failure, Status, run_in_process, start_context
 from .recipe import Stage, find_recipe, read_stages, select
 from .report import write_report
+from .verdicts import LEGEND, how_measured
 from .workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,6 +108,7 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
     workspace.save_rows(rows, held_out)
     job = Job(
         model=model.folder,
+        model_name=model.name,
         expert_elements=model.expert_elements,
         out=workspace.folder,
         device=device,
@@ -141,6 +144,11 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
         "arms": arms,
     }
     write_report(report, workspace.folder)
+    for stage, arm in zip(stages, arms, strict=True):
+        if "error" not in arm:
+            how = f"{' '.join(how_measured(report)[:2])} {LEGEND}"
+            quality = {"reference": report["reference"], "arm": arm, "how": how}
+            write_card(workspace.checkpoint(stage.name), model.name, stage.text, model.expert_elements, quality)
     return report
 
 

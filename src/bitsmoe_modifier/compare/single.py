@@ -12,6 +12,7 @@ from ..errors import BitsMoEError, RecipeError
 from ..export import check_new_folder, export_dense
 from .accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from .arms import sizes_of, use_device
+from .card import write_card
 from .data import calibration_rows, evaluation_rows, read_text, tokenize
 from .evaluate import evaluate, evaluate_reference, load_model
 from .logs import set_up_logging
@@ -70,6 +71,7 @@ def quantize_one(
     check_stage(chosen)
     settings = QuantizeSettings(options.batch_size, dtype, options.pipeline, options.calibrate_all_experts)
     made = quantize(dense.folder, chosen.text, rows, out, settings)
+    write_card(out, model, chosen.text, dense.expert_elements)
     return {
         **sizes_of(out, dense.expert_elements),
         "load_seconds": made.load_seconds,
