@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading
-from llmcompressor.core import active_session
 from torch import nn
 
 from . import __version__
@@ -44,11 +43,6 @@ def _without_origin(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {k: _without_origin(v) for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
-
-
-def active_modifiers() -> list[Any]:
-    """The modifiers of the recipe that llm-compressor is running; they change each other's inputs."""
-    return list(active_session().lifecycle.recipe.modifiers)
 
 
 def versions() -> dict[str, str]:

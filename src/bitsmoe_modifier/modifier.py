@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
 from compressed_tensors.offload.cache import OffloadCache
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -18,7 +18,7 @@ from . import mends, tracing  # noqa: F401  (norms keep their weights, calibrati
 from .distributed import Ranks, check_shares
 from .errors import BitsMoEError, CalibrationError, RecipeError
 from .experts import BitsMoEExperts
-from .fingerprint import active_modifiers, fingerprint, rows_digest
+from .fingerprint import fingerprint, rows_digest
 from .format import attach, make_scheme
 from .fusing import fuse_dense_experts
 from .gating import gating_of
@@ -199,7 +199,9 @@ class BitsMoEModifier(Modifier):
         folder, ranks = self.resume_dir, self._ranks
 
         def finished() -> frozenset[str]:
-            fields = {f"{n} {type(m).__name__}": m.model_dump() for n, m in enumerate(active_modifiers() or [self])}
+            # the modifiers of a recipe change each other's inputs
+            together = active_session().lifecycle.recipe.modifiers or [self]
+            fields = {f"{n} {type(one).__name__}": one.model_dump() for n, one in enumerate(together)}
             self._resume = ResumeFolder(folder, fingerprint(state.model, fields, rows))
             return frozenset(name for name in self._names.values() if self._resume.has_layer(name))
 

@@ -1,0 +1,72 @@
+"""Two gloo processes quantize together: the checkpoint of one process, and no hang when one of them ends."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitsmoe_modifier.layout import PackedExperts
+from helpers import load, packed_modules
+
+Checkpoint = Callable[..., Path]
+
+LAYERS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+
+
+def run(processes: int, source: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    out.mkdir()
+    script = Path(__file__).parent / "ranks.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*torchrun, str(script), str(source), str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+
+
+def tensors(out: Path, rank: int, name: str) -> PackedExperts:
+    stored = load_file(out / f"rank{rank}.safetensors")
+    return PackedExperts(**{key.rpartition(".")[2]: t for key, t in stored.items() if key.startswith(f"{name}.")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_two_ranks_give_the_checkpoint_of_one(scope: str, dense_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """To the last bit with equal budgets per layer. With a survey, whose moments are summed in another order, up to
+    what float32 sums of another order can move: steps by a rounding, a code in a thousand by one."""
+    source = dense_checkpoint("qwen3_moe")
+    for processes in (1, 2):
+        done = run(processes, source, tmp_path / str(processes), "none", scope)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in LAYERS:
+        one, two, other = (tensors(tmp_path / str(n), rank, name) for n, rank in ((1, 0), (2, 0), (2, 1)))
+        assert torch.equal(two.checksums, other.checksums), "every process has the same"
+        assert torch.equal(one.layout, two.layout)
+        assert torch.equal(one.widths_in, two.widths_in)
+        assert torch.equal(one.widths_out, two.widths_out)
+        if scope == "layer":
+            assert torch.equal(one.checksums, two.checksums)
+            continue
+        for leaf in ("codes_in", "codes_out"):
+            differing = (getattr(one, leaf) != getattr(two, leaf)).float().mean()
+            assert float(differing) < 4e-3, "a byte holds up to eight codes"
+    saved = packed_modules(load(tmp_path / "2" / "saved"))
+    for name in LAYERS:
+        assert torch.equal(saved[name].checksums, tensors(tmp_path / "2", 0, name).checksums)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("dies", "Signal 9"),
+        ("fails", "out of luck"),
+        ("same-rows", "2 processes calibrate with the same rows"),
+    ],
+)
+def test_trouble_ends_all(trouble: str, said: str, dense_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    done = run(2, dense_checkpoint("qwen3_moe"), tmp_path / "out", trouble)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
