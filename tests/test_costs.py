@@ -1,10 +1,12 @@
 """Cost tables: the distortion of what would be stored, recomputed by brute force, and the bits of a unit."""
 
+import itertools
+
 import pytest
 import torch
 
 from bitsmoe_modifier import costs as costs_module
-from bitsmoe_modifier.costs import SideCosts, side_costs, unit_cost
+from bitsmoe_modifier.costs import SideCosts, chosen_steps, side_costs, unit_cost
 from bitsmoe_modifier.layout import ExpertsLayout, decode_factor, index_units, pack_factor
 from bitsmoe_modifier.planes import WIDTHS
 from bitsmoe_modifier.rounding import encode, search_step, to_step
@@ -57,21 +59,51 @@ def rounding_floor(w: torch.Tensor) -> float:
     return float(w.square().amax()) * 2.0**-34
 
 
+def uniform(width: int) -> torch.Tensor:
+    """The same width for all units."""
+    return torch.full((MATRICES, DIRECTIONS // BLOCK), width, dtype=torch.uint8)
+
+
+def energy_of(kind: str) -> torch.Tensor:
+    """What dropping each unit would lose, ``[matrices, units]``."""
+    factor, weight, gain = (t.double() for t in problem(kind))
+    return ((factor.square() * weight[:, :, None]).sum(1) * gain).view(MATRICES, -1, BLOCK).sum(-1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_distortion_is_the_error_of_the_nearest_grid_values(kind: str) -> None:
-    """Double precision, every grid value tried. The table sums in float32 and, on ties, may round the other way."""
+    """Over all matrices, in double precision, every grid value tried. The table sums in float32."""
     factor, weight, gain = problem(kind)
     costs = table(kind)
     for column, width in enumerate(costs.widths):
+        rest = factor.double()
         if width:
-            step = costs.steps[column].repeat_interleave(GROUP, 1)
-            rest = nearest(factor, step, width) - factor.double()
-        else:
-            rest = factor.double()
+            step = chosen_steps(factor, weight, uniform(width), BLOCK, GROUP).repeat_interleave(GROUP, 1)
+            rest = nearest(factor, step, width) - rest
         loss = (rest.square() * weight.double()[:, :, None]).sum(1) * gain.double()
-        expected = loss.view(MATRICES, -1, BLOCK).sum(-1)
-        floor = rounding_floor(factor) * LENGTH * BLOCK
-        torch.testing.assert_close(costs.distortion[:, :, column], expected, rtol=1e-4, atol=floor)
+        expected = loss.view(MATRICES, -1, BLOCK).sum(-1).sum(0)
+        floor = rounding_floor(factor) * LENGTH * BLOCK * MATRICES
+        torch.testing.assert_close(costs.distortion[:, :, column].sum(0), expected, rtol=1e-4, atol=floor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_share_what_rounding_leaves(kind: str) -> None:
+    """A unit's distortion is its energy times a share that is the same for all matrices."""
+    energy, distortion = energy_of(kind), table(kind).distortion
+    share = distortion.sum(0) / energy.sum(0).clamp_min(1e-300)[:, None]
+    torch.testing.assert_close(distortion, energy[:, :, None] * share, rtol=1e-4, atol=1e-30)
+
+
+def test_a_sample_of_the_matrices_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for two of four matrices the shares are theirs; what dropping loses is every matrix's own."""
+    factor, weight, gain = problem("gauss")
+    monkeypatch.setattr(costs_module, "_SAMPLE_ELEMENTS", 2 * LENGTH * DIRECTIONS)
+    costs = table("gauss")
+    two = side_costs(factor[::2], weight[::2], gain[::2], WIDTHS, BLOCK, GROUP).distortion
+    share = two.sum(0) / two[:, :, 0].sum(0)[:, None]
+    torch.testing.assert_close(costs.distortion, energy_of("gauss")[:, :, None] * share, rtol=1e-5, atol=0)
+    monkeypatch.setattr(costs_module, "_SAMPLE_ELEMENTS", 1)
+    assert bool(torch.isfinite(table("gauss").distortion).all())
 
 
 @pytest.mark.parametrize("width", [w for w in WIDTHS if w])
@@ -81,31 +113,44 @@ def test_distortion_is_the_error_of_decoding_what_is_stored(kind: str, width: in
     factor, weight, gain = problem(kind)
     costs = side_costs(factor, weight, gain, (width,), BLOCK, GROUP)
     layout = ExpertsLayout(MATRICES // 2, DIRECTIONS, LENGTH, DIRECTIONS, DIRECTIONS, BLOCK, GROUP, 0, 0, 8)
-    widths = torch.full((MATRICES, DIRECTIONS // BLOCK), width, dtype=torch.uint8)
-    codes = encode(factor, costs.steps[0].repeat_interleave(GROUP, 1), 2**width - 1).to(torch.uint8)
-    payload, steps = pack_factor(
-        codes.view(-1, 2, LENGTH, DIRECTIONS), costs.steps[0].half(), widths.view(-1, 2, 2), layout, "in"
+    widths = uniform(width)
+    steps = chosen_steps(factor, weight, widths, BLOCK, GROUP)
+    codes = encode(factor, steps.repeat_interleave(GROUP, 1), 2**width - 1).to(torch.uint8)
+    payload, stored = pack_factor(
+        codes.view(-1, 2, LENGTH, DIRECTIONS), steps.half(), widths.view(-1, 2, 2), layout, "in"
     )
     index = index_units(widths, layout.groups, group_major=True)
-    rest = decode_factor(payload, steps, widths, index, layout, "in").double() - factor.double()
-    loss = (rest.square() * weight[:, :, None]).sum(1) * gain
-    torch.testing.assert_close(costs.distortion[:, :, 0], loss.view(MATRICES, -1, BLOCK).sum(-1), rtol=1e-4, atol=1e-12)
+    rest = decode_factor(payload, stored, widths, index, layout, "in").double() - factor.double()
+    loss = ((rest.square() * weight[:, :, None]).sum(1) * gain).view(MATRICES, -1, BLOCK).sum(-1)
+    torch.testing.assert_close(costs.distortion[:, :, 0].sum(0), loss.sum(0), rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_can_be_stored(kind: str) -> None:
-    costs = table(kind)
-    kept = costs.steps[1:]
-    assert torch.equal(kept.half().float(), kept)
-    assert bool((kept > 0).all())
-    assert costs.steps.shape == (len(WIDTHS), MATRICES, LENGTH // GROUP, DIRECTIONS)
+    factor, weight, _ = problem(kind)
+    widths = torch.tensor(WIDTHS[:8], dtype=torch.uint8)[torch.arange(MATRICES * 2) % len(WIDTHS)].view(MATRICES, 2)
+    steps = chosen_steps(factor, weight, widths, BLOCK, GROUP)
+    assert torch.equal(steps.half().float(), steps)
+    assert bool((steps > 0).all())
+    assert steps.shape == (MATRICES, LENGTH // GROUP, DIRECTIONS)
+
+
+def test_every_unit_gets_the_steps_of_its_own_width() -> None:
+    factor, weight, _ = problem("outliers")
+    widths = torch.tensor([[0, 6], [2, 1], [8, 3], [4, 2]], dtype=torch.uint8)
+    steps = chosen_steps(factor, weight, widths, BLOCK, GROUP)
+    for matrix, unit in itertools.product(range(MATRICES), range(2)):
+        if width := int(widths[matrix, unit]):
+            part = slice(unit * BLOCK, unit * BLOCK + BLOCK)
+            w = factor[matrix, :, part].reshape(-1, GROUP, BLOCK)
+            expected, _ = search_step(w, weight[matrix].view(-1, GROUP, 1), width)
+            assert torch.equal(steps[matrix, :, part], expected.squeeze(1))
 
 
 @pytest.mark.parametrize("kind", ["gauss", "outliers", "dead-weights", "huge"])
 def test_distortion_falls_with_the_width(kind: str) -> None:
     """Half the distance between grid values with every bit: on ordinary weights each width beats the one before."""
-    distortion = table(kind).distortion
-    assert bool((distortion.diff(dim=-1) <= 0).all())
+    assert bool((table(kind).distortion.diff(dim=-1) <= 0).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,31 +159,29 @@ def test_no_width_is_worse_than_dropping(kind: str) -> None:
 
     ("tiny" weights lie near the smallest step that fp16 holds, where its rounding is coarser.)
     """
-    costs = table(kind)
+    distortion, energy = table(kind).distortion, energy_of(kind)
     slack = 1e-3 if kind == "tiny" else 2**-22
-    factor, weight, gain = problem(kind)
-    energy = ((factor.square() * weight[:, :, None]).sum(1) * gain).view(MATRICES, -1, BLOCK).sum(-1)
     # all-zero groups get the smallest step: 2^-24 per weight instead of 0
-    floor = (LENGTH * BLOCK) * 2.0**-48
-    assert bool((costs.distortion[..., 1:] <= (energy * (1 + slack))[..., None] + floor).all())
-    torch.testing.assert_close(costs.distortion[..., 0], energy.double(), rtol=1e-5, atol=0)
+    floor = (LENGTH * BLOCK * MATRICES) * 2.0**-48
+    assert bool((distortion[..., 1:].sum(0) <= (energy.sum(0) * (1 + slack))[..., None] + floor).all())
+    torch.testing.assert_close(distortion[..., 0], energy, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 600, 1 << 18])
-def test_chunks_do_not_change_the_result(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = table("gauss")
+def test_chunks_do_not_change_the_steps(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    factor, weight, _ = problem("gauss")
+    whole = chosen_steps(factor, weight, uniform(3), BLOCK, GROUP)
     monkeypatch.setattr(costs_module, "_CHUNK_ELEMENTS", chunk)
-    parts = table("gauss")
-    assert torch.equal(parts.steps, whole.steps)
-    assert torch.equal(parts.distortion, whole.distortion)
+    assert torch.equal(chosen_steps(factor, weight, uniform(3), BLOCK, GROUP), whole)
 
 
 def test_factor_may_be_a_view() -> None:
     factor, weight, gain = problem("gauss")
     strided = factor.transpose(1, 2).contiguous().transpose(1, 2)
     got, expected = (side_costs(f, weight, gain.expand(MATRICES, -1), WIDTHS, BLOCK, GROUP) for f in (strided, factor))
-    assert torch.equal(got.distortion, expected.distortion)
-    assert torch.equal(got.steps, expected.steps)
+    torch.testing.assert_close(got.distortion, expected.distortion)
+    got, expected = (chosen_steps(f, weight, uniform(2), BLOCK, GROUP) for f in (strided, factor))
+    assert torch.equal(got, expected)
 
 
 def test_widths_come_sorted() -> None:
@@ -150,7 +193,6 @@ def test_gain_and_weight_scale_the_distortion() -> None:
     factor, weight, gain = problem("gauss")
     once, twice = (side_costs(factor, weight * w, gain * g, WIDTHS, BLOCK, GROUP) for w, g in ((1, 1), (2, 4)))
     torch.testing.assert_close(twice.distortion, 8 * once.distortion)
-    assert torch.equal(once.steps, twice.steps), "powers of two change no comparison"
 
 
 # -------------------------------------------------------------------------------------------- the step search

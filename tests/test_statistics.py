@@ -8,12 +8,15 @@ import torch
 
 from bitsmoe_modifier.errors import CalibrationError
 from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.layer import DenseExperts
 from bitsmoe_modifier.statistics import (
     _SPREAD,
+    _TEMPER,
     LayerStatistics,
     RoutedTokens,
     activate,
     collect_statistics,
+    down_moments,
     expert_moments,
     prior_share,
     second_moment,
@@ -46,9 +49,7 @@ class Case:
         return RoutedTokens.from_router(self.x, self.ids, self.p, self.num_experts, self.token_weight)
 
     def collect(self, gating: Gating | None = None) -> LayerStatistics:
-        return collect_statistics(
-            self.tokens(), self.gate_up, self.down, gating or Gating(), self.bias, self.metric
-        )
+        return collect_statistics(self.tokens(), self.gate_up, self.down, gating or Gating(), self.bias, self.metric)
 
 
 def make_case(
@@ -95,6 +96,7 @@ class Direct:
 
     c: torch.Tensor
     slopes: torch.Tensor
+    cross: torch.Tensor
     z: torch.Tensor
     output: torch.Tensor
     mass: torch.Tensor
@@ -106,7 +108,10 @@ def direct(case: Case) -> Direct:
     e, hidden, width = case.down.shape
     x, gate_up, down = case.x.double(), case.gate_up.double(), case.down.double()
     out = Direct(
-        *(torch.zeros(*shape, dtype=torch.float64) for shape in ((hidden, hidden), (e, 2 * width), (e, width, width))),
+        *(
+            torch.zeros(*s, dtype=torch.float64)
+            for s in ((hidden, hidden), (e, 2 * width), (e, width), (e, width, width))
+        ),
         *(torch.zeros(*shape, dtype=torch.float64) for shape in ((hidden, hidden), (e,), (e,))),
         [0] * e,
     )
@@ -122,6 +127,7 @@ def direct(case: Case) -> Direct:
                 slope[i], slope[width + i] = a[width + i] * derivative, value
             out.c += w * torch.outer(x[t], x[t])
             out.slopes[n] += w * slope**2
+            out.cross[n] += w * slope[:width] * slope[width:]
             out.z[n] += w * torch.outer(z, z)
             out.output += w * torch.outer(down[n] @ z, down[n] @ z)
             out.mass[n] += w
@@ -216,9 +222,11 @@ def shrunk_diagonal(case: Case, expected: Direct) -> torch.Tensor:
 
 
 def expected_boost(expected: Direct) -> torch.Tensor:
-    """(mass + spread) / mass, the spread a fixed share of the average mass; 1 where the mass is the spread itself."""
-    spread = _SPREAD * expected.mass.mean()
-    return torch.where(expected.mass > 0, (expected.mass + spread) / expected.mass.clamp_min(1e-300), 1.0)
+    """(share + spread)^temper / share, the share counted in average experts; an idle expert's share is the spread."""
+    average = expected.mass.mean()
+    used = (expected.mass / average + _SPREAD) ** _TEMPER
+    share = torch.where(expected.mass > 0, expected.mass / average, _SPREAD)
+    return used / share
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,6 +237,47 @@ def test_costs_of_rare_experts_are_boosted(kind: str) -> None:
     idle = expected.mass == 0
     if bool(idle.any()):
         close(statistics.mass[idle], (_SPREAD * expected.mass.mean()).expand(int(idle.sum())))
+
+
+def test_rare_experts_are_boosted_more() -> None:
+    """Costs keep the order of the experts' shares, and spread less than the shares do."""
+    statistics = make_case("plain").collect()
+    order = statistics.mass.argsort()
+    used = (statistics.mass * statistics.boost)[order]
+    assert bool((used.diff() > 0).all())
+    assert bool((statistics.boost[order].diff() < 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slope_ratio(kind: str) -> None:
+    case = make_case(kind)
+    expected, width = direct(case), case.down.shape[2]
+    own = expected.cross / expected.slopes[:, width:].clamp_min(1e-300)
+    close(case.collect().slope_ratio, own * (1 - prior_share(expected.counts, width).double())[:, None])
+
+
+@pytest.mark.parametrize("kind", ["plain", "one-choice", "idle-experts", "bias", "token-weight", "bfloat16"])
+def test_down_moments(kind: str) -> None:
+    """Second moments of what rounded gate and up make, and of what they lost, pair by pair."""
+    case = make_case(kind)
+    tokens, width = case.tokens(), case.down.shape[2]
+    rounded = (case.gate_up.float() * 4).round() / 4
+    experts = DenseExperts(case.gate_up, case.down, Gating(), case.bias)
+    moments, lost = down_moments(experts, tokens, case.x.float(), rounded)
+    seen, missing = (torch.zeros(case.num_experts, width, width, dtype=torch.float64) for _ in range(2))
+    for e, pairs in enumerate(tokens.pairs(range(case.num_experts))):
+        for token, weight in zip(tokens.token[pairs].tolist(), tokens.weight[pairs].double().tolist(), strict=True):
+            bias = 0 if case.bias is None else case.bias[e].double()
+            z, less = (
+                torch.nn.functional.silu(g) * u
+                for g, u in (
+                    ((w[e].double() @ case.x[token].double()) + bias).chunk(2) for w in (case.gate_up, rounded)
+                )
+            )
+            seen[e] += weight * torch.outer(less, less)
+            missing[e] += weight * torch.outer(z - less, less)
+    close(moments, seen)
+    close(lost, missing)
 
 
 @pytest.mark.parametrize("kind", KINDS)

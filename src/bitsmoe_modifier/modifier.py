@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from tqdm import tqdm
 
 from . import mends, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
+from .design import LayerDesign, LayerPlan, moved, plan_layer
 from .distributed import Ranks, check_shares
 from .errors import BitsMoEError, CalibrationError, RecipeError
 from .experts import BitsMoEExperts
@@ -22,9 +23,10 @@ from .fingerprint import fingerprint, rows_digest
 from .format import attach, make_scheme
 from .fusing import fuse_dense_experts
 from .gating import gating_of
+from .layer import DenseExperts, QuantizerSettings
 from .layout import PackedExperts
 from .planes import WIDTHS
-from .quantize import LayerPlan, LayerReport, QuantizerSettings, plan_layer, quantize_layer
+from .quantize import LayerReport, quantize_layer
 from .resume import ResumeFolder
 from .statistics import RoutedTokens
 from .survey import Curve, Inputs, experts_inputs, share_budget, survey_layers
@@ -70,6 +72,8 @@ class BitsMoEModifier(Modifier):
         output_basis: the same for down.
         error_feedback: round each direction so that it absorbs the errors of those before it; False is faster
             and worse.
+        compensation: with error feedback, let up absorb what gate lost, down what both lost, and every group of output
+            directions what those before it lost.
         refine_passes: rounds of coordinate descent after the feedback, 0 for none; each costs about as much as it.
         solver: of the bit allocation: "highs" or "pulp" (exact integer programs), "lagrangian" (any size, reports its
             gap), "auto" (exact where that takes about a second).
@@ -96,7 +100,8 @@ class BitsMoEModifier(Modifier):
     output_basis: Literal["auto", "spectral", "none"] = "auto"
     error_feedback: bool = True
     solver: Literal["auto", "highs", "pulp", "lagrangian"] = "auto"
-    refine_passes: int = Field(default=2, ge=0)
+    compensation: bool = True
+    refine_passes: int = Field(default=1, ge=0)
     scope: Literal["layer", "global"] = "global"
     super_experts: Literal["none", "auto"] | list[str] = "none"
     targets: list[str] = Field(default_factory=lambda: [r"re:.*\.experts$"])
@@ -108,7 +113,7 @@ class BitsMoEModifier(Modifier):
 
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
-    _budgets: dict[str, float] = PrivateAttr(default_factory=dict)
+    _designs: dict[str, LayerDesign] = PrivateAttr(default_factory=dict)
     _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
@@ -154,6 +159,7 @@ class BitsMoEModifier(Modifier):
             input_basis=self.input_basis,
             output_basis=self.output_basis,
             error_feedback=self.error_feedback,
+            compensation=self.compensation,
             refine_passes=self.refine_passes,
             solver=self.solver,
             dampening_frac=self.dampening_frac,
@@ -183,9 +189,9 @@ class BitsMoEModifier(Modifier):
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
         if self.scope == "global" and not self._restore_survey():
-            self._budgets = self._share_budget(state)
+            self._designs = self._design_layers(state)
             if self._resume is not None:
-                self._resume.keep_survey(self._metrics, {"budgets": self._budgets})
+                self._resume.keep_survey(self._metrics, self._designs)
         for module, name in self._names.items():
             if name not in self._finished:
                 self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
@@ -215,28 +221,40 @@ class BitsMoEModifier(Modifier):
         def restore() -> bool:
             kept = None if self._resume is None else self._resume.survey()
             if kept is not None:
-                self._metrics, self._budgets = kept[0], kept[1]["budgets"]
+                self._metrics, self._designs = kept
             return kept is not None
 
         return self._ranks.compute(restore)
 
-    def _share_budget(self, state: State) -> dict[str, float]:
-        """Bits of every layer under one budget for all, from a survey of the unquantized model."""
+    def _design_layers(self, state: State) -> dict[str, LayerDesign]:
+        """Every layer's design under one budget for all, from a survey of the unquantized model."""
+        plans: dict[str, LayerPlan] = {}
+
+        def plan(name: str, module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
+            plans[name] = moved(self._plan(name, dense_experts(module), _tokens(module, inputs), metric), "cpu")
+            return plans[name].curve()
 
         def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
-            self._metrics[self._names[module]] = metric.cpu()
-            with _named(self._names[module]):
+            name = self._names[module]
+            self._metrics[name] = metric.cpu()
+            with _named(name):
                 inputs = self._ranks.collect(inputs)
-                return self._ranks.compute(lambda: self._plan(module, self._names[module], inputs).curve())
+                return self._ranks.compute(lambda: plan(name, module, inputs, metric))
 
         surveys = survey_layers(
             state.model, state.data.calib, self._names, curve_of, self._sequential_targets, self._ranks
         )
         weights = {name: sum(p.numel() for p in _weights(module)) for module, name in self._names.items()}
-        budgets = self._ranks.compute(lambda: share_budget(surveys, self.bits * sum(weights.values())))
-        for name, budget in budgets.items():
-            logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
-        return budgets
+
+        def choose() -> dict[str, LayerDesign]:
+            designs = {}
+            for name, budget in share_budget(surveys, self.bits * sum(weights.values())).items():
+                logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
+                with _named(name):
+                    designs[name] = plans.pop(name).choose(budget)
+            return designs
+
+        return self._ranks.compute(choose)
 
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
         self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs))
@@ -254,13 +272,8 @@ class BitsMoEModifier(Modifier):
                 del self._names[module]
                 self._progress.update()
 
-    def _plan(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> LayerPlan:
-        """Plan one layer from its captured inputs."""
-        x, index, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
-        tokens = RoutedTokens.from_router(x, index, weight, module.num_experts)
-        metric = self._metrics.get(name)
-        metric = None if metric is None else metric.to(x.device)
-        return plan_layer(dense_experts(module), tokens, self.settings, metric, self._dense_ids(name))
+    def _plan(self, name: str, experts: DenseExperts, tokens: RoutedTokens, metric: torch.Tensor | None) -> LayerPlan:
+        return plan_layer(experts, tokens, self.settings, metric, self._dense_ids(name))
 
     def _make(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """One layer's stored tensors on the CPU: kept from an earlier run, or made now and kept."""
@@ -273,10 +286,14 @@ class BitsMoEModifier(Modifier):
         return packed, report
 
     def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
-        """Pack one layer from its captured inputs."""
-        plan = self._plan(module, name, inputs)
-        weights = plan.experts.gate_up.numel() + plan.experts.down.numel()
-        packed, report = quantize_layer(plan, self._budgets.get(name, self.bits * weights))
+        """Pack one layer from its captured inputs, by the survey's design or by one of its own."""
+        experts, tokens = dense_experts(module), _tokens(module, inputs)
+        metric = self._metrics.get(name)
+        metric = None if metric is None else metric.to(tokens.x.device)
+        design = self._designs.get(name)
+        if design is None:
+            design = self._plan(name, experts, tokens, metric).choose(self.bits * experts.elements)
+        packed, report = quantize_layer(experts, tokens, moved(design, tokens.x.device), self.settings, metric)
         _log(name, report)
         return packed, report
 
@@ -334,6 +351,12 @@ def _named(name: str) -> Iterator[None]:
         yield
     except BitsMoEError as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def _tokens(module: LinearExperts2D, inputs: list[Inputs]) -> RoutedTokens:
+    """A layer's routed calibration tokens."""
+    x, index, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    return RoutedTokens.from_router(x, index, weight, module.num_experts)
 
 
 def _weights(module: LinearExperts2D) -> list[torch.Tensor]:

@@ -11,18 +11,20 @@ first time; so every later layer sees the same inputs to the last bit, in any of
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .design import LayerDesign, SideDesign
 from .errors import CheckpointError, RecipeError
 from .layout import PackedExperts, check_content, check_structure
 from .quantize import LayerReport
 from .records import differences, write_tensors, write_text
 from .shards import read_json
+from .spectral import SharedBasis
 
 _RECORD, _SURVEY = "fingerprint.json", "survey"
 #: how many of the differing entries a refusal names
@@ -86,16 +88,27 @@ class ResumeFolder:
         check_content(packed, where)
         return packed, LayerReport(**_frozen(json.loads(metadata["report"])))
 
-    def keep_survey(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep the result of the survey: tensors, and JSON values (floats come back to the last bit)."""
+    def keep_survey(self, metrics: Mapping[str, torch.Tensor], designs: Mapping[str, LayerDesign]) -> None:
+        """Keep the result of the survey: every layer's metric and design, to the last bit."""
+        tensors = {f"{name} metric": metric for name, metric in metrics.items()}
+        notes = {}
+        for name, design in designs.items():
+            found, notes[name] = _taken_apart(design)
+            tensors.update({f"{name} {key}": tensor.contiguous() for key, tensor in found.items()})
         write_tensors(self._file(_SURVEY), tensors, {"notes": json.dumps(notes)})
 
-    def survey(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """What `keep_survey` kept; None where the survey was not finished."""
+    def survey(self) -> tuple[dict[str, torch.Tensor], dict[str, LayerDesign]] | None:
+        """What `keep_survey` kept, on the CPU; None where the survey was not finished."""
         if not self._file(_SURVEY).exists():
             return None
-        tensors, metadata = self._read(_SURVEY)
-        return tensors, json.loads(metadata["notes"])
+        stored, metadata = self._read(_SURVEY)
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in stored.items():
+            name, _, part = key.rpartition(" ")
+            layers.setdefault(name, {})[part] = tensor
+        notes = json.loads(metadata["notes"])
+        designs = {name: _put_together(tensors, _frozen(notes[name])) for name, tensors in layers.items()}
+        return {name: tensors["metric"] for name, tensors in layers.items()}, designs
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -107,6 +120,40 @@ class ResumeFolder:
                 return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged ({error}); delete it to compute it again") from None
+
+
+def _taken_apart(design: LayerDesign) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A design as tensors by name, and JSON values."""
+    tensors, notes = {}, {}
+    for field in fields(design):
+        value = getattr(design, field.name)
+        if isinstance(value, torch.Tensor):
+            tensors[field.name] = value
+        elif isinstance(value, SideDesign):
+            side: dict[str, torch.Tensor | None] = {"widths": value.widths, "weight": value.weight}
+            if value.basis is not None:
+                side |= {"stored": value.basis.stored, "step": value.basis.step, "matrix": value.basis.matrix}
+            tensors |= {f"{field.name}.{key}": tensor for key, tensor in side.items() if tensor is not None}
+            bits = None if value.basis is None else value.basis.bits
+            notes[field.name] = {"energy": value.energy, "basis_bits": bits}
+        else:
+            notes[field.name] = value
+    return tensors, notes
+
+
+def _put_together(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> LayerDesign:
+    """The inverse of `_taken_apart`."""
+    values: dict[str, Any] = {}
+    for field in fields(LayerDesign):
+        noted = notes.get(field.name)
+        if isinstance(noted, dict):
+            side = {key.removeprefix(f"{field.name}."): tensor for key, tensor in tensors.items()}
+            bits = noted["basis_bits"]
+            basis = None if bits is None else SharedBasis(bits, side["stored"], side.get("step"), side["matrix"])
+            values[field.name] = SideDesign(basis, side["widths"], side["weight"], noted["energy"])
+        else:
+            values[field.name] = tensors.get(field.name, noted)
+    return LayerDesign(**values)
 
 
 def _frozen(value: Any) -> Any:

@@ -10,6 +10,7 @@ fp16, so every function here rounds it to fp16 before it is used.
 
 import torch
 
+from .numerics import note
 from .planes import levels
 
 _FP16_MIN, _FP16_MAX = 2.0**-24, 65504.0
@@ -117,6 +118,10 @@ def feedback_factor(moment: torch.Tensor, dampening: float) -> torch.Tensor:
         if not bool(info.any()):
             break
         dampening = max(dampening, 1e-6) * 10
+        note(
+            "second moments of its experts could not be factored, and more was added to their diagonals; calibrate with "
+            "more text, or raise `dampening_frac`"
+        )
     factor = factor.flip((-2, -1))
     return factor / factor.diagonal(dim1=-2, dim2=-1)[:, None, :]
 

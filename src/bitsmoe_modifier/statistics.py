@@ -11,10 +11,13 @@ import torch
 
 from .errors import CalibrationError
 from .gating import Gating
+from .layer import DenseExperts
 
-#: Costs are weighed as if this many average experts' tokens more had gone to every expert: text in use routes
-#: differently from the calibration text, and an expert that was dropped because few tokens reached it is lost for all.
-_SPREAD = 0.01
+#: How far an expert's share of the tokens, as calibration saw it, is believed: text in use routes differently. The
+#: logarithm of the share is pulled towards the average expert's, by 1 - `_TEMPER` of the way (the posterior mean when
+#: both the shares and what the text does to them are log-normal), with `_SPREAD` average experts' tokens added to all,
+#: so that an expert which calibration hardly reached is not given up.
+_SPREAD, _TEMPER = 0.02, 0.85
 
 #: An expert with as many tokens as this many times the width of its second moment trusts its own moment by half.
 _PRIOR_STRENGTH = 0.25
@@ -133,6 +136,32 @@ def expert_moments(
     return moments
 
 
+def down_moments(
+    experts: DenseExperts, tokens: RoutedTokens, h: torch.Tensor, gate_up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E[ẑ ẑᵀ] and E[(z - ẑ) ẑᵀ] of every expert, float32 ``[E, I, I]``, summed over its pairs' weights.
+
+    z are the unquantized activations, ẑ those of the rounded gate and up.
+
+    Args:
+        experts: the layer's dense experts.
+        tokens: its routed tokens.
+        h: their inputs in the coordinates of ``gate_up``, float32 ``[T, R]``.
+        gate_up: the rounded factors, float32 ``[E, 2I, R]``.
+    """
+    num_experts, _, width = experts.down.shape
+    moments = torch.zeros(num_experts, width, width, dtype=torch.float32, device=h.device)
+    lost = torch.zeros_like(moments)
+    for expert, pairs in zip(range(num_experts), tokens.pairs(range(num_experts)), strict=True):
+        if pairs.stop > pairs.start:
+            token, root = tokens.token[pairs], tokens.weight[pairs].sqrt()[:, None]
+            exact = experts.activations(expert, tokens.x[token].to(torch.float32)) * root
+            rounded = experts.activations(expert, h[token], gate_up[expert]) * root
+            torch.mm(rounded.T, rounded, out=moments[expert])
+            torch.mm((exact - rounded).T, rounded, out=lost[expert])
+    return moments, lost
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """One layer's calibration statistics (method.md section 1).
@@ -143,7 +172,9 @@ class LayerStatistics:
         down_moment_diagonal: diag Z[e] at the unquantized activations, shrunk and boosted, float32 ``[E, I]``.
         down_output_moment: Σ_e W_down[e] Z[e] W_down[e]ᵀ, float32 ``[H, H]``.
         mass: summed pair weights per expert, float32 ``[E]``; experts without tokens get their prior's.
-        boost: by how much costs of an expert exceed what its own tokens make them (`_SPREAD`), float32 ``[E]``.
+        slope_ratio: E[∂z/∂gate ∂z/∂up] / E[(∂z/∂up)²], float32 ``[E, I]``: what one unit of error in a gate activation
+            is worth in units of the up activation beside it, shrunk towards 0.
+        boost: by how much costs of an expert exceed what its own tokens make them (`_TEMPER`), float32 ``[E]``.
         peak_output: largest routed output norm ‖W_down z‖ of each expert, float32 ``[E]`` (super experts).
     """
 
@@ -151,6 +182,7 @@ class LayerStatistics:
     row_importance: torch.Tensor
     down_moment_diagonal: torch.Tensor
     down_output_moment: torch.Tensor
+    slope_ratio: torch.Tensor
     mass: torch.Tensor
     boost: torch.Tensor
     peak_output: torch.Tensor
@@ -200,6 +232,7 @@ def collect_statistics(
     device = tokens.x.device
     importance = torch.zeros(num_experts, 2 * width, device=device)
     diagonal = torch.zeros(num_experts, width, device=device)
+    ratio = torch.zeros_like(diagonal)
     output_moment = torch.zeros(hidden, hidden, device=device)
     mass = torch.zeros(num_experts, device=device)
     peak = torch.zeros(num_experts, device=device)
@@ -216,12 +249,14 @@ def collect_statistics(
         column_energy = (w_down * (w_down if metric is None else metric @ w_down)).sum(0).clamp_min(0)
         mass[expert] = weight.sum()
         share = weight / mass[expert].clamp_min(torch.finfo(torch.float32).tiny)
+        up_energy = share @ slope_up.square()
         importance[expert, :width] = (share @ slope_gate.square()) * column_energy
-        importance[expert, width:] = (share @ slope_up.square()) * column_energy
+        importance[expert, width:] = up_energy * column_energy
+        ratio[expert] = (share @ (slope_gate * slope_up)) / up_energy.clamp_min(torch.finfo(torch.float32).tiny)
         diagonal[expert] = weight @ z.square()
         output = z @ w_down.T
         peak[expert] = output.norm(dim=1).max()
-        collected = torch.cat([diagonal[expert], importance[expert], peak[expert, None]])
+        collected = torch.cat([diagonal[expert], importance[expert], ratio[expert], peak[expert, None]])
         if not bool(torch.isfinite(collected).all()):
             raise CalibrationError(
                 f"expert {expert}: its activations overflow; check the weights and the calibration text"
@@ -232,7 +267,7 @@ def collect_statistics(
     if not bool(torch.isfinite(input_moment).all() and torch.isfinite(output_moment).all()):
         raise CalibrationError("the squares of its inputs or outputs overflow; check weights and calibration text")
     return _with_prior(
-        LayerStatistics(input_moment, importance, diagonal, output_moment, mass, torch.ones_like(mass), peak),
+        LayerStatistics(input_moment, importance, diagonal, output_moment, ratio, mass, torch.ones_like(mass), peak),
         tokens.counts,
     )
 
@@ -241,10 +276,11 @@ def _with_prior(statistics: LayerStatistics, counts: Sequence[int]) -> LayerStat
     """Shrink the per-expert vectors towards the layer's average; experts without tokens take the average."""
     mass, width = statistics.mass, statistics.down_moment_diagonal.shape[1]
     share = prior_share(counts, width, mass.device)
-    total = mass.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    spread = _SPREAD * total / len(counts)
-    boost = torch.where(mass > 0, 1 + spread / mass.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-    mass = torch.where(mass > 0, mass, spread)
+    tiny = torch.finfo(torch.float32).tiny
+    total = mass.sum().clamp_min(tiny)
+    mass = torch.where(mass > 0, mass, _SPREAD * total / len(counts))
+    seen = (mass * len(counts) / total).clamp_min(tiny)
+    boost = torch.where(statistics.mass > 0, (seen + _SPREAD) ** _TEMPER / seen, _SPREAD**_TEMPER / seen)
     average_importance = (statistics.mass[:, None] * statistics.row_importance).sum(0, keepdim=True) / total
     floor = average_importance.mean() * 1e-3
     importance = statistics.row_importance * (1 - share)[:, None] + average_importance * share[:, None]
@@ -254,6 +290,7 @@ def _with_prior(statistics: LayerStatistics, counts: Sequence[int]) -> LayerStat
         importance.clamp_min(floor),
         shrink(statistics.down_moment_diagonal, common, mass, share) * boost[:, None],
         statistics.down_output_moment,
+        statistics.slope_ratio * (1 - share)[:, None],
         mass,
         boost,
         statistics.peak_output,

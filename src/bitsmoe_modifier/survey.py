@@ -10,7 +10,7 @@ token t has E[g gᵀ] = M, the Fisher information: a small error Δ costs ½ Δ�
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,10 +131,15 @@ def survey_layers(
         metrics = _backward(model, subgraphs, kept, experts, ranks)
         del kept
         curves: dict[nn.Module, Curve] = {}
-        with capture_inputs(experts, captured):
-            for _ in _forward(model, list(dataloader), subgraphs, "Surveying layers"):
+        with (
+            capture_inputs(experts, captured),
+            contextlib.closing(_forward(model, list(dataloader), subgraphs, "Surveying layers")) as forward,
+        ):
+            for _ in forward:
                 for module in list(captured):
                     curves[module] = curve_of(module, captured.pop(module), metrics[module])
+                if len(curves) == len(experts):
+                    break  # what comes after the last experts is of no interest, and the head is large
     missed = [name for module, name in experts.items() if module not in curves]
     if missed:
         raise CalibrationError(f"calibration never reached {', '.join(missed)}; add them to `ignore`")
@@ -170,7 +175,7 @@ def _forward(
     subgraphs: list[Subgraph],
     description: str,
     kept: list[list[dict[str, Any]]] | None = None,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Run batches through the model one sequential target at a time, and yield after each.
 
     ``kept`` receives, for every target, its inputs of every batch (on the CPU).

@@ -240,14 +240,14 @@ def test_calibration_sees_what_the_model_computes(
         for batch in calibration():
             model(**batch)
     expected, captured = torch.cat(seen), []
-    plan = BitsMoEModifier._plan
+    make = BitsMoEModifier._make
 
     def spy(self: BitsMoEModifier, module: torch.nn.Module, layer: str, inputs: list) -> object:
         if layer == name:
             captured.extend(x for x, _, _ in inputs)
-        return plan(self, module, layer, inputs)
+        return make(self, module, layer, inputs)
 
-    monkeypatch.setattr(BitsMoEModifier, "_plan", spy)
+    monkeypatch.setattr(BitsMoEModifier, "_make", spy)
     run(source, [modifier(refine_passes=0)], pipeline="sequential")
     # eager attention sums in another order than the default one
     torch.testing.assert_close(torch.cat(captured), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
