@@ -22,7 +22,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) -e ".[quantize,dev]"
 	touch $@
 
-## Quantize the shipped demo model by GPTQ and BitsMoE from one recipe, evaluate both, write demo-report/report.md
+## Quantize the shipped demo model by GPTQ and BitsMoE from one recipe, evaluate both, write demo-report/report.html
 demo: $(VENV)/ready
 	$(BIN)/bitsmoe compare --out $(DEMO_OUT)
 
@@ -50,5 +50,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+## The documentation as a site, in site/
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) site build *.egg-info src/*.egg-info

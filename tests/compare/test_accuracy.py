@@ -2,6 +2,9 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,11 @@ from bitsmoe_modifier.compare.accuracy import check_tasks, compare_accuracy, lab
 from bitsmoe_modifier.compare.evaluate import load_model
 from bitsmoe_modifier.compare.model import load_tokenizer
 from bitsmoe_modifier.errors import BitsMoEError
-from bitsmoe_modifier.tasks.items import EMBEDDED, load, read
-from tiny_text import LETTERS
+from bitsmoe_modifier.tasks import FOLDER
+from bitsmoe_modifier.tasks.items import EMBEDDED, read
+from bitsmoe_modifier.tasks.items import load as load_items
+from helpers import load, pack_randomly, save
+from tiny_text import LETTERS, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_embedded_items_are_items():
     assert len(read(EMBEDDED)) == 400
-    assert load()["test"][0]["label"] in range(4)
+    assert load_items()["test"][0]["label"] in range(4)
 
 
 def test_lm_eval_finds_the_shipped_task():
@@ -104,3 +110,27 @@ def test_a_difference_is_taken_item_by_item():
     assert compared["t"]["paired"]["only_reference"] == 1
     assert "paired" not in compared["u"]
     assert all("scores" not in entry for entry in compared.values())
+
+
+@pytest.mark.slow
+def test_lm_eval_reads_packed_checkpoints_by_the_documented_line(tmp_path, items):
+    """The line of docs/evaluation.md, on our own task."""
+    documented = "import bitsmoe_modifier, runpy; runpy.run_module('lm_eval', run_name='__main__')"
+    assert documented in (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    model = load(save_tiny(tmp_path / "model"))
+    pack_randomly(model)
+    folder = save(model, tmp_path / "packed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "model" / name, folder)
+    (tmp_path / "letters.yaml").write_text(
+        f"include: {FOLDER}/continuations.yaml\ntask: letters\ndataset_kwargs: {{file: {items}}}\n"
+    )
+    options = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
+    options += ["--include_path", str(tmp_path), "--tasks", "letters", "--output_path", str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-c", documented, "run", *options], check=True, capture_output=True)
+    (written,) = (tmp_path / "out").rglob("results*.json")
+    theirs = json.loads(written.read_text())["results"]["letters"]
+    loaded = load_model(str(folder), torch.float32, torch.device("cpu"))
+    ours = measure_tasks(loaded, load_tokenizer(folder), [str(items)], 4, None)["letters"]
+    assert theirs["acc_mutual_info,none"] == pytest.approx(ours["acc"])
+    assert theirs["acc_norm,none"] == pytest.approx(ours["others"]["acc_norm"])

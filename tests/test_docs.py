@@ -1,0 +1,34 @@
+"""The examples in docs/ run, the site builds, and the shipped recipes are the ones that the texts name."""
+
+import doctest
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md") if ">>> " in p.read_text()))
+def test_the_examples_of_a_page(page):
+    found = doctest.testfile(str(ROOT / "docs" / page), module_relative=False)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_every_recipe_that_a_text_names_exists():
+    texts = "".join(p.read_text() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    named = set(re.findall(r"(?:--recipe |recipes/)(?!recipes/)([a-z]\w+)(?:\.yaml)?\b", texts))
+    assert named
+    assert named <= {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs (make docs)")
+def test_the_site_builds_strictly(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "tutorial" / "index.html").exists()
