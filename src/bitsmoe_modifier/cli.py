@@ -1,4 +1,4 @@
-"""The command line: ``bitsmoe quantize | compare | eval | inspect | export | completion``."""
+"""The command line: ``bitsmoe quantize | compare | eval | plan | inspect | export | completion``."""
 
 import argparse
 import os
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(quantize, recipe="w2", recipe_help="recipe file or name of a shipped recipe (default: w2)")
     quantize.add_argument("--stage", metavar="NAME", help="which stage of the recipe, where it has several")
     quantize.add_argument("--out", required=True, metavar="DIR", help="checkpoint folder to create")
+    _preflight_option(quantize)
     _calibration_options(quantize)
     _common_options(quantize)
     quantize.set_defaults(run=_run_quantize)
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(compare, recipe=_AB_RECIPE, recipe_help=f"recipe; each stage is an arm (default: {_AB_RECIPE})")
     compare.add_argument("--arms", type=_names, default=(), metavar="NAME,…", help="only these stages")
     compare.add_argument("--out", default=_REPORT, metavar="DIR", help=f"folder to write (default: {_REPORT})")
+    _preflight_option(compare)
     compare.add_argument("--fresh", action="store_true", help="run arms again that an earlier run in DIR finished")
     _calibration_options(compare)
     _evaluation_options(compare)
@@ -89,6 +91,18 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluation_options(evaluate)
     _common_options(evaluate)
     evaluate.set_defaults(run=_run_eval)
+
+    plan = _command(commands, "plan", "what quantizing a model would take", _PLAN)
+    plan.add_argument("--model", required=True, metavar="DIR|ID", help="folder, or hub name; no weights are fetched")
+    plan.add_argument("--recipe", default="w2", metavar="FILE|NAME", help="recipe file or name (default: w2)")
+    plan.add_argument("--stage", metavar="NAME", help="which stage of the recipe, where it has several")
+    plan.add_argument("--bits", type=float, metavar="N", help="instead of the recipe's")
+    plan.add_argument("--samples", type=int, default=128, metavar="N", help="calibration rows (default: 128)")
+    plan.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per row (default: 256)")
+    plan.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
+    plan.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    _speech_options(plan)
+    plan.set_defaults(run=_run_plan)
 
     inspect = _command(commands, "inspect", "show sizes, widths and bases of a checkpoint", _INSPECT)
     inspect.add_argument("checkpoint", metavar="DIR", help="checkpoint folder")
@@ -129,7 +143,7 @@ def _command(commands: Any, name: str, summary: str, description: str) -> argpar
 _QUANTIZE = """Quantize a model by one stage of a recipe and save a checkpoint that AutoModelForCausalLM loads.
 
 Give calibration text of the kind that the model will see; 128 rows of 256 tokens are enough to try, 256 of 2048 for
-a model to keep. Every expert should see some 64 tokens at least: the model card and `inspect` say how many it saw.
+a model to keep. Every expert should see some 64 tokens at least; `inspect` says how many each saw.
 
 Examples:
   bitsmoe quantize --out docmoe-2bit                               the demo model, to see what happens
@@ -150,6 +164,13 @@ _EVAL = """Perplexity of a checkpoint, and how far its predictions are from the 
 Examples:
   bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --eval-text held_out.txt --seq-len 2048
   bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --tasks arc_easy,hellaswag --task-items 500
+"""
+_PLAN = """What quantizing a model would take: memory, disk, time, and the size of the result. Reads config.json and the
+headers of the safetensors files, no weights; of a hub model, a few kilobytes per file are fetched.
+
+Examples:
+  bitsmoe plan --model Qwen/Qwen3-30B-A3B --bits 2
+  bitsmoe plan --model DIR --recipe w2_attn_gptq_w4 --samples 256 --seq-len 2048 --device cuda
 """
 _INSPECT = """What a checkpoint stores, from its headers: sizes per layer, widths, bases, tokens per expert.
 
@@ -191,6 +212,15 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
         "--calibrate-all-experts", action="store_true", help="send every token through every expert (not for BitsMoE)"
     )
     group.add_argument("--pipeline", default="independent", choices=["independent", "sequential", "basic", "datafree"])
+
+
+def _preflight_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-preflight",
+        dest="preflight",
+        action="store_false",
+        help="run even if memory or disk seem too small for it",
+    )
 
 
 def _evaluation_options(parser: argparse.ArgumentParser) -> None:
@@ -273,6 +303,7 @@ def _run_compare(args: argparse.Namespace, command: str) -> int:
         tasks=args.tasks,
         task_items=args.task_items,
         text_column=args.text_column,
+        preflight=args.preflight,
         fresh=args.fresh,
         verbose=args.verbose,
     )
@@ -302,6 +333,17 @@ def _run_quantize(args: argparse.Namespace, command: str) -> int:
     )
     for warning in made["warnings"]:
         messages.say("warning", f"warning: {warning}")
+    return 0
+
+
+def _run_plan(args: argparse.Namespace, command: str) -> int:
+    from .compare.plan import plan_command
+
+    print(
+        plan_command(
+            args.model, args.recipe, args.stage, args.bits, args.samples * args.seq_len, args.dtype, args.device
+        )
+    )
     return 0
 
 

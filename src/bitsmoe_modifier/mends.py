@@ -37,6 +37,7 @@ def _install_norms() -> None:
 
 def linearize(model: nn.Module) -> nn.Module:
     """What llm-compressor's `linearize_moe` does, with one layer's experts in memory twice instead of all."""
+    config: Any
     for name in [name for name, _ in get_non_linearized_moes(model)]:
         experts: Any = model.get_submodule(name)
         kind = LinearExperts2D.get_linear_experts_cls(type(experts))
@@ -61,4 +62,5 @@ def _install_llama4() -> None:
 _install_norms()
 _install_llama4()
 # a function of the same name hides the module as an attribute of its package
-importlib.import_module("llmcompressor.entrypoints.oneshot").linearize_moe = linearize
+_oneshot: Any = importlib.import_module("llmcompressor.entrypoints.oneshot")
+_oneshot.linearize_moe = linearize

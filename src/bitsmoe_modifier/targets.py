@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import nn
 
 from .errors import CalibrationError, RecipeError
@@ -41,13 +42,30 @@ def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
                 f"({_some(present)}); drop `targets` to quantize them all"
             )
         raise RecipeError(_unsupported(model))
-    ungated = [name for name, module in found.items() if not module.has_gate]
+    _check_gates(model, {name: module.has_gate for name, module in found.items()})
+    return found
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules of a model as transformers builds it, on any device, by name: for checks before weights are read.
+
+    Raises:
+        RecipeError: when the family is one that cannot be quantized.
+    """
+    found = dict(get_non_linearized_moes(model))
+    if not found:
+        raise RecipeError(_unsupported(model))
+    _check_gates(model, {name: LinearExperts2D.get_linear_experts_cls(type(m)).has_gate for name, m in found.items()})
+    return found
+
+
+def _check_gates(model: nn.Module, has_gate: dict[str, bool]) -> None:
+    ungated = [name for name, gated in has_gate.items() if not gated]
     if ungated:
         raise RecipeError(
             f"{_family(model)} is not supported: its experts ({_some(ungated)}) have no gate projection, which the "
             "bitsmoe format needs; use another modifier for them"
         )
-    return found
 
 
 def _family(model: nn.Module) -> str:

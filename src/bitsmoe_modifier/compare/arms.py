@@ -16,6 +16,7 @@ from .decoding import misread_experts
 from .evaluate import evaluate, evaluate_reference, load_model
 from .metrics import Summary
 from .model import load_tokenizer
+from .plan import check_machine
 from .quantizing import QuantizeSettings, quantize
 from .recipe import Stage, check_stage
 from .reference import load, record
@@ -56,11 +57,17 @@ class Job:
     task_items: int | None = None
 
 
-def check_inputs(stages: list[Stage], tasks: tuple[str, ...]) -> None:
-    """Build every stage's modifiers and load every task once (see `check_stage`, `check_tasks`)."""
+def check_inputs(stages: list[Stage], job: Job, tokens: int | None) -> None:
+    """Build every stage's modifiers and load every task once, and check that the machine can hold the runs.
+
+    Args:
+        tokens: calibration tokens; None to leave out what `check_machine` finds.
+    """
     for stage in stages:
         check_stage(stage)
-    check_tasks(tasks)
+    check_tasks(job.tasks)
+    if tokens is not None:
+        check_machine(stages, job.model, job.out, tokens, job.dtype, job.device)
 
 
 def run_reference(job: Job) -> dict[str, Any]:

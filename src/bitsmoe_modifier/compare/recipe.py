@@ -98,6 +98,19 @@ def select(stages: list[Stage], names: list[str] | None) -> list[Stage]:
     return [stage for stage in stages if not names or stage.name in names]
 
 
+def one_stage(recipe: str, name: str | None) -> Stage:
+    """The stage of a recipe (file or shipped name) that is called ``name``, or its only one.
+
+    Raises:
+        RecipeError: when there is no such recipe or stage, or several and no name.
+    """
+    stages = select(read_stages(find_recipe(recipe)), [name] if name else None)
+    if len(stages) > 1:
+        names = ", ".join(stage.name for stage in stages)
+        raise RecipeError(f"the recipe has several stages ({names}); choose one by --stage")
+    return stages[0]
+
+
 def check_stage(stage: Stage) -> None:
     """Build the stage's modifiers once, so that a wrong field is found before any long work.
 

@@ -47,6 +47,7 @@ class CompareSettings:
         tasks: lm-eval tasks (see `accuracy`).
         task_items: items per task at most; 0: all.
         text_column: column of tables and datasets.
+        preflight: refuse arms that this machine's memory or disk cannot hold.
         fresh: do not use what an earlier run in ``out`` finished.
         verbose: let the libraries print to the terminal instead of into log files.
     """
@@ -69,6 +70,7 @@ class CompareSettings:
     tasks: tuple[str, ...] = ()
     task_items: int = 0
     text_column: str = "text"
+    preflight: bool = True
     fresh: bool = False
     verbose: bool = False
 
@@ -122,7 +124,7 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
     status = Status(len(stages) + 1)
     try:
         runner = _Runner(context, workspace, job, status, settings.verbose)
-        dense = runner.reference(stages)
+        dense = runner.reference(stages, rows.numel() if settings.preflight else None)
         arms = [runner.arm(stage) for stage in stages]
     finally:
         status.close()
@@ -164,10 +166,10 @@ class _Runner:
         log = self.workspace.log(name)
         return run_in_process(self.context, function, arguments, log, self.status.show, self.verbose)
 
-    def reference(self, stages: list[Stage]) -> dict[str, Any]:
-        """Check recipe and tasks, then the dense model's figures; all of it or an error."""
+    def reference(self, stages: list[Stage], tokens: int | None) -> dict[str, Any]:
+        """Check all inputs (see `check_inputs`), then the dense model's figures; all of it or an error."""
         self.status.begin("checking the recipe")
-        checked = self._call("recipe", check_inputs, stages, self.job.tasks)
+        checked = self._call("recipe", check_inputs, stages, self.job, tokens)
         if isinstance(checked, Failure):
             raise RecipeError(checked.message)
         key = {"versions": self.versions}

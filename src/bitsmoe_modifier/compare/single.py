@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..errors import BitsMoEError, RecipeError
+from ..errors import BitsMoEError
 from ..export import check_new_folder, export_dense
 from .accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from .arms import sizes_of, use_device
@@ -17,8 +17,9 @@ from .data import calibration_rows, evaluation_rows, read_text, tokenize
 from .evaluate import evaluate, evaluate_reference, load_model
 from .logs import set_up_logging
 from .model import find_model, load_tokenizer, open_dense
+from .plan import check_machine
 from .quantizing import QuantizeSettings, quantize
-from .recipe import Stage, check_stage, find_recipe, read_stages, select
+from .recipe import check_stage, find_recipe, one_stage
 from .reference import record
 from .runner import DTYPES, resolve_device, resolve_dtype
 from .sizes import checkpoint_bytes, expert_bytes, tensor_sizes
@@ -39,6 +40,7 @@ class Options:
     text_column: str = "text"
     tasks: tuple[str, ...] = ()
     task_items: int = 0
+    preflight: bool = True
     verbose: bool = False
 
 
@@ -60,7 +62,7 @@ def quantize_one(
         BitsMoEError: when the inputs cannot be used, before any long work.
     """
     _check_writable(out)
-    chosen = _one_stage(recipe, stage)
+    chosen = one_stage(recipe, stage)
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)
@@ -69,6 +71,8 @@ def quantize_one(
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
     set_up_logging(options.verbose)
     check_stage(chosen)
+    if options.preflight:
+        check_machine([chosen], dense.folder, out, rows.numel(), dtype, str(device))
     settings = QuantizeSettings(options.batch_size, dtype, options.pipeline, options.calibrate_all_experts)
     made = quantize(dense.folder, chosen.text, rows, out, settings)
     write_card(out, model, chosen.text, dense.expert_elements)
@@ -181,11 +185,3 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise BitsMoEError(f"{out.parent} cannot be written ({error.strerror}); give another --out") from None
-
-
-def _one_stage(recipe: str, stage: str | None) -> Stage:
-    stages = select(read_stages(find_recipe(recipe)), [stage] if stage else None)
-    if len(stages) > 1:
-        names = ", ".join(s.name for s in stages)
-        raise RecipeError(f"the recipe has several stages ({names}); choose one by --stage")
-    return stages[0]

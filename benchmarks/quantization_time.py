@@ -1,0 +1,194 @@
+"""How long quantizing takes: BitsMoE against stock GPTQModifier at 2 bits, through `oneshot`, one run, one machine.
+
+    python benchmarks/quantization_time.py                      # one layer of Qwen3-30B-A3B's shape, all cores
+    python benchmarks/quantization_time.py --scale 8 --growth growth.png --profile
+    python benchmarks/quantization_time.py --bookmoe            # the small trained model of the package, end to end
+
+The layer stands in a model that has nothing else of weight: one decoder layer with small attention, inputs as unequal
+over directions as a trained model's (`synthetic`). Every arm gets the same rows, a fresh model, and routed tokens only;
+its time is that of the whole `oneshot`, the forward pass over the rows included. ``--scale N`` divides experts and rows
+by N, which keeps the tokens per expert; H and I stay, because the work per expert grows with their third power.
+"""
+
+import argparse
+import cProfile
+import os
+import platform
+import pstats
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers.gptq import GPTQModifier
+from loguru import logger
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from bitsmoe_modifier import BitsMoEModifier
+from bitsmoe_modifier.cli import demo_asset
+from synthetic import save_model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer, and what it is calibrated with."""
+
+    experts: int = 128
+    hidden: int = 2048
+    width: int = 768
+    choices: int = 8
+    rows: int = 128
+    row_length: int = 256
+
+    def scaled(self, divisor: int) -> "Shape":
+        """The same with experts and rows divided; at least as many experts as a token chooses."""
+        return replace(
+            self, experts=max(self.experts // divisor, self.choices), rows=max(self.rows // divisor, self.choices)
+        )
+
+    def __str__(self) -> str:
+        tokens = self.rows * self.row_length
+        return f"E {self.experts}, H {self.hidden}, I {self.width}, k {self.choices}, {tokens} tokens"
+
+
+def bitsmoe(feedback: bool, group_size: int = 128) -> BitsMoEModifier:
+    """2 bits, with everything on or on the fast path."""
+    return BitsMoEModifier(
+        bits=2.0,
+        scope="layer",
+        group_size=group_size,
+        error_feedback=feedback,
+        refine_passes=BitsMoEModifier.model_fields["refine_passes"].default if feedback else 0,
+    )
+
+
+def gptq(group_size: int = 128) -> GPTQModifier:
+    """2 bits symmetric on the routed experts' projections."""
+    weights = {"num_bits": 2, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": True}
+    group = {"targets": [r"re:.*mlp[.]experts[.].*_proj$"], "weights": weights}
+    return GPTQModifier(config_groups={"group_0": group}, actorder=None)
+
+
+ARMS: dict[str, Callable[..., Any]] = {
+    "GPTQModifier W2": gptq,
+    "BitsMoE": lambda **fields: bitsmoe(True, **fields),
+    "BitsMoE without feedback": lambda **fields: bitsmoe(False, **fields),
+}
+
+
+def rows_of(shape: Shape, vocab: int) -> DataLoader:
+    """Calibration rows of random tokens."""
+    ids = torch.randint(vocab, (shape.rows, 1, shape.row_length), generator=torch.Generator().manual_seed(0))
+    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=None)
+
+
+def seconds_of(model: Any, rows: DataLoader, modifier: Any, profile: bool) -> float:
+    """Time of one `oneshot`."""
+    profiler = cProfile.Profile() if profile else None
+    started = time.perf_counter()
+    if profiler:
+        profiler.enable()
+    oneshot(model=model, dataset=rows, recipe=[modifier], moe_calibrate_all_experts=False, pipeline="sequential")
+    if profiler:
+        profiler.disable()
+    elapsed = time.perf_counter() - started
+    reset_session()
+    if profiler:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(14)
+    return elapsed
+
+
+def time_layer(shape: Shape, arms: list[str], profile: bool = False) -> dict[str, float]:
+    """Seconds of every arm on one layer, float32."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        save_model(path, layers=1, experts=shape.experts, hidden=shape.hidden, width=shape.width, choices=shape.choices)
+        for arm in arms:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            found[arm] = seconds_of(model, rows_of(shape, model.config.vocab_size), ARMS[arm](), profile)
+            print(f"  {arm}: {found[arm]:.1f} s", flush=True)
+            del model
+    return found
+
+
+def time_bookmoe(arms: list[str], profile: bool) -> dict[str, float]:
+    """Seconds of every arm on the whole demo model."""
+    shape = Shape()
+    found = {}
+    for arm in arms:
+        model = AutoModelForCausalLM.from_pretrained(demo_asset("docmoe"), dtype=torch.float32)
+        group = next(g for g in (128, 64, 32, 16) if model.config.moe_intermediate_size % g == 0)
+        found[arm] = seconds_of(model, rows_of(shape, model.config.vocab_size), ARMS[arm](group_size=group), profile)
+        print(f"  {arm}: {found[arm]:.1f} s", flush=True)
+    return found
+
+
+def table(title: str, found: dict[str, float]) -> str:
+    """Seconds, and how many times faster than GPTQ."""
+    base = found.get("GPTQModifier W2")
+    lines = [f"\n{title}", "", "| | seconds | times faster than GPTQ W2 |", "|---|---|---|"]
+    for arm, taken in found.items():
+        lines.append(f"| {arm} | {taken:.1f} | {f'{base / taken:.1f}' if base else ''} |")
+    return "\n".join(lines)
+
+
+def growth(shape: Shape, arms: list[str], path: Path) -> str:
+    """Time every arm at a half and a quarter of each of E, H and the rows; plot it."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    axes_of = {"experts": "experts E", "hidden": "hidden size H", "rows": "calibration rows"}
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), sharey=True)
+    lines = ["\nGrowth, seconds", "", f"| | {' | '.join(arms)} |", f"|---|{'---|' * len(arms)}"]
+    for axis, (field, label) in zip(axes, axes_of.items(), strict=True):
+        sizes = sorted({max(getattr(shape, field) // part, shape.choices) for part in (4, 2, 1)})
+        timed = {}
+        for size in sizes:
+            print(f"{label} {size}", flush=True)
+            timed[size] = time_layer(replace(shape, **{field: size}), arms)
+            lines.append(f"| {label} {size} | {' | '.join(f'{timed[size][arm]:.1f}' for arm in arms)} |")
+        for arm in arms:
+            axis.plot(sizes, [timed[size][arm] for size in sizes], "o-", label=arm)
+        axis.set(xlabel=label, xscale="log", yscale="log")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+    axes[0].set_ylabel("seconds")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Time what was asked for and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide experts and rows by N")
+    parser.add_argument("--hidden", type=int, default=Shape.hidden)
+    parser.add_argument("--width", type=int, default=Shape.width)
+    parser.add_argument("--arms", default=",".join(ARMS), metavar="NAME,…")
+    parser.add_argument("--bookmoe", action="store_true", help="the small trained model instead of a layer")
+    parser.add_argument("--growth", metavar="FILE", help="also vary E, H and rows, and plot it there")
+    parser.add_argument("--profile", action="store_true", help="print where each arm's time goes")
+    args = parser.parse_args()
+    logger.remove()
+    arms = args.arms.split(",")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads")
+    if args.bookmoe:
+        print(table("The demo model, end to end", time_bookmoe(arms, args.profile)))
+        return
+    shape = replace(Shape(), hidden=args.hidden, width=args.width).scaled(args.scale)
+    print(table(f"One layer: {shape}", time_layer(shape, arms, args.profile)))
+    if args.growth:
+        print(growth(shape, arms, Path(args.growth)))
+
+
+if __name__ == "__main__":
+    main()
