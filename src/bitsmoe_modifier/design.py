@@ -318,8 +318,8 @@ def _candidates(choice: BasisChoice, plan: Callable[[bool], SidePlan]) -> tuple[
     finite = tuple(side for side in plans if bool(torch.isfinite(side.costs.distortion).all()))
     if not finite:
         raise CalibrationError(
-            "the squares of its rounding errors overflow; check the base model for outlying weights, and the calibration "
-            "text"
+            "the squares of its rounding errors overflow; check the base model for outlying weights, and the "
+            "calibration text"
         )
     return finite
 

@@ -399,11 +399,9 @@ def _check_calibration(name: str, num_experts: int, tokens: int, choices: int) -
 
 
 def _log(name: str, report: LayerReport) -> None:
-    unseen = sum(count == 0 for count in report.tokens_per_expert)
     logger.info(
         f"{name}: {report.bits:.3f} bits per weight, bases {report.input_basis_bits}/{report.output_basis_bits} bits, "
         f"relative output error {report.relative_output_error:.2e}"
-        + (f", {unseen} experts without calibration tokens use the layer's average" if unseen else "")
         + (f", dense experts {list(report.dense_experts)}" if report.dense_experts else "")
     )
     for warning in report.warnings:

@@ -103,6 +103,7 @@ def quantize_layer(
     packed = _pack(experts, design, settings, inputs, outputs)
     names = {"gate": inputs.widths[0::2], "up": inputs.widths[1::2], "down": outputs.widths}
     layout = ExpertsLayout.from_tensor(packed.layout)
+    error = _relative_error(experts, tokens, design, h, gate_up, outputs.decoded())
     report = LayerReport(
         bits=packed.bits_per_weight,
         tokens_per_expert=tokens.counts,
@@ -113,9 +114,9 @@ def quantize_layer(
         predicted_distortion=design.predicted_distortion,
         allocation_gap=design.allocation_gap,
         solver=design.solver,
-        relative_output_error=_relative_error(experts, tokens, design, h, gate_up, outputs.decoded()),
+        relative_output_error=error,
         dense_experts=design.dense_ids,
-        warnings=(*warnings, *stored_trouble(packed, tokens.counts)),
+        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error)),
         energy={"in": design.inputs.energy, "out": design.outputs.energy},
     )
     return packed, report

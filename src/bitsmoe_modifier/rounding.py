@@ -119,8 +119,8 @@ def feedback_factor(moment: torch.Tensor, dampening: float) -> torch.Tensor:
             break
         dampening = max(dampening, 1e-6) * 10
         note(
-            "second moments of its experts could not be factored, and more was added to their diagonals; calibrate with "
-            "more text, or raise `dampening_frac`"
+            "second moments of its experts could not be factored, and more was added to their diagonals; calibrate "
+            "with more text, or raise `dampening_frac`"
         )
     factor = factor.flip((-2, -1))
     return factor / factor.diagonal(dim1=-2, dim2=-1)[:, None, :]

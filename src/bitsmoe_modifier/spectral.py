@@ -6,6 +6,7 @@ import torch
 
 from .errors import RecipeError
 from .layout import decode_basis, pack_basis
+from .numerics import note
 from .planes import levels
 from .rounding import encode, search_step
 
@@ -47,6 +48,10 @@ def symmetric_sqrt(moment: torch.Tensor, dampening: float) -> tuple[torch.Tensor
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info) == 0:
         return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
+    note(
+        "a second moment of the layer is singular even with its dampening, and its root leaves directions out; "
+        "calibrate with more text, or raise `dampening_frac`"
+    )
     values, vectors = torch.linalg.eigh(damped)
     values = values.clamp_min(1e-9 * float(values.max().clamp_min(1e-300)))
     return vectors * values.sqrt(), (vectors / values.sqrt()).T
@@ -145,16 +150,16 @@ def refit_inverse(basis: SharedBasis, moment: torch.Tensor | None, side: str) ->
 
 def round_and_refit(
     matrix: torch.Tensor, bits: int, group: int, moment: torch.Tensor | None, side: str
-) -> tuple[SharedBasis, torch.Tensor, str | None]:
+) -> tuple[SharedBasis, torch.Tensor]:
     """Round a basis and invert it, with more bits where the rounded one is too badly conditioned to refit.
 
     Returns:
-        (basis, `refit_inverse`, warning or None).
+        (basis, `refit_inverse`).
 
     Raises:
         RecipeError: when even 16 bits cannot represent the weights.
     """
-    warning = None
+    warning = ""
     for attempt in [b for b in (4, 8, 16) if b >= bits]:
         basis = round_basis(matrix, attempt, group)
         inverse = refit_inverse(basis, moment, side)
@@ -162,6 +167,11 @@ def round_and_refit(
         # direction. An orthogonal basis has 1 at every size, which norms of single columns would not give.
         condition = float(inverse.norm() * basis.matrix.norm()) / min(basis.matrix.shape)
         if condition * 2.0**-24 < _REFIT_TOLERANCE:
-            return basis, inverse, warning
-        warning = f"the {side}put basis at {attempt} bits has condition number {condition:.0f}; using more bits for it"
+            if warning:
+                note(warning)
+            return basis, inverse
+        warning = (
+            f"the {side}put basis at {attempt} bits has condition number {condition:.0f}; using more bits for it, or "
+            f"set {side}put_basis: none"
+        )
     raise RecipeError(f"the {side}put basis cannot be inverted ({warning}); set {side}put_basis: none")
