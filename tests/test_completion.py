@@ -43,6 +43,6 @@ def test_bash_completes(words, expected, tmp_path):
 def test_every_command_is_known_to_every_shell(shell, capsys):
     assert main(["completion", shell]) == 0
     printed = capsys.readouterr().out
-    for name in ("quantize", "compare", "eval", "inspect", "export", "completion"):
+    for name in ("quantize", "compare", "eval", "inspect", "export", "import", "completion"):
         assert name in printed
     assert "calibrate-all-experts" in printed

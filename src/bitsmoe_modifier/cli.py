@@ -1,4 +1,4 @@
-"""The command line: ``bitsmoe quantize | compare | eval | plan | inspect | export | completion``."""
+"""The command line: ``bitsmoe quantize | compare | eval | plan | inspect | export | import | completion``."""
 
 import argparse
 import os
@@ -121,6 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
     _speech_options(export)
     export.set_defaults(run=_run_export)
 
+    foreign = _command(commands, "import", "decode a checkpoint of the BitsMoE authors' runtime", _IMPORT)
+    foreign.add_argument("checkpoint", metavar="DIR|ID", help="folder or hub name")
+    foreign.add_argument("--out", required=True, metavar="DIR", help="folder to create")
+    foreign.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of decoded weights (bfloat16)"
+    )
+    _speech_options(foreign)
+    foreign.set_defaults(run=_run_import)
+
     complete = _command(commands, "completion", "print a completion script for your shell", _COMPLETION)
     complete.add_argument("shell", choices=completion.SHELLS)
     _speech_options(complete)
@@ -184,6 +193,13 @@ memory for the whole dense model.
 
 Examples:
   bitsmoe export qwen3-2bit --out qwen3-2bit-dense                 for tools that know nothing of us
+"""
+_IMPORT = """Decode a checkpoint that the BitsMoE authors published for their own runtime to a dense one, which every
+tool loads and `eval` measures. Their grids hold zero and ours do not, so packed weights cannot be taken over exactly;
+docs/comparison.md says more.
+
+Examples:
+  bitsmoe import zjiayu064/Qwen3-30B-A3B-Base-BitsMoE-2bit --out theirs
 """
 _COMPLETION = """Print a script that completes commands and options.
 
@@ -401,6 +417,16 @@ def _run_export(args: argparse.Namespace, command: str) -> int:
     from .compare.single import export_one
 
     export_one(args.checkpoint, Path(args.out), args.to, args.dtype, args.group_size, args.verbose)
+    print(args.out)
+    return 0
+
+
+def _run_import(args: argparse.Namespace, command: str) -> int:
+    from .authors import import_authors
+    from .compare.model import find_model
+    from .compare.runner import DTYPES
+
+    import_authors(find_model(args.checkpoint), Path(args.out), DTYPES[args.dtype])
     print(args.out)
     return 0
 
