@@ -39,7 +39,7 @@ class Job:
         device: where models run.
         dtype: what models compute in while they are calibrated and measured.
         batch_size: rows per forward pass.
-        pipeline, calibrate_all_experts: see `QuantizeSettings`.
+        pipeline, calibrate_all_experts, seed: see `QuantizeSettings`.
         tasks: of lm-eval (see `accuracy`).
         task_items: items per task at most; None: all.
     """
@@ -53,6 +53,7 @@ class Job:
     batch_size: int
     pipeline: str
     calibrate_all_experts: bool
+    seed: int
     tasks: tuple[str, ...] = ()
     task_items: int | None = None
 
@@ -115,7 +116,7 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     workspace = Workspace(job.out)
     checkpoint = workspace.checkpoint(stage.name)
     shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
-    settings = QuantizeSettings(job.batch_size, job.dtype, job.pipeline, job.calibrate_all_experts)
+    settings = QuantizeSettings(job.batch_size, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed)
     made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
     write_card(checkpoint, job.model_name, stage.text, job.expert_elements)
     misread = misread_experts(checkpoint)

@@ -1,5 +1,7 @@
 """What is in a checkpoint: bytes by kind, widths, bases, tokens per expert. Reads headers and widths, no model."""
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +90,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "format": scheme.get("format") if isinstance(scheme, dict) else None,
         "checkpoint_bytes": checkpoint_bytes(folder),
         "bytes": {"experts": expert_bytes(sizes), "packed experts": packed, "rest": total - expert_bytes(sizes)},
+        "made_of": made_of(folder),
         "bits_per_expert_weight": 8 * packed / elements if elements else None,
         "layers": [
             {
@@ -118,6 +121,7 @@ def render(found: dict[str, Any]) -> str:
         f"{found['folder']}: {found['model_type']}, {found['format'] or 'not quantized'}",
         f"  {total:.2f} MB: experts {experts:.2f}, rest {rest:.2f}",
     ]
+    lines += _made_of_lines(found["made_of"])
     if not found["layers"]:
         return "\n".join([*lines, "  no experts packed by BitsMoE"])
     lines.append(f"  {found['bits_per_expert_weight']:.4f} bits per expert weight, everything stored counted")
@@ -147,6 +151,33 @@ def render(found: dict[str, Any]) -> str:
         if noted.get("relative_output_error") is not None:
             lines.append(f"  error   {100 * noted['relative_output_error']:.2f} % of the layer's output power")
     return "\n".join(lines)
+
+
+def made_of(folder: Path) -> dict[str, Any]:
+    """What the checkpoint was made of (`fingerprint`: versions, machine, recipe, digests of weights and rows; and the
+    seed of the rows); {} where nothing is known."""
+    path = folder / REPORT_NAME
+    found = read_json(path).get("made_of") if path.exists() else None
+    return found if isinstance(found, dict) else {}
+
+
+def _made_of_lines(found: dict[str, Any]) -> list[str]:
+    """A record of `made_of` for a terminal; the weights' digests as one."""
+
+    def part(name: str) -> dict[str, Any]:
+        value = found.get(name)
+        return value if isinstance(value, dict) else {}
+
+    if not found:
+        return []
+    weights = hashlib.sha256(json.dumps(part("model").get("weights"), sort_keys=True).encode()).hexdigest()
+    rows = part("calibration")
+    return [
+        f"  made with   {', '.join(f'{name} {v}' for name, v in part('versions').items())}",
+        f"  on          {', '.join(f'{name} {v}' for name, v in part('machine').items())}",
+        f"  from        weights {weights[:16]}, {rows.get('tokens')} tokens {str(rows.get('sha256'))[:16]}, "
+        f"seed {found.get('seed')}",
+    ]
 
 
 def _read_report(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

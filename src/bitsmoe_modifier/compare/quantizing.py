@@ -19,9 +19,10 @@ import torch
 import yaml
 from torch import nn
 
+from ..fingerprint import fingerprint, rows_digest
 from .data import dataloader
 
-#: in a checkpoint's folder: what the quantization noted about every layer; `bitsmoe inspect` shows it
+#: in a checkpoint's folder: what it was made of, and what was noted about every layer; `bitsmoe inspect` shows it
 REPORT_NAME = "bitsmoe_report.json"
 
 
@@ -35,12 +36,14 @@ class QuantizeSettings:
         pipeline: llm-compressor's pipeline ("independent": each modifier its own pass; "sequential": all in one).
         calibrate_all_experts: send every token through every expert (llm-compressor's default). Off by default: GPTQ's
             Hessians then come from the tokens that an expert sees in use, as BitsMoE's statistics always do.
+        seed: by which the rows were chosen, for the record.
     """
 
     batch_size: int = 16
     dtype: torch.dtype | None = None
     pipeline: str = "independent"
     calibrate_all_experts: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def quantize(
     if settings.dtype is not None:
         model.to(settings.dtype)
         _declare_dtype(model, settings.dtype)
+    made_of = fingerprint(model, {"recipe": yaml.safe_load(recipe)}, [rows_digest([{"input_ids": rows}])])
     loaded = time.perf_counter()
     oneshot(
         model=model,
@@ -107,7 +111,8 @@ def quantize(
         AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
         _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
         if reports:
-            (temporary / REPORT_NAME).write_text(json.dumps({"layers": reports}), encoding="utf-8")
+            noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}
+            (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
         if out.exists():
             out.rmdir()
         temporary.rename(out)

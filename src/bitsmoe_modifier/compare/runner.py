@@ -118,6 +118,7 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
         batch_size=settings.batch_size,
         pipeline=settings.pipeline,
         calibrate_all_experts=settings.calibrate_all_experts,
+        seed=settings.seed,
         tasks=tuple(settings.tasks),
         task_items=settings.task_items or None,
     )

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from ..errors import BitsMoEError
-from ..export import check_new_folder, export_dense
+from ..export import export_dense
+from ..folders import check_new_folder
 from .accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from .arms import sizes_of, use_device
 from .card import write_card
@@ -19,7 +20,7 @@ from .logs import set_up_logging
 from .model import find_model, load_tokenizer, open_dense
 from .plan import check_machine
 from .quantizing import QuantizeSettings, quantize
-from .recipe import check_stage, find_recipe, one_stage
+from .recipe import check_stage, find_recipe, one_stage, with_resume
 from .reference import record
 from .runner import DTYPES, resolve_device, resolve_dtype
 from .sizes import checkpoint_bytes, expert_bytes, tensor_sizes
@@ -41,6 +42,7 @@ class Options:
     tasks: tuple[str, ...] = ()
     task_items: int = 0
     preflight: bool = True
+    resume_dir: str | None = None
     verbose: bool = False
 
 
@@ -73,8 +75,11 @@ def quantize_one(
     check_stage(chosen)
     if options.preflight:
         check_machine([chosen], dense.folder, out, rows.numel(), dtype, str(device))
-    settings = QuantizeSettings(options.batch_size, dtype, options.pipeline, options.calibrate_all_experts)
-    made = quantize(dense.folder, chosen.text, rows, out, settings)
+    settings = QuantizeSettings(
+        options.batch_size, dtype, options.pipeline, options.calibrate_all_experts, options.seed
+    )
+    text_run = chosen.text if options.resume_dir is None else with_resume(chosen, options.resume_dir)
+    made = quantize(dense.folder, text_run, rows, out, settings)
     write_card(out, model, chosen.text, dense.expert_elements)
     return {
         **sizes_of(out, dense.expert_elements),
