@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from bitsmoe_modifier import cli, messages
 from bitsmoe_modifier.cli import build_parser, demo_asset, main
-from bitsmoe_modifier.errors import BitsMoEError
+from bitsmoe_modifier.compare.recipe import Stage, with_resume
+from bitsmoe_modifier.errors import BitsMoEError, RecipeError
 from helpers import pack_randomly, save, tiny_model
 from tiny_text import save_tiny, write_text
 
@@ -224,6 +225,33 @@ def test_quantize_by_bitsmoe_then_eval_then_inspect(tmp_path, capsys):
     assert "model.layers.1.mlp.experts: 8 experts of 32 × 64, 4." in printed
     assert "tokens  per expert" in printed
     assert "of the layer's output power" in printed
+
+
+def test_quantize_keeps_layers_and_continues(tmp_path, capsys):
+    model, text = save_tiny(tmp_path / "model"), write_text(tmp_path / "text.txt", 3000, seed=0)
+    kept = tmp_path / "kept"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("a_stage: {q_modifiers: {BitsMoEModifier: {bits: 4.5, group_size: 32, block_size: 16}}}")
+    command = ["quantize", "--model", str(model), "--seq-len", "32", "--device", "cpu", "--recipe", str(recipe)]
+    command += ["--calibration", str(text), "--samples", "16", "--resume-dir", str(kept)]
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    layers = sorted(kept.glob("model.*.safetensors"))
+    assert len(layers) == 2
+    layers[1].unlink()
+    assert main([*command, "--out", str(tmp_path / "two")]) == 0
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert str(kept) not in (tmp_path / "one" / "recipe.yaml").read_text(), "no path of this machine in the checkpoint"
+    capsys.readouterr()
+    assert main([*command, "--samples", "15", "--out", str(tmp_path / "three")]) == 2
+    assert "holds the layers of another run (calibration" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
+
+
+def test_only_bitsmoe_continues():
+    stage = Stage("plain", (("GPTQModifier", {}),), "plain_stage: {q_modifiers: {GPTQModifier: {}}}")
+    with pytest.raises(RecipeError, match="plain: only BitsMoEModifier continues where it was killed"):
+        with_resume(stage, "kept")
 
 
 def test_quantize_by_gptq_then_eval_then_inspect(tmp_path, capsys):

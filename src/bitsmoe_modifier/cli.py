@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(quantize, recipe="w2", recipe_help="recipe file or name of a shipped recipe (default: w2)")
     quantize.add_argument("--stage", metavar="NAME", help="which stage of the recipe, where it has several")
     quantize.add_argument("--out", required=True, metavar="DIR", help="checkpoint folder to create")
+    quantize.add_argument(
+        "--resume-dir", metavar="DIR", help="keep finished layers there; the same command continues after a kill"
+    )
     _preflight_option(quantize)
     _calibration_options(quantize)
     _common_options(quantize)

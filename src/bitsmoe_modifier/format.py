@@ -125,8 +125,17 @@ def make_scheme(names: Iterable[str], group_size: int) -> BitsMoEScheme:
 
 
 def attach(module: BitsMoEExperts, scheme: QuantizationScheme) -> None:
-    """Mark ``module`` as compressed under ``scheme``: the stock save path then writes config.json by itself."""
-    module.quantization_scheme = scheme if isinstance(scheme, BitsMoEScheme) else BitsMoEScheme(**scheme.model_dump())
+    """Mark ``module`` as compressed under ``scheme``: the stock save path then writes config.json by itself.
+
+    Raises:
+        CheckpointError: when a scheme that was read from config.json does not hold together.
+    """
+    if not isinstance(scheme, BitsMoEScheme):
+        try:
+            scheme = BitsMoEScheme(**scheme.model_dump())
+        except ValueError as error:
+            raise CheckpointError(f"config.json: the group of the packed experts is not valid: {error}") from None
+    module.quantization_scheme = scheme
     module.quantization_status = QuantizationStatus.COMPRESSED
 
 

@@ -111,6 +111,22 @@ def one_stage(recipe: str, name: str | None) -> Stage:
     return stages[0]
 
 
+def with_resume(stage: Stage, folder: str) -> str:
+    """The stage's text, with the folder in which finished layers are kept.
+
+    Raises:
+        RecipeError: when none of its modifiers keeps any.
+    """
+    if not any(kind == "BitsMoEModifier" for kind, _ in stage.modifiers):
+        raise RecipeError(f"{stage.name}: only BitsMoEModifier continues where it was killed; drop --resume-dir")
+    content = yaml.safe_load(stage.text)
+    for groups in content.values():
+        for modifiers in groups.values():
+            if "BitsMoEModifier" in modifiers:
+                modifiers["BitsMoEModifier"]["resume_dir"] = folder
+    return yaml.safe_dump(content, sort_keys=False)
+
+
 def check_stage(stage: Stage) -> None:
     """Build the stage's modifiers once, so that a wrong field is found before any long work.
 
