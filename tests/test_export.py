@@ -64,6 +64,7 @@ def test_an_occupied_folder_is_refused_first(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gptq_attention_is_decompressed_and_w4_can_be_written(tmp_path, capsys):
     model = save_tiny(tmp_path / "model")
     text = write_text(tmp_path / "text.txt", 3000, seed=0)

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import CheckpointError
-from .export import check_new_folder
+from .folders import check_new_folder, written_whole
 from .shards import Stored, checkpoint_files, read_json, scan
 
 _STAGE, _TILE, _MICRO = 16, 128, 32
@@ -36,6 +36,8 @@ _WIDTHS = (1, 2, 3, 4, 6, 8, 16)
 _MATRICES = ("gate", "up", "down")
 _BASES = ("shared_vh_gate_proj", "shared_vh_up_proj", "shared_u_down")
 _PARTS = ("payload", "rank_idx", "tile_meta", "slab_meta", "scale", "s")
+#: files that are taken along as they are
+_COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "generation_config", "chat_template")
 #: buffers that repeat what the others say
 _REDUNDANT = ("segments", "original_indices", "original_rank", "groupsize", "packed_expert_mask")
 
@@ -138,23 +140,13 @@ def import_authors(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloa
                 f"{key}: unknown tensor among the experts; this layout is newer than what is read here"
             )
         dense[key] = stored.read()
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_torch_state_dict(dense, temporary)
+    with written_whole(out) as folder:
+        save_torch_state_dict(dense, folder)
         plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-        (temporary / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
         for file in checkpoint.iterdir():
-            if file.name.startswith(
-                ("tokenizer", "vocab", "merges", "special_tokens", "generation_config", "chat_template")
-            ):
-                shutil.copy(file, temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            if file.name.startswith(_COMPANIONS):
+                shutil.copy(file, folder)
 
 
 def _decode_layer(found: dict[str, Stored], layer: str) -> tuple[dict[str, torch.Tensor], set[str]]:

@@ -5,7 +5,6 @@ architecture, and transformers saves those under the names that the architecture
 """
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .errors import BitsMoEError, CheckpointError
+from .errors import CheckpointError
 from .experts import BitsMoEExperts
+from .folders import check_new_folder, written_whole
 
 
 def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -53,26 +53,9 @@ def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat1
         state[f"{name}.weight"] = weight
     dense.load_state_dict(state, assign=True)
     dense.tie_weights()
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        dense.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new_folder(out: Path) -> None:
-    """Refuse an output folder that holds something.
-
-    Raises:
-        BitsMoEError: naming it.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BitsMoEError(f"{out} exists and is not an empty folder; give another --out")
+    with written_whole(out) as folder:
+        dense.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
 
 
 def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
