@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bitsmoe_modifier.layout import ExpertsLayout, UnitIndex, decode_factor, index_units
-from bitsmoe_modifier.packed_product import packed_product
+from bitsmoe_modifier.layout import ExpertsLayout, decode_factor, index_units
+from bitsmoe_modifier.packed_product import index_planes, packed_product
 from bitsmoe_modifier.planes import WIDTHS
 from helpers import random_layer
 
@@ -23,12 +23,12 @@ def test_equals_the_decoded_matrices(side: str, sizes: str, widths: tuple[int, .
     packed, layout = layer.packed, ExpertsLayout.from_tensor(layer.packed.layout)
     codes, steps, all_widths = (getattr(packed, f"{name}_{side}") for name in ("codes", "steps", "widths"))
     all_widths = all_widths.flatten(0, -2)
-    whole = index_units(all_widths, layout.groups, group_major=side == "in")
-    rows = torch.tensor([3, 0, 3, 4])  # one of them twice
-    index, chosen = UnitIndex(whole.code_offset[rows], whole.step_offset[rows]), all_widths[rows]
-    matrices = decode_factor(codes, steps, chosen, index, layout, side, torch.float64)
-    v = torch.randn(len(rows), matrices.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = packed_product(codes, steps, chosen, index, layout, side, v)
+    index = index_units(all_widths, layout.groups, group_major=side == "in")
+    matrices = decode_factor(codes, steps, all_widths, index, layout, side, torch.float64)
+    experts = [3, 0, 3, 4]  # one of them twice
+    matrices = matrices.view(5, -1, matrices.shape[2])[experts]
+    v = torch.randn(4, matrices.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = packed_product(codes, steps, index_planes(all_widths, index, layout, side), layout, side, experts, v)
     expected = (matrices @ v[:, :, None])[:, :, 0]
     scale = (matrices.abs() @ v.abs()[:, :, None])[:, :, 0]  # what rounding is relative to
     # a term is rounded twice and added up to `n` times; the steps' products are exact in the oracle alone

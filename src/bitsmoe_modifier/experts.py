@@ -28,7 +28,7 @@ from .layout import (
     decode_factor,
     index_units,
 )
-from .packed_product import packed_product
+from .packed_product import PlaneIndex, index_planes, packed_product
 from .sorted_rows import routing_of
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class BitsMoEExperts(nn.Module):
         self.gating = gating
         self._spec = None if packed.layout.is_meta else ExpertsLayout.from_tensor(packed.layout)
         self._units: tuple[UnitIndex, UnitIndex] | None = None
+        self._planes: dict[str, list[PlaneIndex]] | None = None
         self._dense_rows: dict[int, int] | None = None
         self._prepared: dict[torch.dtype, PreparedExperts | None] = {}
         self._cache = DecodedCache()
@@ -125,6 +126,7 @@ class BitsMoEExperts(nn.Module):
     def _forget(self) -> None:
         """Drop everything derived from parameters that are about to change."""
         self._units = None
+        self._planes = None
         self._dense_rows = None
         self._prepared = {}
         self._cache.clear()
@@ -155,6 +157,17 @@ class BitsMoEExperts(nn.Module):
                 index_units(self.widths_out, spec.groups, group_major=False),
             )
         return self._units
+
+    def _plane_index(self) -> dict[str, list[PlaneIndex]]:
+        """Planes of both sides by digit size, found once."""
+        if self._planes is None:
+            with torch.inference_mode(False), torch.no_grad():  # they serve later calls under any autograd mode
+                index_in, index_out = self._index()
+                self._planes = {
+                    "in": index_planes(self.widths_in.flatten(0, 1), index_in, self.spec, "in"),
+                    "out": index_planes(self.widths_out, index_out, self.spec, "out"),
+                }
+        return self._planes
 
     def _rows_of_dense(self) -> dict[int, int]:
         """Row in ``dense_in`` / ``dense_out`` of every super expert."""
@@ -296,7 +309,9 @@ class BitsMoEExperts(nn.Module):
         # super experts and output biases live in the hidden channels, beside the output basis
         y = t if basis_out is None else p.new_zeros(tokens, spec.hidden_size)
 
-        run = self._run_packed if len(pairs) <= FEW_PAIRS else self._run_decoded
+        # on a GPU the packed sums would depend on the order in which threads finish
+        few = len(pairs) <= FEW_PAIRS and not x.is_cuda
+        run = self._run_packed if few else self._run_decoded
         for e, out in run({e: h[token[span]] for e, span in spans.items() if e not in dense}):
             t.index_add_(0, token[spans[e]], out * p[spans[e]])
         for e in sorted(dense.keys() & spans.keys()):
@@ -314,25 +329,23 @@ class BitsMoEExperts(nn.Module):
         """Yield (expert, its output ``[n, R']`` in float32 or wider) for each expert's rows of h ``[n, R]``."""
         if not rows:
             return
-        spec, (index_in, index_out) = self.spec, self._index()
-        ids = torch.tensor([e for e, part in rows.items() for _ in part], device=self.codes_in.device)
+        experts = [e for e, part in rows.items() for _ in part]
         h = torch.cat(list(rows.values()))
-        h = h.to(torch.promote_types(h.dtype, torch.float32))
-        gate_and_up = torch.stack([2 * ids, 2 * ids + 1], 1).flatten()
-        a = self._multiply("in", index_in, gate_and_up, h.repeat_interleave(2, 0)).view(len(ids), -1)
-        if spec.has_bias:
-            a = a + self.in_bias[ids]
-        t = self._multiply("out", index_out, ids, self.gating(*a.chunk(2, -1)))
+        a = self._multiply("in", experts, h.to(torch.promote_types(h.dtype, torch.float32)))
+        if self.spec.has_bias:
+            a = a + self.in_bias[experts]
+        t = self._multiply("out", experts, self.gating(*a.chunk(2, -1)))
         yield from zip(rows, t.split([len(part) for part in rows.values()]), strict=True)
 
-    def _multiply(self, side: str, index: UnitIndex, matrices: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The side's given matrices, each times its row of v."""
-        codes, steps, widths = (getattr(self, f"{name}_{side}") for name in ("codes", "steps", "widths"))
-        size = self.spec.intermediate_size * widths.shape[-1] * self.spec.block_size * v.itemsize
-        chunk, parts = max(1, CHUNK_BYTES // size), []
-        for rows, part in zip(matrices.split(chunk), v.split(chunk), strict=True):
-            chosen = UnitIndex(index.code_offset[rows], index.step_offset[rows])
-            parts.append(packed_product(codes, steps, widths.flatten(0, -2)[rows], chosen, self.spec, side, part))
+    def _multiply(self, side: str, experts: list[int], v: torch.Tensor) -> torch.Tensor:
+        """The side's factors of the given experts, each times its row of v, at most `CHUNK_BYTES` decoded at a time."""
+        spec, planes = self.spec, self._plane_index()[side]
+        codes, steps = getattr(self, f"codes_{side}"), getattr(self, f"steps_{side}")
+        chunk = max(1, CHUNK_BYTES // (spec.intermediate_size * (2 * spec.rank_in + spec.rank_out) * v.itemsize))
+        starts = range(0, len(experts), chunk)
+        parts = [
+            packed_product(codes, steps, planes, spec, side, experts[i : i + chunk], v[i : i + chunk]) for i in starts
+        ]
         return torch.cat(parts)
 
     def _run_decoded(self, rows: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
