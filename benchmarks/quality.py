@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --out DIR                      the embedded demo model
     python benchmarks/quality.py --testbed DIR --out DIR        bookmoe and its texts
+    python benchmarks/quality.py --model M --calibration C --eval-text T --out DIR      any other
     python benchmarks/quality.py --ablate --budgets 2.125 …     one arm per ablation of the method
 
 Every arm is a stage of a generated recipe and runs through `bitsmoe compare`: own process, same rows, checkpoint saved
@@ -32,6 +33,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "bases_16_bit": {"basis_bits": 16},
     "bases_8_bit": {"basis_bits": 8},
     "no_feedback": {"error_feedback": False},
+    "no_compensation": {"compensation": False},
     "no_refinement": {"refine_passes": 0},
     "two_refinements": {"refine_passes": 2},
     "layer_scope": {"scope": "layer"},
@@ -41,8 +43,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def gptq(bits: int) -> dict[str, Any]:
-    """Stock GPTQ, symmetric, group 128, on the experts."""
-    return {"GPTQModifier": {"config_groups": {"experts": _group(bits)}, "batched_quantization": 64}}
+    """Stock GPTQ with its default settings, symmetric, group 128, on the experts."""
+    return {"GPTQModifier": {"config_groups": {"experts": _group(bits)}}}
 
 
 def nearest(bits: int) -> dict[str, Any]:
@@ -75,6 +77,7 @@ FIGURES = {
     "kld_p90": ("p90", 1000.0, 3),
     "perplexity": ("perplexity", 1.0, 3),
     "top1_agreement": ("top-1 %", 100.0, 2),
+    "accuracy": ("choices %", 100.0, 1),
     "quantize_seconds": ("seconds", 1.0, 0),
 }
 
@@ -90,10 +93,17 @@ def summarize(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["error"] = errors[0]
         else:
             for figure in FIGURES:
-                values = [arm[figure] for arm in arms]
+                values = [_value(arm, figure) for arm in arms]
                 row[figure] = {"mean": statistics.fmean(values), "half_range": (max(values) - min(values)) / 2}
         rows.append(row)
     return rows
+
+
+def _value(arm: dict[str, Any], figure: str) -> float:
+    """A figure of an arm; the accuracy of the one task, NaN without tasks."""
+    if figure != "accuracy":
+        return arm[figure]
+    return next((found["acc"] for found in arm.get("accuracy", {}).values()), float("nan"))
 
 
 def table(rows: list[dict[str, Any]], reference: float, floor: float) -> str:
@@ -166,24 +176,30 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--testbed", type=Path, metavar="DIR", help="folder with bookmoe and its texts")
+    parser.add_argument("--model", metavar="DIR|ID", help="dense model (default: bookmoe, or the demo model)")
+    parser.add_argument("--calibration", metavar="FILE", help="calibration text (default: that of the model)")
+    parser.add_argument("--eval-text", metavar="FILE", help="evaluation text (default: that of the model)")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--budgets", default="1.25,1.6,2.0,2.125,2.5,3.0", help="measured bits, comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="calibration seeds, comma-separated")
     parser.add_argument("--samples", type=int, default=128, help="calibration rows of 256 tokens")
     parser.add_argument("--eval-rows", type=int, default=256, help="evaluation rows of 256 tokens; 0: all")
+    parser.add_argument("--task-items", type=int, default=0, help="multiple-choice items; 0: none are measured")
     parser.add_argument("--no-baselines", action="store_true", help="BitsMoE arms only")
     parser.add_argument("--ablate", action="store_true", help="one arm per ablation and budget")
     args = parser.parse_args()
     stages = recipe([float(b) for b in args.budgets.split(",")], not args.no_baselines, args.ablate)
     bed = args.testbed
     settings = CompareSettings(
-        model=str(bed / "bookmoe") if bed else demo_asset("docmoe"),
+        model=args.model or (str(bed / "bookmoe") if bed else demo_asset("docmoe")),
         recipe="",
-        calibration=str(bed / "calibration.txt") if bed else demo_asset("docmoe_calibration.txt"),
-        eval_text=str(bed / "wikitext2-test.txt") if bed else demo_asset("docmoe_heldout.txt"),
+        calibration=args.calibration or (str(bed / "calibration.txt") if bed else demo_asset("docmoe_calibration.txt")),
+        eval_text=args.eval_text or (str(bed / "wikitext2-test.txt") if bed else demo_asset("docmoe_heldout.txt")),
         out=args.out,
         samples=args.samples,
         eval_rows=args.eval_rows,
+        tasks=(str(bed / "continuations-wikitext.jsonl") if bed else "continuations",) if args.task_items else (),
+        task_items=args.task_items,
     )
     run(settings, stages, [int(s) for s in args.seeds.split(",")])
 

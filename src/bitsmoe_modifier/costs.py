@@ -11,7 +11,7 @@ from .rounding import search_step
 #: passes over the same weights are three times faster than from memory.
 _CHUNK_ELEMENTS = 1 << 18
 #: Elements of a factor that are rounded to learn what rounding loses.
-_SAMPLE_ELEMENTS = 1 << 19
+_SAMPLE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _survey_memory(model: ModelShape, run: Run) -> dict[str, int]:
     hidden = model.layers[0].hidden
     return {
         "survey": 4 * len(model.layers) * hidden**2
-        + min(run.tokens, 8192) * model.decoder_layers * hidden * run.itemsize
+        + min(run.tokens, 4096) * model.decoder_layers * hidden * run.itemsize
     }
 
 

@@ -44,7 +44,7 @@ from .sorted_rows import routed_rows
 from .statistics import prior_share
 
 #: Tokens of the backward pass.
-_BACKWARD_TOKENS = 8192
+_BACKWARD_TOKENS = 4096
 
 Inputs = tuple[torch.Tensor, ...]
 
