@@ -64,13 +64,15 @@ th:first-child, td:first-child { text-align: left; }
 td.best { font-weight: 700; background: #e8f0f8; }
 figure { margin: 1rem 0; break-inside: avoid; } figcaption { color: #555; }
 svg { max-width: 100%; height: auto; }
-.layers { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1rem 2rem; }
+.layers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1rem 2rem; }
 .layers section { break-inside: avoid; }
 pre { background: #f4f4f1; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .failed { color: #a3271c; }
 @media print {
   body { margin: 0; max-width: none; font-size: 10pt; }
   th, td { padding: .15rem .35rem; white-space: normal; }
+  table { font-size: 8pt; }
+  .wide { overflow: visible; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
