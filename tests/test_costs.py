@@ -40,7 +40,8 @@ def problem(kind: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def table(kind: str, widths: tuple[int, ...] = WIDTHS) -> SideCosts:
-    return side_costs(*problem(kind), widths, BLOCK, GROUP)
+    factor, weight, gain = problem(kind)
+    return side_costs([factor], weight, gain, widths, BLOCK, GROUP)
 
 
 def nearest(a: torch.Tensor, step: torch.Tensor, width: int) -> torch.Tensor:
@@ -99,7 +100,7 @@ def test_a_sample_of_the_matrices_is_rounded(monkeypatch: pytest.MonkeyPatch) ->
     factor, weight, gain = problem("gauss")
     monkeypatch.setattr(costs_module, "_SAMPLE_ELEMENTS", 2 * LENGTH * DIRECTIONS)
     costs = table("gauss")
-    two = side_costs(factor[::2], weight[::2], gain[::2], WIDTHS, BLOCK, GROUP).distortion
+    two = side_costs([factor[::2]], weight[::2], gain[::2], WIDTHS, BLOCK, GROUP).distortion
     share = two.sum(0) / two[:, :, 0].sum(0)[:, None]
     torch.testing.assert_close(costs.distortion, energy_of("gauss")[:, :, None] * share, rtol=1e-5, atol=0)
     monkeypatch.setattr(costs_module, "_SAMPLE_ELEMENTS", 1)
@@ -111,7 +112,7 @@ def test_a_sample_of_the_matrices_is_rounded(monkeypatch: pytest.MonkeyPatch) ->
 def test_distortion_is_the_error_of_decoding_what_is_stored(kind: str, width: int) -> None:
     """Through the real payload: encode, pack, decode, compare."""
     factor, weight, gain = problem(kind)
-    costs = side_costs(factor, weight, gain, (width,), BLOCK, GROUP)
+    costs = side_costs([factor], weight, gain, (width,), BLOCK, GROUP)
     layout = ExpertsLayout(MATRICES // 2, DIRECTIONS, LENGTH, DIRECTIONS, DIRECTIONS, BLOCK, GROUP, 0, 0, 8)
     widths = uniform(width)
     steps = chosen_steps(factor, weight, widths, BLOCK, GROUP)
@@ -178,10 +179,17 @@ def test_chunks_do_not_change_the_steps(chunk: int, monkeypatch: pytest.MonkeyPa
 def test_factor_may_be_a_view() -> None:
     factor, weight, gain = problem("gauss")
     strided = factor.transpose(1, 2).contiguous().transpose(1, 2)
-    got, expected = (side_costs(f, weight, gain.expand(MATRICES, -1), WIDTHS, BLOCK, GROUP) for f in (strided, factor))
+    got, expected = (side_costs([f], weight, gain, WIDTHS, BLOCK, GROUP) for f in (strided, factor))
     torch.testing.assert_close(got.distortion, expected.distortion)
     got, expected = (chosen_steps(f, weight, uniform(2), BLOCK, GROUP) for f in (strided, factor))
     assert torch.equal(got, expected)
+
+
+def test_parts_do_not_change_the_result() -> None:
+    factor, weight, gain = problem("heavy-tails")
+    for size in (1, 3, 4):
+        got = side_costs(factor.split(size), weight, gain, WIDTHS, BLOCK, GROUP)
+        assert torch.equal(got.distortion, table("heavy-tails").distortion)
 
 
 def test_widths_come_sorted() -> None:
@@ -191,7 +199,7 @@ def test_widths_come_sorted() -> None:
 
 def test_gain_and_weight_scale_the_distortion() -> None:
     factor, weight, gain = problem("gauss")
-    once, twice = (side_costs(factor, weight * w, gain * g, WIDTHS, BLOCK, GROUP) for w, g in ((1, 1), (2, 4)))
+    once, twice = (side_costs(factor.split(1), weight * w, gain * g, WIDTHS, BLOCK, GROUP) for w, g in ((1, 1), (2, 4)))
     torch.testing.assert_close(twice.distortion, 8 * once.distortion)
 
 

@@ -1,6 +1,6 @@
 """What every unit would cost and lose at every width (method.md section 3), and the steps of the widths that it got."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ def unit_cost(width: int, block_size: int, intermediate_size: int, group_size: i
 
 
 def side_costs(
-    factor: torch.Tensor,
+    factors: Iterable[torch.Tensor],
     weight: torch.Tensor,
     gain: torch.Tensor,
     widths: Sequence[int],
@@ -50,48 +50,50 @@ def side_costs(
     layer's).
 
     Args:
-        factor: float32 ``[matrices, I, directions]`` (down factors transposed).
+        factors: the side's matrices in order, in parts of float32 ``[some, I, directions]`` (down factors transposed).
         weight: ``[matrices, I]``, ≥ 0.
         gain: ``[matrices, directions]``, ≥ 0.
         widths: candidate widths.
         block_size: directions per unit.
         group_size: columns along I per step.
     """
-    matrices, length, directions = factor.shape
+    matrices, directions = gain.shape
     widths = tuple(sorted(widths))
-    energy = torch.stack([w @ a.square() for w, a in zip(weight, factor, strict=True)])
-    whole = (energy * gain).view(matrices, -1, block_size).sum(-1, dtype=torch.float64)
-    stride = -(-matrices * length * directions // _SAMPLE_ELEMENTS)
-    picked = torch.arange(0, matrices, min(stride, matrices), device=factor.device)
-    left = _left(factor, weight, gain, picked, widths, block_size, group_size)
-    reference = whole[picked].sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    whole = torch.zeros(matrices, directions // block_size, dtype=torch.float64, device=gain.device)
+    left = torch.zeros(directions // block_size, len(widths), dtype=torch.float64, device=gain.device)
+    stride = min(matrices, -(-matrices * weight.shape[1] * directions // _SAMPLE_ELEMENTS))
+    numbered = enumerate(matrix for part in factors for matrix in part)
+    for at, factor in numbered:
+        whole[at] = _per_unit(weight[at] @ factor.square(), gain[at], block_size)
+        if at % stride == 0:
+            left += _left(factor, weight[at], gain[at], widths, block_size, group_size)
+    reference = whole[::stride].sum(0).clamp_min(torch.finfo(torch.float64).tiny)
     distortion = whole[:, :, None] * (left / reference[:, None])
-    for column, width in enumerate(widths):
-        if width == 0:
-            distortion[:, :, column] = whole
+    if widths[0] == 0:
+        distortion[:, :, 0] = whole
     return SideCosts(widths, distortion.cpu())
+
+
+def _per_unit(error: torch.Tensor, gain: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Errors per direction to distortion per unit, float64 ``[units]``."""
+    return (error * gain).view(-1, block_size).sum(-1, dtype=torch.float64)
 
 
 def _left(
     factor: torch.Tensor,
     weight: torch.Tensor,
     gain: torch.Tensor,
-    picked: torch.Tensor,
     widths: Sequence[int],
     block_size: int,
     group_size: int,
 ) -> torch.Tensor:
-    """Distortion of each unit's place summed over the picked matrices, float64 ``[units, widths]``."""
-    directions = factor.shape[2]
-    units = directions // block_size
-    left = torch.zeros(units, len(widths), dtype=torch.float64, device=factor.device)
-    for matrix in picked.tolist():
-        w = factor[matrix].reshape(-1, group_size, directions)
-        rho = weight[matrix].view(-1, group_size, 1)
-        for column, width in enumerate(widths):
-            if width:
-                _, error = search_step(w.contiguous(), rho, width)
-                left[:, column] += (error.sum(0) * gain[matrix]).view(units, block_size).sum(-1, dtype=torch.float64)
+    """Distortion of one matrix's units after rounding, float64 ``[units, widths]``; 0 at width 0."""
+    w = factor.reshape(-1, group_size, factor.shape[1]).contiguous()
+    rho = weight.view(-1, group_size, 1)
+    left = torch.zeros(factor.shape[1] // block_size, len(widths), dtype=torch.float64, device=factor.device)
+    for column, width in enumerate(widths):
+        if width:
+            left[:, column] = _per_unit(search_step(w, rho, width)[1].sum(0), gain, block_size)
     return left
 
 

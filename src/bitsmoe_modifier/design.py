@@ -333,19 +333,18 @@ def _plan_input(
     spectral: bool,
 ) -> SidePlan:
     num_experts, hidden, length = experts.down.shape
-    basis, factor = None, experts.gate_up.to(torch.float32)
+    basis, inverse = None, None
     if spectral:
         b = input_directions(
             statistics.input_moment, experts.gate_up, statistics.row_importance, hidden, settings.dampening_frac
         )
         group = settings.resolve_basis_group(hidden)
         basis, inverse = round_and_refit(b, settings.basis_bits, group, statistics.input_moment, "in")
-        factor = factor @ inverse.to(torch.float32)
-    factor = factor.reshape(2 * num_experts, length, -1)
     weight = statistics.row_importance.view(2 * num_experts, length)
     gain = direction_gain(tokens, statistics, basis).repeat_interleave(2, dim=0)
-    costs = side_costs(factor, weight, gain, settings.widths, block_size, settings.group_size)
-    return SidePlan(basis, costs, weight, factor.shape[2])
+    factors = (experts.in_factors(part, inverse) for part in experts.parts())
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size)
+    return SidePlan(basis, costs, weight, gain.shape[1])
 
 
 def _plan_output(
@@ -357,17 +356,17 @@ def _plan_output(
     metric: torch.Tensor | None,
 ) -> SidePlan:
     num_experts, hidden, _ = experts.down.shape
-    basis, factor = None, experts.down.to(torch.float32)
+    basis, inverse = None, None
     if spectral:
         u = output_directions(statistics.down_output_moment, hidden, metric)
         group = settings.resolve_basis_group(hidden)
         basis, inverse = round_and_refit(u, settings.basis_bits, group, None, "out")
-        factor = inverse.to(torch.float32) @ factor
-    coupling = output_coupling(basis, metric, hidden, factor.device)
+    coupling = output_coupling(basis, metric, hidden, experts.down.device)
     gain = coupling.diagonal().expand(num_experts, -1)
     weight = statistics.down_moment_diagonal
-    costs = side_costs(factor.transpose(1, 2), weight, gain, settings.widths, block_size, settings.group_size)
-    return SidePlan(basis, costs, weight, factor.shape[1])
+    factors = (experts.out_factors(part, inverse).transpose(1, 2) for part in experts.parts())
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size)
+    return SidePlan(basis, costs, weight, gain.shape[1])
 
 
 def output_coupling(

@@ -9,6 +9,9 @@ from .allocation import Solver
 from .errors import CalibrationError
 from .gating import Gating
 
+#: Elements of weights or moments that are worked on at once: bounds the float32 temporaries to some gigabytes.
+_PART_ELEMENTS = 1 << 26
+
 BasisChoice = Literal["auto", "spectral", "none"]
 
 
@@ -59,6 +62,27 @@ class DenseExperts:
     gating: Gating
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
+
+    def parts(self) -> list[slice]:
+        """Consecutive experts, so many at a time that `_PART_ELEMENTS` hold their weights, and their moments."""
+        size = max(1, _PART_ELEMENTS // max(self.gate_up[0].numel(), self.down.shape[1] ** 2))
+        return [slice(at, min(at + size, len(self.down))) for at in range(0, len(self.down), size)]
+
+    def in_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:
+        """A of a part's gate and up matrices in turn, float32 ``[2n, I, R]``.
+
+        Args:
+            part: experts.
+            inverse: ``[H, R]`` of the basis (`spectral.refit_inverse`), None for the hidden channels themselves.
+        """
+        factor = self.gate_up[part].to(torch.float32)
+        factor = factor if inverse is None else factor @ inverse.to(torch.float32)
+        return factor.reshape(2 * len(factor), self.down.shape[2], -1)
+
+    def out_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:
+        """F of a part, float32 ``[n, R', I]``; ``inverse [R', H]`` as in `in_factors`."""
+        factor = self.down[part].to(torch.float32)
+        return factor if inverse is None else inverse.to(torch.float32) @ factor
 
     @property
     def elements(self) -> int:

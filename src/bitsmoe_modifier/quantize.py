@@ -1,8 +1,8 @@
 """One layer from dense experts to stored tensors: the paper's steps in order, free of any framework.
 
-    plan = plan_layer(experts, tokens, settings)                            # `design`: bases and cost tables
-    design = plan.choose(budget)                                            # a bit-width for every unit
-    packed, report = quantize_layer(experts, tokens, design, settings)      # rounding with feedback, packing
+plan = plan_layer(experts, tokens, settings)                            # `design`: bases and cost tables
+design = plan.choose(budget)                                            # a bit-width for every unit
+packed, report = quantize_layer(experts, tokens, design, settings)      # rounding with feedback, packing
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,11 @@ from .layer import DenseExperts, QuantizerSettings
 from .layout import ExpertsLayout, PackedExperts, pack_factor
 from .numerics import collected, stored_trouble
 from .rounding import decode, encode, feedback_factor, refine, refit_row_steps, round_with_feedback
-from .spectral import SharedBasis, refit_inverse
+from .spectral import refit_inverse
 from .statistics import RoutedTokens, down_moments, expert_moments, prior_share, second_moment, shrink
 
 __all__ = ["DenseExperts", "LayerReport", "QuantizerSettings", "plan_layer", "quantize_layer"]
 
-#: Elements of the moments that feedback factors at once: bounds its temporaries to about a gigabyte.
-_MOMENT_ELEMENTS = 1 << 26
 #: Groups of output directions, each absorbing in the loss what those before it lost. More gain little.
 _ROW_BLOCKS = 4
 #: Tokens on which the report's output error is measured.
@@ -56,7 +54,7 @@ class RoundedSide:
     """One side's factors, rounded.
 
     Attributes:
-        codes: float32 ``[matrices, I, directions]``.
+        codes: uint8 ``[matrices, I, directions]``.
         steps: float32 ``[matrices, groups, directions]``.
         widths: uint8 ``[matrices, units]``.
         block_size: directions per unit.
@@ -67,10 +65,25 @@ class RoundedSide:
     widths: torch.Tensor
     block_size: int
 
-    def decoded(self) -> torch.Tensor:
-        """Values, float32 ``[matrices, I, directions]``."""
-        level = _levels(self.widths, self.block_size, self.codes.device)
-        return decode(self.codes, _per_column(self.steps, self.codes.shape[1]), level[:, None])
+    @classmethod
+    def empty(
+        cls, widths: torch.Tensor, block_size: int, length: int, group_size: int, device: torch.device
+    ) -> "RoundedSide":
+        """To be filled part by part."""
+        directions = widths.shape[1] * block_size
+        codes = torch.zeros(len(widths), length, directions, dtype=torch.uint8, device=device)
+        steps = torch.ones(len(widths), length // group_size, directions, device=device)
+        return cls(codes, steps, widths, block_size)
+
+    def levels(self, matrices: slice) -> torch.Tensor:
+        """``2**b - 1`` of every direction of some matrices, float32 ``[n, directions]``."""
+        widths = self.widths[matrices].to(self.codes.device, torch.float32)
+        return (2.0**widths - 1).repeat_interleave(self.block_size, dim=1)
+
+    def decoded(self, matrices: slice) -> torch.Tensor:
+        """Values of some matrices, float32 ``[n, I, directions]``."""
+        codes, steps = self.codes[matrices].to(torch.float32), self.steps[matrices]
+        return decode(codes, _per_column(steps, codes.shape[1]), self.levels(matrices)[:, None])
 
 
 def quantize_layer(
@@ -95,15 +108,13 @@ def quantize_layer(
     experts.check_finite()
     h = project(tokens.x, design.inputs.basis)
     warnings = list(design.warnings)
-    num_experts, _, length = experts.down.shape
     with collected(warnings):
         inputs = _round_input(experts, tokens, design, settings, h)
-        gate_up = inputs.decoded().view(num_experts, 2 * length, -1)
-        outputs = _round_output(experts, tokens, design, settings, h, gate_up, metric)
+        outputs = _round_output(experts, tokens, design, settings, h, inputs, metric)
     packed = _pack(experts, design, settings, inputs, outputs)
     names = {"gate": inputs.widths[0::2], "up": inputs.widths[1::2], "down": outputs.widths}
     layout = ExpertsLayout.from_tensor(packed.layout)
-    error = _relative_error(experts, tokens, design, h, gate_up, outputs.decoded())
+    error = _relative_error(experts, tokens, design, h, inputs, outputs)
     report = LayerReport(
         bits=packed.bits_per_weight,
         tokens_per_expert=tokens.counts,
@@ -127,28 +138,14 @@ def _histogram(widths: torch.Tensor) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def _levels(widths: torch.Tensor, block_size: int, device: torch.device) -> torch.Tensor:
-    """``2**b - 1`` per direction, float32 ``[matrices, directions]``, from unit widths ``[matrices, units]``."""
-    return (2.0 ** widths.to(device, torch.float32) - 1).repeat_interleave(block_size, dim=1)
-
-
 def _per_column(step: torch.Tensor, length: int) -> torch.Tensor:
     """Steps ``[matrices, groups, directions]`` to one per element, ``[matrices, I, directions]``."""
     return step.repeat_interleave(length // step.shape[1], dim=1)
 
 
-def _in_factor(experts: DenseExperts, basis: SharedBasis | None) -> torch.Tensor:
-    """A in the stored basis, float32 ``[2E, I, R]``: gate and up of each expert."""
-    factor = experts.gate_up.to(torch.float32)
-    if basis is not None:
-        factor = factor @ refit_inverse(basis, None, "in").to(torch.float32)
-    return factor.reshape(2 * len(factor), experts.down.shape[2], -1)
-
-
-def _out_factor(experts: DenseExperts, basis: SharedBasis | None) -> torch.Tensor:
-    """F in the stored basis, float32 ``[E, R', I]``."""
-    factor = experts.down.to(torch.float32)
-    return factor if basis is None else refit_inverse(basis, None, "out").to(torch.float32) @ factor
+def _gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:
+    """The rounded gate and up of one expert, float32 ``[2I, R]``."""
+    return inputs.decoded(slice(2 * expert, 2 * expert + 2)).flatten(0, 1)
 
 
 def _round_input(
@@ -162,38 +159,37 @@ def _round_input(
 
     Up absorbs what gate lost: an error δ of gate i costs least when up i is off by ``-slope_ratio_i δ``.
     """
-    side = design.inputs
-    factor = _in_factor(experts, side.basis)
-    steps = chosen_steps(factor, side.weight, side.widths, design.block_size, settings.group_size)
-    level = _levels(side.widths, design.block_size, h.device)[:, None]
-    if not settings.error_feedback:
-        codes = encode(factor, _per_column(steps, factor.shape[1]), level)
-        return RoundedSide(codes, steps, side.widths, design.block_size)
-    num_experts, rank = len(tokens.counts), h.shape[1]
+    side, rank, length = design.inputs, h.shape[1], experts.down.shape[2]
+    inverse = None if side.basis is None else refit_inverse(side.basis, None, "in")
     share = prior_share(tokens.counts, rank, h.device)
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    codes = torch.empty_like(factor)
-    chunk = max(1, _MOMENT_ELEMENTS // (rank * rank))
-    for start in range(0, num_experts, chunk):
-        part = slice(start, min(start + chunk, num_experts))
+    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
+    for part in experts.parts():
+        matrices = slice(2 * part.start, 2 * part.stop)
+        factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
+        steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
+        if not settings.error_feedback:
+            rounded.codes[matrices] = encode(factor, _per_column(steps, length), level[:, None]).to(torch.uint8)
+            rounded.steps[matrices] = steps
+            continue
         ids = range(part.start, part.stop)
         moments = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, rank)
         moments = shrink(moments, common, design.mass[part], share[part])
-        gate, up = (slice(2 * part.start + half, 2 * part.stop, 2) for half in (0, 1))
-        target = factor[gate]
-        for rows in (gate, up):
-            limits, damp, weight = level[rows], settings.dampening_frac, side.weight[rows]
-            order = torch.argsort(limits[:, 0], dim=1, stable=True)
-            found = round_with_feedback(target, moments, steps[rows], limits, order, damp, weight)
+        target = factor[0::2]
+        for half in (0, 1):
+            limits, damp, rho = level[half::2, None], settings.dampening_frac, weight[half::2]
+            order = torch.argsort(level[half::2], dim=1, stable=True)
+            codes, step = round_with_feedback(target, moments, steps[half::2], limits, order, damp, rho)
             for _ in range(settings.refine_passes):
-                found = refine(target, moments, *found, limits, damp, weight)
-            codes[rows], steps[rows] = found
-            if rows is gate:
-                lost = target - decode(codes[gate], _per_column(steps[gate], factor.shape[1]), level[gate])
-                target = factor[up]
+                codes, step = refine(target, moments, codes, step, limits, damp, rho)
+            rounded.codes[matrices][half::2] = codes.to(torch.uint8)
+            rounded.steps[matrices][half::2] = step
+            if half == 0:
+                lost = target - decode(codes, _per_column(step, length), limits)
+                target = factor[1::2]
                 if settings.compensation:
                     target = target + design.slope_ratio[part, :, None] * lost
-    return RoundedSide(codes, steps, side.widths, design.block_size)
+    return rounded
 
 
 def _round_output(
@@ -202,7 +198,7 @@ def _round_output(
     design: LayerDesign,
     settings: QuantizerSettings,
     h: torch.Tensor,
-    gate_up: torch.Tensor,
+    inputs: RoundedSide,
     metric: torch.Tensor | None,
 ) -> RoundedSide:
     """Down of every expert under the second moment of the activations that the rounded gate and up make.
@@ -211,28 +207,33 @@ def _round_output(
     (`_compensated`); then, group of output directions by group, what the groups before it lost, as far as the loss sees
     it in the same place (`output_coupling`).
     """
-    side = design.outputs
-    factor = _out_factor(experts, side.basis)
-    steps = chosen_steps(factor.transpose(1, 2), side.weight, side.widths, design.block_size, settings.group_size)
-    level = _levels(side.widths, design.block_size, h.device)[:, None]
-    length = factor.shape[2]
-    if not settings.error_feedback:
-        codes = encode(factor.transpose(1, 2), _per_column(steps, length), level)
-        return RoundedSide(codes, steps, side.widths, design.block_size)
-    moments, lost = down_moments(experts, tokens, h, gate_up)
-    total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    share = prior_share(tokens.counts, length, h.device)
-    moments = shrink(moments, moments.sum(0) / total, design.mass, share)
-    if settings.compensation:
-        factor = _compensated(factor, moments, lost * (1 - share)[:, None, None], settings.dampening_frac)
+    side, (_, hidden, length) = design.outputs, experts.down.shape
+    inverse = None if side.basis is None else refit_inverse(side.basis, None, "out")
+    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
     coupling = None
     if settings.compensation and not (side.basis is None and metric is None):
-        coupling = output_coupling(side.basis, metric, experts.down.shape[1], h.device)
-    # rows are directions here, so that the columns to round are those along I
-    codes, steps = _round_row_blocks(
-        factor, moments, steps.transpose(1, 2), level.transpose(1, 2), settings, coupling
-    )
-    return RoundedSide(codes.transpose(1, 2), steps.transpose(1, 2).contiguous(), side.widths, design.block_size)
+        coupling = output_coupling(side.basis, metric, hidden, h.device)
+    if settings.error_feedback:
+        moments, lost = down_moments(experts, tokens, h, lambda expert: _gate_up(inputs, expert))
+        total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        share = prior_share(tokens.counts, length, h.device)
+        moments = shrink(moments, moments.sum(0) / total, design.mass, share)
+        lost *= (1 - share)[:, None, None]
+    for part in experts.parts():
+        factor, level = experts.out_factors(part, inverse), rounded.levels(part)
+        columns = factor.transpose(1, 2)
+        steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
+        if settings.error_feedback:
+            if settings.compensation:
+                factor = _compensated(factor, moments[part], lost[part], settings.dampening_frac)
+            # rows are directions here, so that the columns to round are those along I
+            rows = steps.transpose(1, 2), level[:, :, None]
+            codes, rows_steps = _round_row_blocks(factor, moments[part], *rows, settings, coupling)
+            codes, steps = codes.transpose(1, 2), rows_steps.transpose(1, 2)
+        else:
+            codes = encode(columns, _per_column(steps, length), level[:, None])
+        rounded.codes[part], rounded.steps[part] = codes.to(torch.uint8), steps
+    return rounded
 
 
 def _compensated(factor: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor, dampening: float) -> torch.Tensor:
@@ -325,9 +326,8 @@ def _pack(
     )
     device = inputs.codes.device
     width_in, width_out = inputs.widths.to(device), outputs.widths.to(device)
-    codes_out = outputs.codes.transpose(1, 2).to(torch.uint8)
-    payload_in, steps_in = pack_factor(inputs.codes.to(torch.uint8), inputs.steps, width_in, layout, "in")
-    payload_out, steps_out = pack_factor(codes_out, outputs.steps, width_out, layout, "out")
+    payload_in, steps_in = pack_factor(inputs.codes, inputs.steps, width_in, layout, "in")
+    payload_out, steps_out = pack_factor(outputs.codes.transpose(1, 2), outputs.steps, width_out, layout, "out")
     packed = PackedExperts(
         layout=layout.to_tensor().to(device),
         widths_in=width_in.view(num_experts, 2, -1),
@@ -356,8 +356,8 @@ def _relative_error(
     tokens: RoutedTokens,
     design: LayerDesign,
     h: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    inputs: RoundedSide,
+    outputs: RoundedSide,
 ) -> float:
     """‖y - ŷ‖² / ‖y‖² of the layer's routed output on the first calibration tokens."""
     sample = min(len(tokens.x), _REPORT_TOKENS)
@@ -374,7 +374,8 @@ def _relative_error(
         exact.index_add_(0, token, weight * y)
         if expert in design.dense_ids:
             continue
-        rounded = experts.activations(expert, h[token], gate_up[expert]) @ down[expert]
+        rounded = experts.activations(expert, h[token], _gate_up(inputs, expert))
+        rounded = rounded @ outputs.decoded(slice(expert, expert + 1))[0]
         if design.outputs.basis is not None:
             rounded = rounded @ design.outputs.basis.matrix.T
         error.index_add_(0, token, weight * (rounded - y))

@@ -137,7 +137,7 @@ def expert_moments(
 
 
 def down_moments(
-    experts: DenseExperts, tokens: RoutedTokens, h: torch.Tensor, gate_up: torch.Tensor
+    experts: DenseExperts, tokens: RoutedTokens, h: torch.Tensor, gate_up: Callable[[int], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E[ẑ ẑᵀ] and E[(z - ẑ) ẑᵀ] of every expert, float32 ``[E, I, I]``, summed over its pairs' weights.
 
@@ -146,8 +146,8 @@ def down_moments(
     Args:
         experts: the layer's dense experts.
         tokens: its routed tokens.
-        h: their inputs in the coordinates of ``gate_up``, float32 ``[T, R]``.
-        gate_up: the rounded factors, float32 ``[E, 2I, R]``.
+        h: their inputs in the coordinates of those, float32 ``[T, R]``.
+        gate_up: from an expert to its rounded factors, float32 ``[2I, R]``.
     """
     num_experts, _, width = experts.down.shape
     moments = torch.zeros(num_experts, width, width, dtype=torch.float32, device=h.device)
@@ -156,7 +156,7 @@ def down_moments(
         if pairs.stop > pairs.start:
             token, root = tokens.token[pairs], tokens.weight[pairs].sqrt()[:, None]
             exact = experts.activations(expert, tokens.x[token].to(torch.float32)) * root
-            rounded = experts.activations(expert, h[token], gate_up[expert]) * root
+            rounded = experts.activations(expert, h[token], gate_up(expert)) * root
             torch.mm(rounded.T, rounded, out=moments[expert])
             torch.mm((exact - rounded).T, rounded, out=lost[expert])
     return moments, lost
