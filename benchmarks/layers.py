@@ -41,7 +41,7 @@ SHAPES = {
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
     "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
     "mixtral-8x7b": Shape(8, 2, 4096, 14336),
-    "bookmoe": Shape(16, 2, 256, 256, block=16, group=64),
+    "bookmoe": Shape(64, 4, 256, 128, block=16, group=128),
     "tiny": Shape(4, 2, 64, 64, block=16, group=32),
 }
 

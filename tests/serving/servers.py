@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,9 @@ def server(folder: Path, log: Path, *arguments: str) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, env=_environment())
+        process = subprocess.Popen(
+            command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+        )
         try:
             address = f"http://127.0.0.1:{port}"
             _wait(process, address, log)
@@ -40,7 +43,7 @@ def server(folder: Path, log: Path, *arguments: str) -> Iterator[str]:
             try:
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with the engine's processes, which would outlive it
                 process.wait()
 
 

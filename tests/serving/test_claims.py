@@ -61,13 +61,13 @@ def test_matches_the_layers_that_config_json_names(prefix: str, ours: bool) -> N
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1+cu129", "0.32.0.dev7"])
 def test_supported_versions(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda: found)
+    monkeypatch.setattr(versions, "installed", lambda: found)
     assert versions.unsupported_version() == ""
 
 
 @pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.0.0"])
 def test_unsupported_versions_are_named(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda: found)
+    monkeypatch.setattr(versions, "installed", lambda: found)
     assert versions.unsupported_version() == (
         f"bitsmoe-modifier serves with vLLM 0.32.*, this is {found}; install a supported one"
     )

@@ -13,7 +13,7 @@ from bitsmoe_modifier.serving import evaluation, versions
 def test_names_what_is_missing(
     found: str | None, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda: found)
+    monkeypatch.setattr(versions, "installed", lambda: found)
     assert main(["eval", "checkpoint", "--backend", "vllm", "--tasks", "continuations"]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -21,14 +21,14 @@ def test_names_what_is_missing(
 
 
 def test_names_a_missing_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda: "0.32.0")
+    monkeypatch.setattr(versions, "installed", lambda: "0.32.0")
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     with pytest.raises(BitsMoEError, match="lm-eval is not installed; pip install lm-eval"):
         evaluation.check_environment()
 
 
 def test_wants_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda: "0.32.0")
+    monkeypatch.setattr(versions, "installed", lambda: "0.32.0")
     with pytest.raises(BitsMoEError, match="give --tasks"):
         evaluation.evaluate_served("checkpoint", (), 0, "auto", "")
 

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server with a packed checkpoint, with one engine and with data-parallel ones."""
+"""The OpenAI-compatible server with a packed checkpoint."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +27,7 @@ def greedy(folder: Path, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    "parallel",
-    [(), ("--data-parallel-size", "2"), ("--data-parallel-size", "2", "--enable-expert-parallel")],
-    ids=["one engine", "data parallel", "data and expert parallel"],
-)
-def test_concurrent_requests(parallel: tuple[str, ...], tmp_path: Path) -> None:
+def test_concurrent_requests(tmp_path: Path) -> None:
     folder = packed_checkpoint("qwen3_moe", tmp_path / "model")
     add_tokenizer(folder)
     prompts = [[5 + i, 9, 77, *range(3, 3 + i)] for i in range(12)]
@@ -43,6 +38,6 @@ def test_concurrent_requests(parallel: tuple[str, ...], tmp_path: Path) -> None:
         )
         return [int(word.removeprefix("t")) for word in answer["choices"][0]["text"].split()]
 
-    with server(folder, tmp_path / "log", *SETTINGS, *parallel) as address, ThreadPoolExecutor(len(prompts)) as pool:
+    with server(folder, tmp_path / "log", *SETTINGS) as address, ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(complete, prompts))
     assert answers == [greedy(folder, prompt) for prompt in prompts]

