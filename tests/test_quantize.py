@@ -329,7 +329,7 @@ def test_batches_of_experts_do_not_change_the_result(elements: int, monkeypatch:
     """Experts are factored in batches; batch sizes change float32 sums in the last place at most."""
     layer = make_layer()
     whole, _ = layer.run(settings())
-    monkeypatch.setattr(layer_module, "_PART_ELEMENTS", elements)
+    monkeypatch.setattr(layer_module, "PART_ELEMENTS", elements)
     parts, _ = layer.run(settings())
     assert torch.equal(parts.widths_in, whole.widths_in)
     assert float((parts.codes_in == whole.codes_in).float().mean()) > 0.98

@@ -10,7 +10,7 @@ from .errors import CalibrationError
 from .gating import Gating
 
 #: Elements of weights or moments that are worked on at once: bounds the float32 temporaries to some gigabytes.
-_PART_ELEMENTS = 1 << 26
+PART_ELEMENTS = 1 << 26
 
 BasisChoice = Literal["auto", "spectral", "none"]
 
@@ -64,8 +64,8 @@ class DenseExperts:
     out_bias: torch.Tensor | None = None
 
     def parts(self) -> list[slice]:
-        """Consecutive experts, so many at a time that `_PART_ELEMENTS` hold their weights, and their moments."""
-        size = max(1, _PART_ELEMENTS // max(self.gate_up[0].numel(), self.down.shape[1] ** 2))
+        """Consecutive experts, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
+        size = max(1, PART_ELEMENTS // max(self.gate_up[0].numel(), self.down.shape[1] ** 2))
         return [slice(at, min(at + size, len(self.down))) for at in range(0, len(self.down), size)]
 
     def in_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:

@@ -1,18 +1,17 @@
 """What quantizing a model will take, from its sizes alone: memory, disk, time, size of the result. Pure numbers.
 
-The terms of a layer's memory are those of docs/method.md#memory; `benchmarks/memory.py` compares them with what a run
-takes. Symbols: E, k, H, I as there, T calibration tokens.
+The terms of a layer's memory are those of docs/method.md#memory. Symbols: E, k, H, I as there, T calibration tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .quantize import QuantizerSettings
+from .layer import PART_ELEMENTS, QuantizerSettings
 
 #: Resident memory of a Python process with torch, transformers and llm-compressor imported, before any model.
 _LIBRARIES = 700 * 2**20
-#: Elements of the moments that feedback factors at once (`quantize`), in float32, and as much again for their factors.
-_MOMENT_CHUNK = 4 * 2**26 * 2
+#: Tensors of a part's size that rounding holds at once: weights, target, codes, errors, moments, their factors, …
+_PART_TENSORS = 12
 #: Of the machine's speed in large matrix products, what the quantizer reaches on average.
 _EFFICIENCY = 0.25
 #: Float operations per element, candidate width and step tried, of the search for steps.
@@ -127,22 +126,23 @@ def plan_run(model: ModelShape, settings: QuantizerSettings, run: Run) -> Plan:
 def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSettings, run: Run) -> dict[str, int]:
     """Bytes that one layer's quantization needs beside the model (docs/method.md#memory)."""
     size = shape.experts * shape.width * shape.hidden
-    sides = sum(2 if choice == "auto" else 1 for choice in (settings.input_basis, settings.output_basis))
+    part = min(2 * size, max(PART_ELEMENTS, 2 * shape.width * shape.hidden))
     parts = {
         "layer: inputs": run.tokens * (shape.hidden * run.itemsize + 12 * model.choices)
         + 8 * run.tokens * shape.hidden,
-        "layer: weights and factors": 12 * size * (1 + sides) // 2 + 3 * size * run.itemsize,
-        "layer: codes": 24 * size,
+        "layer: weights": 3 * size * run.itemsize,
+        "layer: codes": 3 * size,
+        "layer: a part in float32": _PART_TENSORS * 4 * part,
     }
     if settings.error_feedback:
-        parts["layer: moments"] = 4 * shape.experts * shape.width**2 + _MOMENT_CHUNK
+        parts["layer: moments"] = 16 * shape.experts * shape.width**2
     return parts
 
 
 def _survey_memory(model: ModelShape, run: Run) -> dict[str, int]:
     hidden = model.layers[0].hidden
     return {
-        "survey": 4 * len(model.layers) * hidden**2
+        "survey": 16 * len(model.layers) * hidden**2
         + min(run.tokens, 4096) * model.decoder_layers * hidden * run.itemsize
     }
 
