@@ -42,27 +42,27 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def gptq(bits: int) -> dict[str, Any]:
-    """Stock GPTQ with its default settings, symmetric, group 128, on the experts."""
-    return {"GPTQModifier": {"config_groups": {"experts": _group(bits)}}}
+def gptq(bits: int, group: int) -> dict[str, Any]:
+    """Stock GPTQ with its default settings, symmetric, on the experts."""
+    return {"GPTQModifier": {"config_groups": {"experts": _scheme(bits, group)}}}
 
 
-def nearest(bits: int) -> dict[str, Any]:
-    """Round-to-nearest by llm-compressor's QuantizationModifier, symmetric, group 128, on the experts."""
-    return {"QuantizationModifier": {"config_groups": {"experts": _group(bits)}}}
+def nearest(bits: int, group: int) -> dict[str, Any]:
+    """Round-to-nearest by llm-compressor's QuantizationModifier, symmetric, on the experts."""
+    return {"QuantizationModifier": {"config_groups": {"experts": _scheme(bits, group)}}}
 
 
-def _group(bits: int) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+def _scheme(bits: int, group: int) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     return {"targets": [_EXPERTS], "weights": weights}
 
 
-def recipe(budgets: list[float], baselines: bool, ablate: bool) -> dict[str, Any]:
+def recipe(budgets: list[float], baselines: bool, ablate: bool, group: int = 128) -> dict[str, Any]:
     """The stages of the benchmark, by arm name."""
     arms: dict[str, dict[str, Any]] = {}
     if baselines:
-        arms.update({f"gptq_w{bits}": gptq(bits) for bits in (2, 3, 4)})
-        arms.update({f"nearest_w{bits}": nearest(bits) for bits in (2, 3, 4)})
+        arms.update({f"gptq_w{bits}": gptq(bits, group) for bits in (2, 3, 4)})
+        arms.update({f"nearest_w{bits}": nearest(bits, group) for bits in (2, 3, 4)})
     for budget in budgets:
         label = str(budget).replace(".", "_")
         for name, change in ABLATIONS.items() if ablate else [("bitsmoe", {})]:
@@ -185,10 +185,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration rows of 256 tokens")
     parser.add_argument("--eval-rows", type=int, default=256, help="evaluation rows of 256 tokens; 0: all")
     parser.add_argument("--task-items", type=int, default=0, help="multiple-choice items; 0: none are measured")
+    parser.add_argument("--group", type=int, default=128, help="weights per scale of GPTQ and round-to-nearest")
     parser.add_argument("--no-baselines", action="store_true", help="BitsMoE arms only")
     parser.add_argument("--ablate", action="store_true", help="one arm per ablation and budget")
     args = parser.parse_args()
-    stages = recipe([float(b) for b in args.budgets.split(",")], not args.no_baselines, args.ablate)
+    stages = recipe([float(b) for b in args.budgets.split(",")], not args.no_baselines, args.ablate, args.group)
     bed = args.testbed
     settings = CompareSettings(
         model=args.model or (str(bed / "bookmoe") if bed else demo_asset("docmoe")),
