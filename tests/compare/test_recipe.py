@@ -108,7 +108,8 @@ def test_the_default_recipe_has_the_arms_that_it_promises():
 
 
 def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
-    with pytest.raises(RecipeError, match="w3: no such recipe file; the shipped recipes are ab_gptq_bitsmoe, w2, w2_a"):
+    shipped = ", ".join(sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml")))
+    with pytest.raises(RecipeError, match=f"w3: no such recipe file; the shipped recipes are {shipped}$"):
         find_recipe("w3")
 
 
