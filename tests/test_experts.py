@@ -303,7 +303,7 @@ def test_serves_every_autograd_mode(tokens: int) -> None:
     y = module(x, ids, p)
     assert torch.equal(y, expected)
     y.sum().backward()
-    eps, direction = 1e-2, torch.randn_like(x)
+    eps, direction = 1e-2, torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         x64 = x.double()
         slope = (module(x64 + eps * direction, ids, p) - module(x64 - eps * direction, ids, p)).sum() / (2 * eps)
@@ -316,7 +316,8 @@ def test_dispatches_to_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     kernels = types.ModuleType("bitsmoe_kernels")
     kernels.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     kernels.unsupported = lambda layout, dtype: "no kernel" if dtype == torch.float64 else ""
-    kernels.prepare = lambda packed: prepared.append(packed) or packed
+    sides = {"side_in": types.SimpleNamespace(), "side_out": types.SimpleNamespace()}
+    kernels.prepare = lambda packed: prepared.append(packed) or types.SimpleNamespace(packed=packed, **sides)
     kernels.moe_forward = lambda x, ids, p, experts, gating: "kernels"
     monkeypatch.setitem(sys.modules, "bitsmoe_kernels", kernels)
     monkeypatch.setattr(BitsMoEExperts, "forward_plain", lambda *_: "plain")

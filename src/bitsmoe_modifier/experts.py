@@ -268,13 +268,17 @@ class BitsMoEExperts(nn.Module):
         """
         if top_k_index is None or top_k_weights is None:
             top_k_index, top_k_weights = routing_of(hidden_states, self.num_experts)
-        if hidden_states.is_cuda and os.environ.get("BITSMOE_FORCE_PLAIN") != "1":
+        if self._on_kernels(hidden_states):
             prepared = self._prepare_kernels(hidden_states.dtype)
             if prepared is not None:
                 from bitsmoe_kernels import moe_forward
 
                 return moe_forward(hidden_states, top_k_index, top_k_weights, prepared, self.gating)
         return self.forward_plain(hidden_states, top_k_index, top_k_weights)
+
+    def _on_kernels(self, x: torch.Tensor) -> bool:
+        """Whether the kernels may run the layer on ``x``."""
+        return x.is_cuda and os.environ.get("BITSMOE_FORCE_PLAIN") != "1"
 
     def _prepare_kernels(self, dtype: torch.dtype) -> "PreparedExperts | None":
         """What the kernels need of this layer, computed at its first use; None where they cannot run it."""
@@ -289,7 +293,7 @@ class BitsMoEExperts(nn.Module):
                 if reason:
                     _LOGGER.warning("packed experts run in plain PyTorch, which is slow: %s", reason)
                 else:
-                    self._prepared[dtype] = prepare(self.packed)
+                    self._prepared[dtype] = _at_fixed_addresses(prepare(self.packed))
         return self._prepared[dtype]
 
     def forward_plain(
@@ -359,6 +363,15 @@ class BitsMoEExperts(nn.Module):
         bias = self.in_bias[expert].to(rows.dtype) if self.spec.has_bias else None
         gate, up = F.linear(rows, w_in, bias).chunk(2, -1)
         return F.linear(self.gating(gate, up), w_out)
+
+
+def _at_fixed_addresses(prepared: "PreparedExperts") -> "PreparedExperts":
+    """Tell torch.compile, which knows this of parameters only: a CUDA graph would copy all weights in every step."""
+    for tensors in (vars(prepared.packed), vars(prepared.side_in), vars(prepared.side_out)):
+        for tensor in tensors.values():
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static_address(tensor)
+    return prepared
 
 
 def _group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, dict[int, slice]]:
