@@ -379,8 +379,21 @@ def make_optimizer(model: PreTrainedModel, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(model: PreTrainedModel, ids: torch.Tensor, *, steps: int, batch: int, seq: int, lr: float, seed: int) -> None:
-    """Train in place on ``steps`` batches of random windows, ``seq`` tokens each, of the token stream ``ids`` [n]."""
+def train(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    *,
+    steps: int,
+    batch: int,
+    seq: int,
+    lr: float,
+    seed: int,
+    balance: float = BALANCE_COEFFICIENT,
+) -> None:
+    """Train in place on ``steps`` batches of random windows, ``seq`` tokens each, of the token stream ``ids`` [n].
+
+    ``balance`` weighs `balance_loss`, summed over the layers, against the cross entropy in nats.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = make_optimizer(model, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps))
@@ -392,15 +405,15 @@ def train(model: PreTrainedModel, ids: torch.Tensor, *, steps: int, batch: int, 
             starts = torch.randint(len(ids) - seq, (batch, 1), generator=generator)
             window = ids[starts + offsets].to(model.device)
             loss = next_token_loss(model(window, use_cache=False).logits, window)
-            balance = torch.stack([balance_loss(*layer) for layer in routing])
+            imbalance = torch.stack([balance_loss(*layer) for layer in routing])
             routing.clear()
-            (loss + BALANCE_COEFFICIENT * balance.sum()).backward()
+            (loss + balance * imbalance.sum()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             running = 0.98 * running + 0.02 * loss.item()
-            bar.set_postfix(loss=f"{running:.3f}", balance=f"{balance.max().item():.2f}", refresh=False)
+            bar.set_postfix(loss=f"{running:.3f}", balance=f"{imbalance.max().item():.2f}", refresh=False)
 
 
 @torch.inference_mode()
@@ -627,6 +640,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="windows per step")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument(
+        "--balance",
+        type=float,
+        default=BALANCE_COEFFICIENT,
+        help="weight of the load-balancing loss per layer; the default keeps all experts equally busy, 0.001 is nearer "
+        "to what large models are trained with and lets experts specialize",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -656,7 +676,16 @@ def main(argv: Sequence[str] | None = None) -> Report:
     model = AutoModelForCausalLM.from_config(make_config(shape, tokenizer), experts_implementation="grouped_mm")
     model.to(args.device)
     began = time.monotonic()
-    train(model, ids, steps=args.steps, batch=args.batch, seq=shape.seq, lr=args.lr, seed=args.seed)
+    train(
+        model,
+        ids,
+        steps=args.steps,
+        batch=args.batch,
+        seq=shape.seq,
+        lr=args.lr,
+        seed=args.seed,
+        balance=args.balance,
+    )
     seconds = time.monotonic() - began
     save(model, tokenizer, args.out)
 

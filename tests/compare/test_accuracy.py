@@ -1,7 +1,6 @@
 """lm-eval tasks: the embedded items, files of items, refusals, and the figures against a plain computation."""
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -18,21 +17,7 @@ from bitsmoe_modifier.tasks import FOLDER
 from bitsmoe_modifier.tasks.items import EMBEDDED, read
 from bitsmoe_modifier.tasks.items import load as load_items
 from helpers import load, pack_randomly, save
-from tiny_text import LETTERS, save_tiny
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 items for the tokenizer of single characters."""
-    draw = random.Random(0)
-
-    def text(n: int) -> str:
-        return "".join(draw.choices(LETTERS[:26], k=n))
-
-    rows = [{"context": text(20), "endings": [text(3 + 2 * i) for i in range(3)], "label": i % 3} for i in range(24)]
-    path = tmp_path_factory.mktemp("items") / "letters.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    return path
+from tiny_text import save_tiny
 
 
 def test_the_embedded_items_are_items():

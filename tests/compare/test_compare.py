@@ -13,7 +13,11 @@ import pytest
 import torch
 import yaml
 
+from bitsmoe_modifier.compare.accuracy import measure_tasks
 from bitsmoe_modifier.compare.arms import sizes_of
+from bitsmoe_modifier.compare.evaluate import load_model
+from bitsmoe_modifier.compare.model import load_tokenizer
+from bitsmoe_modifier.compare.paired import paired
 from bitsmoe_modifier.compare.processes import Failure, run_in_process, start_context
 from bitsmoe_modifier.compare.runner import CompareSettings, compare
 from bitsmoe_modifier.errors import BitsMoEError, CalibrationError, RecipeError
@@ -147,6 +151,29 @@ def test_a_rerun_uses_what_is_finished_and_tries_failures_again(done, tiny):
     assert checkpoint.stat().st_mtime_ns == written
     assert again["arms"][0]["reused"]
     assert again["arms"][0]["kld_mean"] == first["arms"][0]["kld_mean"]
+
+
+def test_tasks_are_run_on_the_saved_checkpoints_and_compared_item_by_item(done, tiny, items):
+    out, _ = done
+    report = compare(settings(tiny, out, arms=["gptq_w4"], tasks=(str(items),), task_items=20))
+    arm = report["arms"][0]
+    assert arm["reused"], "asking for tasks must not quantize again"
+    scores = {}
+    for name, folder in (("dense", tiny / "model"), ("arm", out / "arms" / "gptq_w4")):
+        model = load_model(str(folder), torch.float32, torch.device("cpu"))
+        scores[name] = measure_tasks(model, load_tokenizer(folder), [str(items)], 4, 20)["letters"]["scores"]
+    assert scores["arm"] != scores["dense"], "a test that could not tell the models apart"
+    assert arm["accuracy"]["letters"]["acc"] == pytest.approx(sum(scores["arm"]) / 20)
+    assert arm["accuracy"]["letters"]["paired"] == dataclasses.asdict(paired(scores["arm"], scores["dense"]))
+    assert report["reference"]["accuracy"]["letters"]["acc"] == pytest.approx(sum(scores["dense"]) / 20)
+    assert "letters" in (out / "report.md").read_text()
+    assert "letters" in (out / "report.html").read_text()
+
+
+def test_an_unknown_task_is_refused_before_the_reference_is_run(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="/no/items.jsonl: no such file"):
+        compare(settings(tiny, tmp_path / "out", tasks=("/no/items.jsonl",)))
+    assert not (tmp_path / "out" / "work" / "reference").exists()
 
 
 def test_a_rerun_with_other_inputs_is_refused(done, tiny):

@@ -8,7 +8,6 @@ the checkpoint and count GPTQ's scales at 4 bytes instead of 2.
 import gc
 import json
 import resource
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import yaml
 from torch import nn
 
 from ..fingerprint import fingerprint, rows_digest
+from ..folders import check_new_folder, written_whole
 from .data import dataloader
 
 #: in a checkpoint's folder: what it was made of, and what was noted about every layer; `bitsmoe inspect` shows it
@@ -74,7 +74,11 @@ def quantize(
         rows: calibration tokens, int64 ``[n, T]``.
         out: folder to create; an empty one is replaced.
         settings: how to run.
+
+    Raises:
+        BitsMoEError: when ``out`` holds something, before anything is computed.
     """
+    check_new_folder(out)
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,22 +107,13 @@ def quantize(
     warnings = zeroed_experts(model)
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
     restore_dtypes(model, stored, stored_dtype)
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with written_whole(out) as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
         _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
         if reports:
             noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}
             (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     record = QuantizeRecord(
         load_seconds=loaded - started,
         seconds=finished - loaded,
