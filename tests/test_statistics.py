@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from bitsmoe_modifier.design import direction_gain
 from bitsmoe_modifier.errors import CalibrationError
 from bitsmoe_modifier.gating import Gating
 from bitsmoe_modifier.layer import DenseExperts
+from bitsmoe_modifier.spectral import SharedBasis
 from bitsmoe_modifier.statistics import (
     _SPREAD,
     _TEMPER,
@@ -394,6 +396,20 @@ def test_expert_moments(kind: str) -> None:
             close(moment, expected)
         else:
             assert not bool(moment.any())
+
+
+@pytest.mark.parametrize("spectral", [False, True], ids=["channels", "basis"])
+@pytest.mark.parametrize("kind", ["plain", "idle-experts", "one-expert", "token-weight", "bfloat16"])
+def test_direction_gain_is_the_diagonal_of_the_moments_in_the_basis(kind: str, spectral: bool) -> None:
+    case = make_case(kind)
+    tokens, statistics, hidden = case.tokens(), case.collect(), case.x.shape[1]
+    b = torch.randn(7, hidden, generator=torch.Generator().manual_seed(1)) if spectral else torch.eye(hidden)
+    got = direction_gain(tokens, statistics, SharedBasis(16, b.bfloat16(), None, b) if spectral else None)
+    own = expert_moments(lambda _, pairs: case.x[tokens.token[pairs]].float(), tokens, range(case.num_experts), hidden)
+    common = second_moment(case.x, tokens.token_weights) / tokens.weight.sum()
+    full = shrink(own, common, statistics.mass, prior_share(tokens.counts, hidden))
+    expected = torch.einsum("rh,ehj,rj->er", b.double(), full.double(), b.double()) * statistics.boost[:, None]
+    close(got, expected)
 
 
 def test_activate_is_the_gating_and_its_slopes() -> None:

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding_bag
 
 from .allocation import Allocation, allocate, hull_curve
 from .costs import SideCosts, side_costs, unit_cost
@@ -379,11 +380,9 @@ def output_coupling(
 
 def direction_gain(tokens: RoutedTokens, statistics: LayerStatistics, basis: SharedBasis | None) -> torch.Tensor:
     """diag(B C[e] Bᵀ) of every expert with the prior's share, boosted, float32 ``[E, R]``."""
-    num_experts = len(tokens.counts)
     h2 = project(tokens.x, basis).square()
-    gain = torch.zeros(num_experts, h2.shape[1], device=h2.device)
-    for expert, pairs in zip(range(num_experts), tokens.pairs(range(num_experts)), strict=True):
-        gain[expert] = tokens.weight[pairs] @ h2[tokens.token[pairs]]
+    starts = torch.tensor((0, *tokens.counts[:-1]), device=h2.device).cumsum(0)
+    gain = embedding_bag(tokens.token, h2, starts, mode="sum", per_sample_weights=tokens.weight)
     total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     share = prior_share(tokens.counts, tokens.x.shape[1], h2.device)
     return shrink(gain, gain.sum(0) / total, statistics.mass, share) * statistics.boost[:, None]
