@@ -77,7 +77,7 @@ class BitsMoEExperts(nn.Module):
         self.gating = gating
         self._spec = None if packed.layout.is_meta else ExpertsLayout.from_tensor(packed.layout)
         self._units: tuple[UnitIndex, UnitIndex] | None = None
-        self._planes: dict[str, list[PlaneIndex]] | None = None
+        self._planes: dict[str, PlaneIndex] | None = None
         self._dense_rows: dict[int, int] | None = None
         self._prepared: dict[torch.dtype, PreparedExperts | None] = {}
         self._cache = DecodedCache()
@@ -158,7 +158,7 @@ class BitsMoEExperts(nn.Module):
             )
         return self._units
 
-    def _plane_index(self) -> dict[str, list[PlaneIndex]]:
+    def _plane_index(self) -> dict[str, PlaneIndex]:
         """Planes of both sides by digit size, found once."""
         if self._planes is None:
             with torch.inference_mode(False), torch.no_grad():  # they serve later calls under any autograd mode

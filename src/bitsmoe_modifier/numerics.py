@@ -39,13 +39,14 @@ def collected(notes: list[str]) -> Iterator[None]:
         _collecting.reset(token)
 
 
-def stored_trouble(packed: PackedExperts, tokens_per_expert: Sequence[int], output_error: float) -> list[str]:
+def stored_trouble(packed: PackedExperts, tokens_per_expert: Sequence[int], output_error: float | None) -> list[str]:
     """What the stored tensors of a layer, and the tokens it was calibrated with, show of trouble.
 
     Args:
         packed: the layer.
         tokens_per_expert: calibration tokens of each of its experts.
-        output_error: of the rounded layer, relative to its output's power.
+        output_error: of the rounded layer, relative to its output's power; None where that was not what its bits were
+            to keep small, but its share in the loss of the whole model.
     """
     found = []
     unseen = [expert for expert, count in enumerate(tokens_per_expert) if count == 0]
@@ -67,7 +68,7 @@ def stored_trouble(packed: PackedExperts, tokens_per_expert: Sequence[int], outp
             f"{small} of {len(steps)} steps are so small that fp16 holds them coarsely; if the layer's error is large, "
             "add it to `ignore`"
         )
-    if output_error > _LOST:
+    if output_error is not None and output_error > _LOST:
         found.append(
             f"rounding loses {100 * output_error:.0f} % of the layer's output power; raise `bits`, or add the layer to "
             "`ignore`"

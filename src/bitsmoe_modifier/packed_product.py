@@ -2,8 +2,9 @@
 
 Decoding an expert writes every weight several times to use it once. Here a table turns each stored byte into the digits
 that it holds, and these meet the vector in the order in which the byte holds them: it is the vector that is reordered,
-not the weights. All planes of one digit size go through at once, whatever the width of their units. Nothing decoded
-outlives the call.
+not the weights. All planes of one digit size go through at once, whatever the width of their units; of a decoding
+step's time, PyTorch's operations themselves are the larger part, so there are few of them. Nothing decoded outlives the
+call.
 """
 
 from collections.abc import Sequence
@@ -13,27 +14,25 @@ from functools import cache
 import torch
 
 from .layout import ExpertsLayout, UnitIndex
-from .planes import WIDTHS, digits, levels
+from .planes import DIGITS, WIDTHS, digits, levels
 
 
 @dataclass(frozen=True)
 class PlaneIndex:
-    """All planes of one digit size on one side of a layer, expert after expert.
+    """All planes of one side of a layer: digit size after digit size (`DIGITS`), in each expert after expert.
 
     Attributes:
-        digit: bits of a digit.
         entries: int64 ``[planes, 5]``: quantum where the plane begins; row of its steps; what its digits are worth; row
             of the expert's vector that it meets; row of the expert's result that it adds to.
-        bounds: where each expert's entries begin, and the end.
+        bounds: for each digit size, where each expert's entries begin, and the end.
     """
 
-    digit: int
     entries: torch.Tensor
-    bounds: list[int]
+    bounds: list[list[int]]
 
 
-def index_planes(widths: torch.Tensor, index: UnitIndex, layout: ExpertsLayout, side: str) -> list[PlaneIndex]:
-    """The planes of one side, by digit size.
+def index_planes(widths: torch.Tensor, index: UnitIndex, layout: ExpertsLayout, side: str) -> PlaneIndex:
+    """The planes of one side.
 
     Args:
         widths: uint8 ``[matrices, units]``.
@@ -42,8 +41,9 @@ def index_planes(widths: torch.Tensor, index: UnitIndex, layout: ExpertsLayout, 
         side: "in" or "out".
     """
     matrices = 2 if side == "in" else 1  # of an expert
-    found = []
-    for f in (4, 2, 1):
+    experts = torch.arange(len(widths) // matrices + 1, device=widths.device)
+    found, bounds, before = [], [], 0
+    for f in DIGITS:
         parts = []
         for width in WIDTHS:
             sizes = digits(width)
@@ -61,18 +61,17 @@ def index_planes(widths: torch.Tensor, index: UnitIndex, layout: ExpertsLayout, 
                 )
                 parts.append(torch.stack([column.flatten() for column in columns], 1))
         table = torch.cat(parts)
-        if len(table):
-            table = table[table[:, 0].argsort(stable=True)]
-            experts = torch.arange(len(widths) // matrices + 1, device=widths.device)
-            bounds = torch.searchsorted(table[:, 0].contiguous(), experts).tolist()
-            found.append(PlaneIndex(f, table[:, 1:].contiguous(), bounds))
-    return found
+        table = table[table[:, 0].argsort(stable=True)]
+        bounds.append((torch.searchsorted(table[:, 0].contiguous(), experts) + before).tolist())
+        found.append(table[:, 1:])
+        before += len(table)
+    return PlaneIndex(torch.cat(found), bounds)
 
 
 def packed_product(
     codes: torch.Tensor,
     steps: torch.Tensor,
-    planes: Sequence[PlaneIndex],
+    planes: PlaneIndex,
     layout: ExpertsLayout,
     side: str,
     experts: Sequence[int],
@@ -92,30 +91,47 @@ def packed_product(
     Returns:
         ``[len(experts), 2 I]`` or ``[len(experts), R']`` of v's dtype.
     """
-    bs, gs, count = layout.block_size, layout.group_size, len(experts)
-    step_rows, inward = steps.view(-1, bs), side == "in"
+    bs, gs, count, inward = layout.block_size, layout.group_size, len(experts), side == "in"
     n, m, size = (bs, gs, 2 * layout.intermediate_size) if inward else (gs, bs, layout.rank_out)
-    vectors, y = v.reshape(-1, n), v.new_zeros(count * size // m, m)
-    numbers = torch.arange(count, device=v.device).unbind()
-    for part in planes:
-        f, bounds = part.digit, part.bounds
-        spans = [(bounds[e], bounds[e + 1]) for e in experts]
-        which = torch.cat([number.expand(end - begin) for number, (begin, end) in zip(numbers, spans, strict=True)])
-        entries = torch.cat([part.entries[begin:end] for begin, end in spans])
-        place, row, worth, source, target = entries.unbind(1)
-        # every stretch of ``f`` quanta, of which the planes are some
-        tiles = codes.unfold(0, f * layout.quantum, layout.quantum)[place]
-        values = torch.nn.functional.embedding(tiles.to(torch.int32), _table(f, v.dtype, v.device)).view(-1, m, n)
-        step = step_rows[row].to(v.dtype) * worth[:, None]
-        x = vectors[which * (len(vectors) // count) + source]
-        x = (x * step if inward else x).view(-1, 8 // f, n * f // 8).transpose(1, 2).reshape(-1, 1, n)
-        product = torch.bmm(x, values.transpose(1, 2)).squeeze(1)  # on a CPU 4 times as fast as values @ x
-        y.index_add_(0, which * (size // m) + target, product if inward else product * step)
+    spans = [(bounds[e], bounds[e + 1]) for bounds in planes.bounds for e in experts]
+    entries = torch.cat([planes.entries[begin:end] for begin, end in spans])
+    place, row, worth, source, target = entries.unbind(1)
+    lengths = torch.tensor([end - begin for begin, end in spans], device=v.device)
+    which = torch.tensor([*range(count)] * len(DIGITS), device=v.device)
+    which = which.repeat_interleave(lengths, output_size=len(entries))
+
+    x = v.reshape(-1, n).index_select(0, source.add(which, alpha=v.shape[1] // n))
+    step = steps.view(-1, bs).index_select(0, row).to(v.dtype) * worth[:, None]
+    x = x * step if inward else x
+    products, at = [], 0
+    for number, f in enumerate(DIGITS):
+        planned = sum(end - begin for begin, end in spans[number * count : (number + 1) * count])
+        if planned:
+            # every stretch of ``f`` quanta, of which the planes are some
+            tiles = codes.unfold(0, f * layout.quantum, layout.quantum)[place[at : at + planned]]
+            values = torch.nn.functional.embedding(tiles.int(), _table(f, v.dtype, v.device)).view(-1, m, n)
+            met = x[at : at + planned].index_select(1, _order(n, f, v.device))
+            products.append(torch.bmm(met[:, None], values.mT))  # on a CPU 4 times as fast as values @ met
+            at += planned
+    product = torch.cat(products).squeeze(1) if products else x.new_empty(0, m)
+    y = v.new_zeros(count * size // m, m)
+    y.index_add_(0, target.add(which, alpha=size // m), product if inward else product * step)
     return y.view(count, size)
 
 
+# both serve later calls under any autograd mode
+
+
 @cache
+@torch.inference_mode(False)
 def _table(f: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``2 d - (2**f - 1)`` of every digit d of ``f`` bits of every byte, ``[256, 8 / f]``."""
     digit = (torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, f, device=device)) & levels(f)
     return (2 * digit - levels(f)).to(dtype)
+
+
+@cache
+@torch.inference_mode(False)
+def _order(n: int, f: int, device: torch.device) -> torch.Tensor:
+    """Element of the vector that each digit of a plane's row of ``n`` meets, in the order of the row's bytes."""
+    return torch.arange(n, device=device).view(8 // f, n * f // 8).T.flatten()

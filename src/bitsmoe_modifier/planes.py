@@ -13,7 +13,8 @@ import torch
 #: Bit-widths a unit may have. 0 drops the unit: it stores nothing and contributes nothing.
 WIDTHS = (0, 1, 2, 3, 4, 6, 8)
 
-_DIGITS = (4, 2, 1)
+#: Bits of a digit, longest first.
+DIGITS = (4, 2, 1)
 
 
 def digits(width: int) -> tuple[int, ...]:
@@ -25,7 +26,7 @@ def digits(width: int) -> tuple[int, ...]:
         raise ValueError(f"width {width} is not storable; choose from {WIDTHS}")
     sizes: list[int] = []
     while width:
-        size = next(f for f in _DIGITS if f <= width)
+        size = next(f for f in DIGITS if f <= width)
         sizes.append(size)
         width -= size
     return tuple(sizes)
@@ -70,12 +71,15 @@ def unpack_codes(packed: torch.Tensor, width: int, m: int, n: int) -> torch.Tens
         row = n * f // 8
         plane = packed[:, offset : offset + m * row].view(count, m, row)
         for j in range(8 // f):
-            digit = (plane >> (f * j)) & levels(f)
-            codes[:, :, j * row : (j + 1) * row] |= digit << rest
+            digit, place = plane >> (f * j) & levels(f), codes[:, :, j * row : (j + 1) * row]
+            if offset:
+                place |= digit << rest if rest else digit
+            else:
+                place.copy_(digit << rest if rest else digit)
         offset += m * row
     return codes
 
 
 def code_values(codes: torch.Tensor, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Mid-rise grid values in units of the step: ``2 * code - (2**width - 1)``, same shape as ``codes``."""
-    return codes.to(dtype) * 2 - levels(width)
+    return codes.to(dtype, copy=True).mul_(2).sub_(levels(width))

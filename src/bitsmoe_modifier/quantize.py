@@ -127,7 +127,7 @@ def quantize_layer(
         solver=design.solver,
         relative_output_error=error,
         dense_experts=design.dense_ids,
-        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error)),
+        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error if metric is None else None)),
         energy={"in": design.inputs.energy, "out": design.outputs.energy},
     )
     return packed, report
