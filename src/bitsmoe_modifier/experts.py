@@ -313,11 +313,15 @@ class BitsMoEExperts(nn.Module):
         # super experts and output biases live in the hidden channels, beside the output basis
         y = t if basis_out is None else p.new_zeros(tokens, spec.hidden_size)
 
+        packed = {e: span for e, span in spans.items() if e not in dense}
         # on a GPU the packed sums would depend on the order in which threads finish
-        few = len(pairs) <= FEW_PAIRS and not x.is_cuda
-        run = self._run_packed if few else self._run_decoded
-        for e, out in run({e: h[token[span]] for e, span in spans.items() if e not in dense}):
-            t.index_add_(0, token[spans[e]], out * p[spans[e]])
+        if packed and len(pairs) <= FEW_PAIRS and not x.is_cuda:
+            experts, rows = _in_turn(packed)
+            index = token[rows]
+            t.index_add_(0, index, self._run_packed(experts, h[index]) * p[rows])  # one row after the other
+        else:
+            for e, out in self._run_decoded({e: h[token[span]] for e, span in packed.items()}):
+                t.index_add_(0, token[spans[e]], out * p[spans[e]])
         for e in sorted(dense.keys() & spans.keys()):
             span, w_in, w_out = spans[e], self.dense_in[dense[e]].to(dtype), self.dense_out[dense[e]].to(dtype)
             y.index_add_(0, token[span], self._run_expert(e, x[token[span]], w_in, w_out) * p[span])
@@ -329,17 +333,12 @@ class BitsMoEExperts(nn.Module):
             y = y + F.linear(t.to(dtype), basis_out)
         return y.to(dtype)
 
-    def _run_packed(self, rows: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (expert, its output ``[n, R']`` in float32 or wider) for each expert's rows of h ``[n, R]``."""
-        if not rows:
-            return
-        experts = [e for e, part in rows.items() for _ in part]
-        h = torch.cat(list(rows.values()))
+    def _run_packed(self, experts: list[int], h: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[n, R']``, in float32 or wider, of one expert for each row of h ``[n, R]``."""
         a = self._multiply("in", experts, h.to(torch.promote_types(h.dtype, torch.float32)))
         if self.spec.has_bias:
             a = a + self.in_bias[experts]
-        t = self._multiply("out", experts, self.gating(*a.chunk(2, -1)))
-        yield from zip(rows, t.split([len(part) for part in rows.values()]), strict=True)
+        return self._multiply("out", experts, self.gating(*a.chunk(2, -1)))
 
     def _multiply(self, side: str, experts: list[int], v: torch.Tensor) -> torch.Tensor:
         """The side's factors of the given experts, each times its row of v, at most `CHUNK_BYTES` decoded at a time."""
@@ -353,7 +352,7 @@ class BitsMoEExperts(nn.Module):
         return torch.cat(parts)
 
     def _run_decoded(self, rows: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """`_run_packed` with decoded factors, in the dtype of the rows."""
+        """Yield (expert, its output ``[n, R']``) for each expert's rows of h ``[n, R]``, in their dtype."""
         dtype = next(iter(rows.values())).dtype if rows else torch.float32
         for e, a, f in self._factors(list(rows), dtype):
             yield e, self._run_expert(e, rows[e], a, f)
@@ -372,6 +371,12 @@ def _at_fixed_addresses(prepared: "PreparedExperts") -> "PreparedExperts":
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)
     return prepared
+
+
+def _in_turn(spans: dict[int, slice]) -> tuple[list[int], list[int]]:
+    """The expert and the position of every pair in the given spans."""
+    experts = [e for e, span in spans.items() for _ in range(span.start, span.stop)]
+    return experts, [row for span in spans.values() for row in range(span.start, span.stop)]
 
 
 def _group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, dict[int, slice]]:
