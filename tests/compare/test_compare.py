@@ -171,7 +171,7 @@ def test_tasks_are_run_on_the_saved_checkpoints_and_compared_item_by_item(done, 
 
 
 def test_an_unknown_task_is_refused_before_the_reference_is_run(tiny, tmp_path):
-    with pytest.raises(RecipeError, match="/no/items.jsonl: no such file"):
+    with pytest.raises(RecipeError, match=r"/no/items[.]jsonl: no such file"):
         compare(settings(tiny, tmp_path / "out", tasks=("/no/items.jsonl",)))
     assert not (tmp_path / "out" / "work" / "reference").exists()
 
