@@ -188,6 +188,23 @@ def test_few_pairs_leave_no_decoded_expert_behind() -> None:
     assert module._cache.nbytes > 0
 
 
+def test_everything_decoded_can_be_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "CACHE_BYTES", 0)
+    layer = random_layer(num_experts=6)
+    module = BitsMoEExperts(layer.packed, Gating())
+    x, ids, p = _inputs(layer, 20, torch.float32, choices=3)
+    expected = module(x, ids, p)
+    module.keep_decoded(True)
+    assert torch.equal(module(x, ids, p), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_decode", None)  # an error where anything is decoded again
+        assert torch.equal(module(x, ids, p), expected)
+    module.keep_decoded(False)
+    assert module._cache.nbytes == 0
+    module(x, ids, p)
+    assert module._cache.nbytes == 0
+
+
 def test_decodes_only_active_experts_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer(num_experts=8)
     module = BitsMoEExperts(layer.packed, Gating())

@@ -267,20 +267,21 @@ def test_experts_whose_moments_say_nothing_keep_their_weights() -> None:
 
 
 def test_rows_absorb_what_rows_before_them_lost() -> None:
-    """Row feedback lowers the coupled error, by about what the coupling's factor promises; and nothing without one."""
+    """Row feedback lowers the coupled error of many matrices together; without coupling it changes nothing."""
     gen = torch.Generator().manual_seed(1)
-    w = torch.randn(3, 32, 16, generator=gen)
-    root = torch.randn(32, 40, generator=gen) + 1.0
-    coupling, moments = root @ root.T, torch.eye(16).expand(3, 16, 16)
-    steps, level = torch.full((3, 32, 1), 0.5), torch.full((3, 32, 1), 3.0)
+    # float64, because products over other numbers of rows round differently
+    w = torch.randn(48, 32, 16, generator=gen, dtype=torch.float64)
+    root = torch.randn(32, 40, generator=gen, dtype=torch.float64) + 1.0
+    coupling, moments = root @ root.T, torch.eye(16, dtype=torch.float64).expand(48, 16, 16)
+    steps, level = (torch.full((48, 32, 1), value, dtype=torch.float64) for value in (0.5, 3.0))
 
     def cost(coupled: torch.Tensor | None) -> float:
         codes, step = quantize._round_row_blocks(w, moments, steps, level, settings(), coupled)
         error = w - quantize.decode(codes, step.repeat_interleave(16, 2), level)
         return float(torch.einsum("eik,ij,ejk->", error, coupling, error))
 
-    assert cost(coupling) < 0.8 * cost(None)
-    assert cost(torch.eye(32)) == cost(None)
+    assert cost(coupling) < 0.85 * cost(None)
+    assert cost(torch.eye(32, dtype=torch.float64)) == pytest.approx(cost(None), rel=1e-12)
 
 
 def test_codes_without_feedback_are_the_nearest() -> None:

@@ -15,13 +15,18 @@ CACHE_BYTES = int(float(os.environ.get("BITSMOE_CACHE_MB", "256")) * 2**20)
 
 
 class DecodedCache:
-    """The decoded tensors that one layer used last, within the layer's share of `CACHE_BYTES`."""
+    """The decoded tensors that one layer used last, within the layer's share of `CACHE_BYTES`.
+
+    Attributes:
+        whole: keep everything, beyond any share, until the next `clear`.
+    """
 
     _filled: ClassVar["weakref.WeakSet[DecodedCache]"] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, tuple[torch.Tensor, ...]] = OrderedDict()
         self.nbytes = 0
+        self.whole = False
 
     def get(self, key: Hashable) -> tuple[torch.Tensor, ...] | None:
         """The entry of ``key``, which thereby becomes the most recent one; None where there is none."""
@@ -37,6 +42,8 @@ class DecodedCache:
         """
         self._filled.add(self)
         share, size = CACHE_BYTES // len(self._filled), sum(t.nbytes for t in entry)
+        if self.whole:
+            share = self.nbytes + size
         while self._entries and self.nbytes + size > share:
             _, old = self._entries.popitem(last=False)
             self.nbytes -= sum(t.nbytes for t in old)
@@ -46,6 +53,7 @@ class DecodedCache:
 
     def clear(self) -> None:
         """Drop everything and give the share back."""
+        self.whole = False
         self._entries.clear()
         self._filled.discard(self)
         self.nbytes = 0

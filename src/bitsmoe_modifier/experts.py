@@ -148,6 +148,14 @@ class BitsMoEExperts(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- decoding
 
+    def keep_decoded(self, keep: bool) -> None:
+        """Keep every expert that a call decodes, for many calls in a row, or drop all that is kept.
+
+        Takes up to the dense layer's size, whatever BITSMOE_CACHE_MB says.
+        """
+        self._cache.clear()
+        self._cache.whole = keep
+
     def _index(self) -> tuple[UnitIndex, UnitIndex]:
         """Payload index of both sides, rebuilt from the widths once."""
         if self._units is None:

@@ -115,6 +115,7 @@ class BitsMoEModifier(Modifier):
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
     _designs: dict[str, LayerDesign] = PrivateAttr(default_factory=dict)
     _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _propagating: list[BitsMoEExperts] = PrivateAttr(default_factory=list)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
     _ranks: Ranks = PrivateAttr(default=None)
@@ -263,14 +264,22 @@ class BitsMoEModifier(Modifier):
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
         """Quantize and replace the layers that this part of the model calibrated."""
+        self._drop_decoded()
         for module in modules:
             name = self._names.get(module)
             if name is not None and (module in self._inputs or name in self._finished):
                 with _named(name), torch.no_grad(), disable_offloading():
                     replacement = self._replacement(module, name, self._inputs.pop(module, []))
+                # the rows go through it batch by batch, on to the next layer
+                replacement.keep_decoded(True)
+                self._propagating.append(replacement)
                 state.model.set_submodule(name, replacement)
                 del self._names[module]
                 self._progress.update()
+
+    def _drop_decoded(self) -> None:
+        while self._propagating:
+            self._propagating.pop().keep_decoded(False)
 
     def _plan(self, name: str, experts: DenseExperts, tokens: RoutedTokens, metric: torch.Tensor | None) -> LayerPlan:
         return plan_layer(experts, tokens, self.settings, metric, self._dense_ids(name))
@@ -310,7 +319,8 @@ class BitsMoEModifier(Modifier):
         return replacement
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and what the last layers keep decoded."""
+        self._drop_decoded()
         self.remove_hooks()
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:

@@ -23,7 +23,7 @@ __all__ = ["DenseExperts", "LayerReport", "QuantizerSettings", "plan_layer", "qu
 #: Groups of output directions, each absorbing in the loss what those before it lost. More gain little.
 _ROW_BLOCKS = 4
 #: Tokens on which the report's output error is measured.
-_REPORT_TOKENS = 4096
+_REPORT_TOKENS = 1024
 
 
 @dataclass(frozen=True)

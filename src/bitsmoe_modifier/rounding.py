@@ -150,31 +150,33 @@ def round_with_feedback(
     Returns:
         (codes float32 ``[N, m, n]``, steps ``[N, groups, n]``) in the original column order.
     """
-    columns = order[:, None, :].expand_as(w)
-    groups = step.shape[1]
-    w, level = w.gather(2, columns), level.expand_as(w).gather(2, columns)
-    step = step.gather(2, order[:, None, :].expand(-1, groups, -1))
-    moment = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
+    count, m, n = w.shape
+    turn = order[:, :, None]
+    w = w.mT.gather(1, turn.expand(-1, -1, m))
+    step = step.mT.gather(1, turn.expand(-1, -1, step.shape[1]))
+    level = level.expand(count, -1, -1).mT
+    level = level.gather(1, turn.expand(-1, -1, level.shape[2])) if level.shape[1] == n else level.expand(-1, n, -1)
+    moment = moment.gather(1, turn.expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
     factor = feedback_factor(moment, dampening)
-    codes, error = torch.empty_like(w), torch.empty_like(w)
-    n = w.shape[2]
+    codes, error = torch.zeros_like(w), torch.empty_like(w)
     for start in range(0, n, _COLUMN_BLOCK):
         stop = min(start + _COLUMN_BLOCK, n)
-        target = w[:, :, start:stop].clone()
+        target = w[:, start:stop].clone()
         if start:
-            target.baddbmm_(error[:, :, :start], factor[:, :start, start:stop])
-        for k in range(stop - start):
-            at = start + k
-            codes[:, :, at], step[:, :, at], value = _round_column(
-                target[:, :, k], step[:, :, at], level[:, :, at], row_weight
-            )
+            target.baddbmm_(factor[:, :start, start:stop].mT, error[:, :start])
+        for at, kept in enumerate(_kept(level, start, stop), start):
+            column = target[:, at - start]
             # the error that later columns absorb is measured against the original weight
-            error[:, :, at] = w[:, :, at] - value
+            if kept:
+                codes[:, at], step[:, at], value = _round_column(column, step[:, at], level[:, at], row_weight)
+                error[:, at] = w[:, at] - value
+            else:
+                error[:, at] = w[:, at]
             if at + 1 < stop:
-                target[:, :, k + 1 :].addcmul_(error[:, :, at, None], factor[:, at, None, at + 1 : stop])
+                target[:, at + 1 - start :].addcmul_(factor[:, at, at + 1 : stop, None], error[:, at, None])
     return (
-        torch.empty_like(codes).scatter_(2, columns, codes),
-        torch.empty_like(step).scatter_(2, order[:, None, :].expand(-1, groups, -1), step),
+        torch.empty_like(codes).scatter_(1, turn.expand_as(codes), codes).mT,
+        torch.empty_like(step).scatter_(1, turn.expand_as(step), step).mT,
     )
 
 
@@ -195,30 +197,33 @@ def refine(
     Returns:
         (codes float32 ``[N, m, n]``, steps ``[N, groups, n]``).
     """
-    n = w.shape[2]
+    count, m, n = w.shape
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     damping = dampening * diagonal.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     damped = moment + damping[:, None, None] * torch.eye(n, device=moment.device)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    codes, step, level = codes.clone(), step.clone(), level.expand_as(w)
-    value = decode(codes, _per_row(step, w.shape[1]), level)
-    # (W - Q) H: minus half the objective's slope in Q
-    pull = torch.bmm(w - value, damped)
+    codes, step = (t.mT.clone(memory_format=torch.contiguous_format) for t in (codes, step))
+    level = level.expand(count, -1, -1).mT
+    level = level.expand(-1, n, -1)
+    value = decode(codes, step.repeat_interleave(m // step.shape[2], dim=2), level)
+    # H (W - Q)ᵀ: minus half the objective's slope in Qᵀ
+    pull = torch.bmm(damped, w.mT - value)
     for start in range(0, n, _COLUMN_BLOCK):
         stop = min(start + _COLUMN_BLOCK, n)
-        change = torch.empty_like(pull[:, :, start:stop])
-        for at in range(start, stop):
-            target = value[:, :, at] + pull[:, :, at] / diagonal[:, at, None]
-            codes[:, :, at], step[:, :, at], new = _round_column(
-                target, step[:, :, at], level[:, :, at], row_weight, codes[:, :, at]
+        change = torch.zeros_like(pull[:, start:stop])
+        for at, kept in enumerate(_kept(level, start, stop), start):
+            if not kept:
+                continue
+            target = value[:, at] + pull[:, at] / diagonal[:, at, None]
+            codes[:, at], step[:, at], new = _round_column(
+                target, step[:, at], level[:, at], row_weight, codes[:, at]
             )
-            moved = new - value[:, :, at]
-            change[:, :, at - start] = moved
+            moved = torch.sub(new, value[:, at], out=change[:, at - start])
             if at + 1 < stop:
-                pull[:, :, at + 1 : stop].addcmul_(moved[:, :, None], damped[:, at, None, at + 1 : stop], value=-1)
+                pull[:, at + 1 : stop].addcmul_(damped[:, at, at + 1 : stop, None], moved[:, None], value=-1)
         if stop < n:
-            pull[:, :, stop:].baddbmm_(change, damped[:, start:stop, stop:], alpha=-1)
-    return codes, step
+            pull[:, stop:].baddbmm_(damped[:, stop:, start:stop], change, alpha=-1)
+    return codes.mT, step.mT
 
 
 def refit_row_steps(
@@ -258,9 +263,9 @@ def refit_row_steps(
     return step
 
 
-def _per_row(step: torch.Tensor, rows: int) -> torch.Tensor:
-    """Steps ``[N, groups, n]`` to one per row, ``[N, rows, n]``."""
-    return step.repeat_interleave(rows // step.shape[1], dim=1)
+def _kept(level: torch.Tensor, start: int, stop: int) -> list[bool]:
+    """Which columns from ``start`` to ``stop`` any matrix of the batch keeps, of ``level [N, n, m]`` or ``[N, n, 1]``."""
+    return (level[:, start:stop].amax((0, 2)) > 0).tolist()
 
 
 def _round_column(
@@ -273,27 +278,35 @@ def _round_column(
     """Codes, steps and values of one column.
 
     Args:
-        target: ``[N, m]``; step: ``[N, groups]``; level: ``[N, m]``.
+        target: ``[N, m]``; step: ``[N, groups]``; level: ``[N, m]`` or ``[N, 1]``.
         row_weight: ``[N, m]``: refit the steps, keeping of old and new what has the lower weighted error.
         codes: ``[N, m]`` codes from before, for the refit; None takes the nearest.
     """
     shape = (*step.shape, -1)
-    grouped, steps, limits = target.reshape(shape), step[:, :, None], level.reshape(shape)
-    nearest = encode(grouped, steps, limits)
+    grouped, steps = target.reshape(shape), step[:, :, None]
+    limits = level[:, :, None] if level.shape[1] == 1 else level.reshape(shape)
     if row_weight is None:
-        value = decode(nearest, steps, limits)
-        return nearest.view_as(target), step, value.view_as(target)
-    weight = row_weight.reshape(shape)
-    grid = (nearest if codes is None else codes.reshape(shape)) * 2 - limits
-    weighted = weight * grid
-    scale = (weighted * grid).sum(2, keepdim=True)
-    fitted = (weighted * grouped).sum(2, keepdim=True) / scale.clamp_min(1e-30)
-    fitted = torch.where(scale > 0, to_step(fitted), steps)
-    refitted = encode(grouped, fitted, limits)
-    value, new_value = decode(nearest, steps, limits), decode(refitted, fitted, limits)
-    old_error = (weight * (value - grouped).square()).sum(2, keepdim=True)
-    new_error = (weight * (new_value - grouped).square()).sum(2, keepdim=True)
-    better = new_error < old_error
-    value = torch.where(better, new_value, value)
-    nearest = torch.where(better, refitted, nearest)
-    return nearest.view_as(target), torch.where(better, fitted, steps).squeeze(2), value.view_as(target)
+        nearest = encode(grouped, steps, limits)
+    else:
+        weight = row_weight.reshape(shape)
+        nearest, error = _nearest(grouped, steps, limits, weight)
+        grid = (nearest if codes is None else codes.reshape(shape)) * 2 - limits
+        weighted = weight * grid
+        scale = grid.mul_(weighted).sum(2, keepdim=True)
+        fitted = weighted.mul_(grouped).sum(2, keepdim=True) / scale.clamp_min(1e-30)
+        fitted = torch.where(scale > 0, to_step(fitted), steps)
+        refitted, new_error = _nearest(grouped, fitted, limits, weight)
+        better = new_error < error
+        nearest, steps = torch.where(better, refitted, nearest), torch.where(better, fitted, steps)
+    value = decode(nearest, steps, limits)
+    return nearest.view_as(target), steps.squeeze(2), value.view_as(target)
+
+
+def _nearest(
+    w: torch.Tensor, step: torch.Tensor, level: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode` along the last dimension, and the weighted squared error of the whole of it, ``[..., 1]``."""
+    position = torch.addcmul(level * 0.5, w, 0.5 / step)
+    codes = torch.minimum(position.round().clamp_min_(0), level)
+    rest = position.sub_(codes).square_().mul_(weight)
+    return codes, rest.sum(-1, keepdim=True) * (4 * step.square())

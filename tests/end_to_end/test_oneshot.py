@@ -65,6 +65,7 @@ def check_quantized(model: PreTrainedModel, dense: PreTrainedModel, bits: float 
         check_content(module.packed, name)
         assert module.quantization_status == QuantizationStatus.COMPRESSED
         assert module.packed.bits_per_weight == module.report.bits
+        assert not module._cache.whole, "what the rows went through decoded is let go"
         assert module.report.relative_output_error < 0.5
         assert sum(module.report.tokens_per_expert) == 6 * 32 * model.config.num_experts_per_tok, "routed tokens only"
         # what is left is less than the dearest step of a unit, from 0 to 1 or from 4 to 6 bits
