@@ -264,7 +264,7 @@ def refit_row_steps(
 
 
 def _kept(level: torch.Tensor, start: int, stop: int) -> list[bool]:
-    """Which columns from ``start`` to ``stop`` any matrix of the batch keeps, of ``level [N, n, m]`` or ``[N, n, 1]``."""
+    """Which columns from ``start`` to ``stop`` any matrix keeps, of ``level [N, n, m]`` or ``[N, n, 1]``."""
     return (level[:, start:stop].amax((0, 2)) > 0).tolist()
 
 
