@@ -2,7 +2,7 @@
 
     python benchmarks/quantization_time.py                      # one layer of Qwen3-30B-A3B's shape, all cores
     python benchmarks/quantization_time.py --scale 8 --growth growth.png --profile
-    python benchmarks/quantization_time.py --bookmoe            # the small trained model of the package, end to end
+    python benchmarks/quantization_time.py --model DIR          # a whole model; `demo` is that of the package
 
 The layer stands in a model that has nothing else of weight: one decoder layer with small attention, inputs as unequal
 over directions as a trained model's (`synthetic`). Every arm gets the same rows, a fresh model, and routed tokens only;
@@ -118,14 +118,17 @@ def time_layer(shape: Shape, arms: list[str], profile: bool = False) -> dict[str
     return found
 
 
-def time_bookmoe(arms: list[str], profile: bool) -> dict[str, float]:
-    """Seconds of every arm on the whole demo model."""
+def time_model(folder: str, arms: list[str], profile: bool) -> dict[str, float]:
+    """Seconds of every arm on a whole model, float32, each on its way to a budget for all layers together."""
     shape = Shape()
     found = {}
     for arm in arms:
-        model = AutoModelForCausalLM.from_pretrained(demo_asset("docmoe"), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         group = next(g for g in (128, 64, 32, 16) if model.config.moe_intermediate_size % g == 0)
-        found[arm] = seconds_of(model, rows_of(shape, model.config.vocab_size), ARMS[arm](group_size=group), profile)
+        modifier = ARMS[arm](group_size=group)
+        if isinstance(modifier, BitsMoEModifier):
+            modifier.scope = "global"
+        found[arm] = seconds_of(model, rows_of(shape, model.config.vocab_size), modifier, profile)
         print(f"  {arm}: {found[arm]:.1f} s", flush=True)
     return found
 
@@ -174,15 +177,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=Shape.hidden)
     parser.add_argument("--width", type=int, default=Shape.width)
     parser.add_argument("--arms", default=",".join(ARMS), metavar="NAME,…")
-    parser.add_argument("--bookmoe", action="store_true", help="the small trained model instead of a layer")
+    parser.add_argument("--model", metavar="DIR", help="a whole model instead of a layer; demo: that of the package")
     parser.add_argument("--growth", metavar="FILE", help="also vary E, H and rows, and plot it there")
     parser.add_argument("--profile", action="store_true", help="print where each arm's time goes")
     args = parser.parse_args()
     logger.remove()
     arms = args.arms.split(",")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads")
-    if args.bookmoe:
-        print(table("The demo model, end to end", time_bookmoe(arms, args.profile)))
+    if args.model:
+        folder = demo_asset("docmoe") if args.model == "demo" else args.model
+        print(table(f"{Path(folder).name}, end to end, with the survey", time_model(folder, arms, args.profile)))
         return
     shape = replace(Shape(), hidden=args.hidden, width=args.width).scaled(args.scale)
     print(table(f"One layer: {shape}", time_layer(shape, arms, args.profile)))

@@ -293,8 +293,9 @@ def test_codes_without_feedback_are_the_nearest() -> None:
     inverse = torch.linalg.inv(chosen.inputs.basis.matrix.double())
     factors = (layer.experts.gate_up.double() @ inverse).float().view(12, 48, 64), layer.experts.down.transpose(1, 2)
     for side, factor, decoded in zip(
-        (chosen.inputs, chosen.outputs), factors, (a.view(12, 48, 64), f.transpose(1, 2)), strict=True
+        (chosen.inputs, chosen.outputs), factors, (a.view(12, 48, -1), f.transpose(1, 2)), strict=True
     ):
+        decoded = torch.nn.functional.pad(decoded, (0, 64 - decoded.shape[2]))  # directions that are not stored
         steps = chosen_steps(factor, side.weight, side.widths, 16, 16)
         for matrix, unit in itertools.product(range(len(factor)), range(4)):
             width, part = int(side.widths[matrix, unit]), slice(16 * unit, 16 * unit + 16)
@@ -370,7 +371,9 @@ def test_fixed_bits_are_everything_but_the_units(bases: tuple[str, str], bias: b
     plan = layer.plan(s, dense_ids=dense)
     packed, _ = layer.round(plan)
     fixed = plan.fixed_bits(plan.inputs[0], plan.outputs[0])
-    assert 8 * packed.nbytes == fixed + unit_bits(layer, packed)
+    absent = 64 - ExpertsLayout.from_tensor(packed.layout).rank_in
+    saved = absent * plan.inputs[0].bits_per_direction + absent // 16 * 8 * 2 * 6
+    assert 8 * packed.nbytes == fixed - saved + unit_bits(layer, packed)
 
 
 @pytest.mark.parametrize("bits", [0.7, 1.0, 1.6, 2.0, 2.5, 3.7, 5.0])
@@ -388,7 +391,7 @@ def test_a_budget_below_the_least_says_the_least() -> None:
         layer.run(s)
     least = float(re.search(r"below the (\d+\.\d+)", str(caught.value))[1])
     packed, _ = layer.run(dataclasses.replace(s, bits=least + 1e-3))
-    assert not bool(packed.widths_in.any() or packed.widths_out.any())
+    assert packed.bits_per_weight <= least + 1e-3
 
 
 def test_a_budget_below_the_narrowest_width_says_the_least() -> None:
@@ -423,6 +426,35 @@ def test_auto_goes_on_without_a_basis_that_cannot_be_inverted(monkeypatch: pytes
         layer.run(settings(input_basis="none", output_basis="spectral"))
 
 
+def test_directions_that_no_expert_uses_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R < H: the layer computes the same without them, and what they would take is spent elsewhere."""
+    layer, s = make_layer(width=32), settings(bits=1.5, input_basis="spectral", block_size=8)
+    layer = dataclasses.replace(layer, x=layer.x * torch.tensor([1.0] * 24 + [1e-4] * 40))
+    plan, budget = layer.plan(s), s.bits * layer.weights
+    chosen = plan.choose(budget)
+    packed, report = quantize_layer(layer.experts, layer.tokens, chosen, s)
+    layout = ExpertsLayout.from_tensor(packed.layout)
+    check_structure(dict(packed.items()), "layer")
+    used = int(chosen.inputs.widths.amax(0).nonzero().max()) + 1
+    assert layout.rank_in == 8 * used <= 24
+    assert packed.basis_in.shape[0] == 8 * used
+    check_budget(layer, packed, report, s)
+
+    monkeypatch.setattr(design, "idle_units", lambda _: 0)
+    monkeypatch.setattr(quantize, "idle_units", lambda _: 0)
+    assert chosen.predicted_distortion < plan.choose(budget).predicted_distortion
+    whole, _ = quantize_layer(layer.experts, layer.tokens, chosen, s)
+    assert ExpertsLayout.from_tensor(whole.layout).rank_in == 64
+    torch.testing.assert_close(layer.packed_forward(packed), layer.packed_forward(whole))
+
+
+@pytest.mark.parametrize(
+    ("widths", "idle"), [([[1, 0, 2, 0, 0], [0, 0, 1, 0, 0]], 2), ([[0, 0, 3]], 0), ([[0, 0]], 1), ([[4, 0]], 1)]
+)
+def test_idle_units_are_the_last_ones(widths: list[list[int]], idle: int) -> None:
+    assert design.idle_units(torch.tensor(widths, dtype=torch.uint8)) == idle
+
+
 def test_more_bits_than_anything_costs() -> None:
     layer, s = make_layer(), settings(bits=8.0, widths=(0, 2))
     packed, report = layer.run(s)
@@ -430,8 +462,9 @@ def test_more_bits_than_anything_costs() -> None:
     check_budget(layer, packed, report, s)
 
 
-def test_curve_is_what_the_allocation_reaches() -> None:
-    """The curve bounds the exact allocation from below at every budget, and falls."""
+def test_curve_is_what_the_allocation_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve bounds the exact allocation from below at every budget, and falls; directions left out come on top."""
+    monkeypatch.setattr(design, "idle_units", lambda _: 0)
     layer = make_layer()
     plan = layer.plan(settings())
     bits, distortion = plan.curve(points=40)

@@ -46,6 +46,13 @@ class SidePlan:
     rank: int
 
     @property
+    def bits_per_direction(self) -> int:
+        """Stored bits of one row of an input basis."""
+        if self.basis is None:
+            return 0
+        return sum(8 * t[0].nbytes for t in (self.basis.stored, self.basis.step) if t is not None)
+
+    @property
     def basis_bits(self) -> int:
         """Stored bits of the basis, its tensors' checksums included."""
         if self.basis is None:
@@ -170,11 +177,38 @@ class LayerPlan:
                 "layer's bases, widths, dense experts and narrowest codes take; raise `bits`, lower `basis_bits`, set "
                 "the bases to none or add 0 to `widths`"
             )
-        return self._design(*best)
+        inputs, outputs, solved = best
+        return self._design(inputs, outputs, self._without_idle(inputs, outputs, solved, budget_bits))
+
+    def _without_idle(
+        self, inputs: SidePlan, outputs: SidePlan, allocation: Allocation, budget_bits: float
+    ) -> Allocation:
+        """The allocation once more, with the bits of the last input directions if no expert uses them (R < H).
+
+        They are not stored, neither their rows of the basis nor their widths; the other units get what that saves.
+        """
+        num_experts = self.shape[0]
+        cut, units = 2 * num_experts * inputs.rank // self.block_size, inputs.rank // self.block_size
+        idle = 0 if inputs.basis is None else idle_units(self._widths(allocation.choice[:cut]).view(-1, units))
+        if not idle:
+            return allocation
+        saved = idle * (self.block_size * inputs.bits_per_direction + 8 * 2 * num_experts)
+        kept = np.ones(len(allocation.choice), dtype=bool)
+        kept[:cut] = np.tile(np.arange(units) < units - idle, 2 * num_experts)
+        table = self._table(inputs, outputs)
+        budget = budget_bits - self.fixed_bits(inputs, outputs) + saved
+        solved = allocate(table[kept], self._unit_costs(), budget, self.settings.solver)
+        choice = allocation.choice.copy()
+        choice[kept] = solved.choice
+        return replace(solved, choice=choice, distortion=solved.distortion + float(table[~kept, 0].sum()))
+
+    def _widths(self, choice: np.ndarray) -> torch.Tensor:
+        """Widths, uint8, of chosen columns of the cost tables."""
+        return torch.tensor(self.inputs[0].costs.widths, dtype=torch.uint8)[torch.from_numpy(choice)]
 
     def _design(self, inputs: SidePlan, outputs: SidePlan, allocation: Allocation) -> LayerDesign:
         num_experts = self.shape[0]
-        widths = torch.tensor(inputs.costs.widths, dtype=torch.uint8)[torch.from_numpy(allocation.choice)]
+        widths = self._widths(allocation.choice)
         cut = 2 * num_experts * inputs.rank // self.block_size
         widths_in, widths_out = widths[:cut].view(2 * num_experts, -1), widths[cut:].view(num_experts, -1)
         for expert in self.dense_ids:
@@ -216,6 +250,12 @@ class LayerPlan:
 
 def _energy(costs: SideCosts) -> tuple[float, ...]:
     return tuple(costs.distortion[:, :, 0].sum(0).tolist()) if costs.widths[0] == 0 else ()
+
+
+def idle_units(widths: torch.Tensor) -> int:
+    """How many of the last units no matrix uses, of ``widths [matrices, units]``; one is always kept."""
+    used = widths.amax(0).nonzero()
+    return widths.shape[1] - 1 - (int(used[-1]) if len(used) else 0)
 
 
 def moved(value: T, device: torch.device | str) -> T:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .costs import chosen_steps
-from .design import LayerDesign, output_coupling, plan_layer, project
+from .design import LayerDesign, idle_units, output_coupling, plan_layer, project
 from .layer import DenseExperts, QuantizerSettings
 from .layout import ExpertsLayout, PackedExperts, pack_factor
 from .numerics import collected, stored_trouble
@@ -310,11 +310,14 @@ def _pack(
 ) -> PackedExperts:
     num_experts, hidden, length = experts.down.shape
     bases = design.inputs.basis, design.outputs.basis
+    idle = 0 if bases[0] is None else idle_units(inputs.widths)
+    units_in = inputs.widths.shape[1] - idle
+    rank_in = units_in * design.block_size
     layout = ExpertsLayout(
         num_experts=num_experts,
         hidden_size=hidden,
         intermediate_size=length,
-        rank_in=inputs.codes.shape[2],
+        rank_in=rank_in,
         rank_out=outputs.codes.shape[2],
         block_size=design.block_size,
         group_size=settings.group_size,
@@ -325,8 +328,9 @@ def _pack(
         has_bias=int(experts.in_bias is not None),
     )
     device = inputs.codes.device
-    width_in, width_out = inputs.widths.to(device), outputs.widths.to(device)
-    payload_in, steps_in = pack_factor(inputs.codes, inputs.steps, width_in, layout, "in")
+    width_in, width_out = inputs.widths[:, :units_in].to(device).contiguous(), outputs.widths.to(device)
+    codes_in, all_steps_in = inputs.codes[:, :, :rank_in], inputs.steps[:, :, :rank_in]
+    payload_in, steps_in = pack_factor(codes_in, all_steps_in, width_in, layout, "in")
     payload_out, steps_out = pack_factor(outputs.codes.transpose(1, 2), outputs.steps, width_out, layout, "out")
     packed = PackedExperts(
         layout=layout.to_tensor().to(device),
@@ -340,7 +344,12 @@ def _pack(
         out_bias=experts.out_bias,
     )
     if bases[0] is not None:
-        packed = replace(packed, basis_in=bases[0].stored, basis_in_step=bases[0].step)
+        step = bases[0].step
+        packed = replace(
+            packed,
+            basis_in=bases[0].stored[:rank_in].contiguous(),
+            basis_in_step=None if step is None else step[:rank_in].contiguous(),
+        )
     if bases[1] is not None:
         packed = replace(packed, basis_out=bases[1].stored, basis_out_step=bases[1].step)
     if design.dense_ids:
