@@ -113,6 +113,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         for name, experts in tqdm(packed.items(), desc="Checking packed experts", disable=not packed):
             experts.requires_grad_(False)
             _check_loaded(experts, name)
+        _finish_casting(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
@@ -132,6 +133,21 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
 def install() -> None:
     """Make transformers read compressed-tensors checkpoints through `BitsMoEHfQuantizer`."""
     AUTO_QUANTIZER_MAPPING["compressed-tensors"] = BitsMoEHfQuantizer
+
+
+def _finish_casting(model: PreTrainedModel) -> None:
+    """Give what the files hold in fewer bits than the model was asked for its dtype.
+
+    With a quantizer, transformers 5.17 does not cast the tensors that it renames while loading, such as Mixtral's
+    routers, and the first forward fails on two dtypes.
+    """
+    for module in model.modules():
+        if isinstance(module, BitsMoEExperts) or getattr(module, "quantization_scheme", None) is not None:
+            continue
+        for parameter in module.parameters(recurse=False):
+            narrow = parameter.is_floating_point() and parameter.dtype.itemsize <= model.dtype.itemsize
+            if narrow and parameter.dtype != model.dtype:
+                parameter.data = parameter.data.to(model.dtype)
 
 
 def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
