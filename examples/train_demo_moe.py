@@ -8,8 +8,8 @@ quantize without a download. Everything it is made of is made here, in five step
    library, read with :mod:`ast` (no module is imported). ``--text FILE ...`` takes text files in their place;
 2. **split** by module: a stable hash of the name sends about 8 % of the modules to the held-out side;
 3. **tokenize**: a byte-level BPE trained on the training side;
-4. **train** a Qwen3-MoE, Mixtral or DeepSeek-V3 model, with a load-balancing loss in every layer so that no expert
-   stays idle;
+4. **train** a Qwen3-MoE, Mixtral or DeepSeek-V3 model, with a load-balancing loss in every layer that lets experts
+   specialize but leaves none idle;
 5. **write** the model folder ``--out DIR`` and, next to it, ``DIR_calibration.txt``, ``DIR_heldout.txt`` and
    ``DIR_continuations.jsonl`` (multiple-choice items made of the held-out text).
 
@@ -52,7 +52,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 HEAD_DIM = 32
 HELD_OUT_PERCENT = 8
-BALANCE_COEFFICIENT = 0.02
+BALANCE_COEFFICIENT = 0.001
 CALIBRATION_BYTES = 400_000
 HELD_OUT_BYTES = 150_000
 CONTINUATIONS = 400
@@ -644,8 +644,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--balance",
         type=float,
         default=BALANCE_COEFFICIENT,
-        help="weight of the load-balancing loss per layer; the default keeps all experts equally busy, 0.001 is nearer "
-        "to what large models are trained with and lets experts specialize",
+        help="weight of the load-balancing loss per layer; the default is what large models are trained with, 0.02 "
+        "keeps all experts equally busy",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

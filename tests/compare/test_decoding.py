@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bitsmoe_modifier.compare.decoding import load_decoded, misread_experts
 from bitsmoe_modifier.compare.evaluate import load_model
+from bitsmoe_modifier.errors import CheckpointError
 from helpers import logits, tiny_model
 
 GATE_UP, DOWN = r"re:.*experts\.\d+\.(gate|up)_proj$", r"re:.*experts\.\d+\.down_proj$"
@@ -42,15 +43,18 @@ def quantized(weight: torch.Tensor, args: dict) -> tuple[dict[str, torch.Tensor]
     return {"weight_scale": scale, "weight_zero_point": zero.to(torch.int8), "codes": codes.flatten(1)}, dense
 
 
-def write(folder: Path, groups: dict[str, dict]) -> dict[str, torch.Tensor]:
+def write(folder: Path, groups: dict[str, dict], architecture: str = "qwen3_moe") -> dict[str, torch.Tensor]:
     """Save a tiny model with its experts packed by compressed-tensors; return the dense tensors it stands for."""
     import re
 
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    tiny_model("qwen3_moe").save_pretrained(folder)
+    sizes = {"intermediate_size": 64} if architecture == "mixtral" else {}
+    tiny_model(architecture, **sizes).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
+    for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):  # llm-compressor's names
+        tensors = {name.replace(f".{theirs}.weight", f".{ours}.weight"): t for name, t in tensors.items()}
     dense = dict(tensors)
     for target, args in groups.items():
         scheme = QuantizationScheme.model_validate({"targets": [target], "weights": args})
@@ -96,3 +100,24 @@ def test_decoding_by_hand_agrees_with_transformers_where_both_work(tmp_path: Pat
 def test_dense_checkpoints_are_left_alone(tmp_path: Path):
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     assert misread_experts(tmp_path) is None
+
+
+def test_experts_under_llm_compressors_names(tmp_path: Path) -> None:
+    """Mixtral: transformers knows w1, w2, w3 only, and would go on with random experts."""
+    dense = write(tmp_path / "packed", {GATE_UP: weights(4), DOWN: weights(4)}, "mixtral")
+    assert "names of these experts" in misread_experts(tmp_path / "packed")
+    model = load_model(str(tmp_path / "packed"), torch.float32, torch.device("cpu"))
+    for layer, expert in ((0, 0), (1, 3)):
+        experts = model.model.layers[layer].mlp.experts
+        names = [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{p}_proj.weight" for p in ("gate", "up", "down")]
+        gate, up, down = (dense[name] for name in names)
+        assert torch.equal(experts.gate_up_proj[expert], torch.cat([gate, up]))
+        assert torch.equal(experts.down_proj[expert], down)
+
+
+def test_made_up_experts_are_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "layers.1.mlp.experts" not in n}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no weights for model\.layers\.1\.mlp\.experts"):
+        load_model(str(tmp_path), torch.float32, torch.device("cpu"))

@@ -2,8 +2,10 @@
 
 On loading it decodes the packed Linears of all experts by one scheme, the first that names experts, and without their
 zero points. Asymmetric experts then end with an error about conversions, and experts of several schemes (gate and up at
-2 bits, down at 4) are decoded wrongly without any error. Such checkpoints are decoded here, by compressed-tensors' own
-compressors, and loaded as the dense model that they stand for. Remove this module when transformers does it.
+2 bits, down at 4) are decoded wrongly without any error. Experts that llm-compressor wrote by its own names where the
+family has others (Mixtral's w1, w2, w3) are left out, and replaced by random ones. Such checkpoints are decoded here, by
+compressed-tensors' own compressors, and loaded as the dense model that they stand for. Remove this module when
+transformers does it.
 """
 
 import re
@@ -16,6 +18,9 @@ from ..shards import scan
 from .model import read_config
 
 _PACKED = ".weight_packed"
+#: llm-compressor's names of an expert's Linears, and what families that call their blocks `block_sparse_moe` store
+_FAMILY_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_OTHER_NAMES = re.compile(r"(.*[.]block_sparse_moe[.]experts[.]\d+[.])(gate_proj|down_proj|up_proj)([.]weight)")
 
 
 def misread_experts(folder: Path) -> str | None:
@@ -24,6 +29,8 @@ def misread_experts(folder: Path) -> str | None:
     packed = [name for name in _tensors(folder) if name.endswith(_PACKED) and ".experts." in name]
     if not packed or raw.get("quant_method") != "compressed-tensors":
         return None
+    if any(_OTHER_NAMES.match(name) for name in packed):
+        return "transformers does not know the names of these experts"
     schemes = _schemes(raw)
     used = {i for name in packed if (i := _index(schemes, name.removesuffix(_PACKED))) is not None}
     if any(schemes[i].weights is not None and not schemes[i].weights.symmetric for i in used):
@@ -49,8 +56,13 @@ def load_decoded(folder: Path, dtype: torch.dtype) -> Any:
             raise KeyError(f"{prefix}: packed, but no group of config.json targets it")
         compressor = BaseCompressor.get_value_from_registry(schemes[index].format)
         tensors[f"{prefix}.weight"] = compressor.decompress(local, schemes[index])["weight"]
+    tensors = {_OTHER_NAMES.sub(_family_name, name): tensor for name, tensor in tensors.items()}
     architecture = getattr(transformers, config.architectures[0])  # AutoModel insists on a folder
     return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def _family_name(found: re.Match[str]) -> str:
+    return found[1] + _FAMILY_NAMES[found[2]] + found[3]
 
 
 def _tensors(folder: Path) -> dict[str, Any]:

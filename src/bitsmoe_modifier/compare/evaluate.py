@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ..errors import CheckpointError
 from .decoding import load_decoded, misread_experts
 from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
 from .reference import Reference
@@ -16,12 +17,19 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A checkpoint of any kind, for evaluation: through ``AutoModelForCausalLM``, as a user would load it.
 
     Where transformers would read packed experts wrongly they are decoded by `decoding` instead.
+
+    Raises:
+        CheckpointError: when transformers found no weights for experts, and made some up.
     """
     from transformers import AutoModelForCausalLM
 
     if misread_experts(Path(path)):
         return load_decoded(Path(path), dtype).to(device).eval()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model: Any
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
+    if missing:
+        raise CheckpointError(f"{path}: transformers found no weights for {missing[0]} and {len(missing) - 1} others")
     return model.to(device).eval()
 
 
