@@ -109,8 +109,8 @@ def test_experts_under_llm_compressors_names(tmp_path: Path) -> None:
     model = load_model(str(tmp_path / "packed"), torch.float32, torch.device("cpu"))
     for layer, expert in ((0, 0), (1, 3)):
         experts = model.model.layers[layer].mlp.experts
-        names = [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{p}_proj.weight" for p in ("gate", "up", "down")]
-        gate, up, down = (dense[name] for name in names)
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+        gate, up, down = (dense[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down"))
         assert torch.equal(experts.gate_up_proj[expert], torch.cat([gate, up]))
         assert torch.equal(experts.down_proj[expert], down)
 

@@ -3,8 +3,8 @@
 On loading it decodes the packed Linears of all experts by one scheme, the first that names experts, and without their
 zero points. Asymmetric experts then end with an error about conversions, and experts of several schemes (gate and up at
 2 bits, down at 4) are decoded wrongly without any error. Experts that llm-compressor wrote by its own names where the
-family has others (Mixtral's w1, w2, w3) are left out, and replaced by random ones. Such checkpoints are decoded here, by
-compressed-tensors' own compressors, and loaded as the dense model that they stand for. Remove this module when
+family has others (Mixtral's w1, w2, w3) are left out, and random ones take their place. Such checkpoints are decoded
+here, by compressed-tensors' own compressors, and loaded as the dense model that they stand for. Remove this module when
 transformers does it.
 """
 

@@ -25,8 +25,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
 
     if misread_experts(Path(path)):
         return load_decoded(Path(path), dtype).to(device).eval()
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
     if missing:
         raise CheckpointError(f"{path}: transformers found no weights for {missing[0]} and {len(missing) - 1} others")
