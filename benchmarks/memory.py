@@ -33,7 +33,9 @@ def measure(model: Path, options: argparse.Namespace, folder: Path) -> tuple[flo
     (folder / "recipe.yaml").write_text(
         f"only_stage: {{q_modifiers: {{BitsMoEModifier: {{bits: {options.bits}, scope: {options.scope}}}}}}}\n"
     )
-    command = [sys.executable, "-m", "bitsmoe_modifier", "quantize", "--model", str(model)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
+    command = [sys.executable, *(torchrun if options.processes > 1 else ()), "-m", "bitsmoe_modifier", "quantize"]
+    command += ["--model", str(model)]
     command += ["--recipe", str(folder / "recipe.yaml"), "--calibration", str(text), "--out", str(folder / "packed")]
     command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--batch-size", "1"]
     started = time.perf_counter()
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--scope", choices=("global", "layer"), default="global")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="what the model computes in")
+    parser.add_argument("--processes", type=int, default=1, help="that quantize together under torchrun")
     parser.add_argument("--folder", help="where to write the model and its quantized form; default: temporary")
     options = parser.parse_args()
     sizes = {name: getattr(options, name) for name in ("layers", "experts", "hidden", "width", "choices")}
@@ -67,7 +70,8 @@ def main() -> None:
         took, peak = measure(folder / "model", options, folder)
         size = sum(file.stat().st_size for file in (folder / "packed").glob("*.safetensors"))
     shape = ", ".join(f"{key} {value}" for key, value in sizes.items())
-    print(f"{shape}; {stored / 1e9:.2f} GB in bf16; {tokens} tokens, {options.dtype}, {os.cpu_count()} cores\n")
+    machine = f"{os.cpu_count()} cores, {options.processes} processes of {torch.get_num_threads()} threads"
+    print(f"{shape}; {stored / 1e9:.2f} GB in bf16; {tokens} tokens, {options.dtype}, {machine}\n")
     print("| | planned | measured | measured / planned |\n|---|---|---|---|")
     rows = [
         ("peak memory, GB", plan.cpu_bytes / 1e9, peak / 1e9),

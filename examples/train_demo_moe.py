@@ -53,6 +53,7 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 HEAD_DIM = 32
 HELD_OUT_PERCENT = 8
 BALANCE_COEFFICIENT = 0.001
+WEIGHT_DECAY = 0.1
 CALIBRATION_BYTES = 400_000
 HELD_OUT_BYTES = 150_000
 CONTINUATIONS = 400
@@ -371,11 +372,11 @@ def cosine_with_warmup(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizer(model: PreTrainedModel, lr: float) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel, lr: float, decay: float) -> torch.optim.AdamW:
     """AdamW; weight decay on the matrices, none on the norms."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -389,13 +390,14 @@ def train(
     lr: float,
     seed: int,
     balance: float = BALANCE_COEFFICIENT,
+    decay: float = WEIGHT_DECAY,
 ) -> None:
     """Train in place on ``steps`` batches of random windows, ``seq`` tokens each, of the token stream ``ids`` [n].
 
     ``balance`` weighs `balance_loss`, summed over the layers, against the cross entropy in nats.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = make_optimizer(model, lr)
+    optimizer = make_optimizer(model, lr, decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps))
     offsets = torch.arange(seq)
     running = math.log(model.config.vocab_size)
@@ -647,6 +649,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="weight of the load-balancing loss per layer; the default is what large models are trained with, 0.02 "
         "keeps all experts equally busy",
     )
+    parser.add_argument(
+        "--decay",
+        type=float,
+        default=WEIGHT_DECAY,
+        help="AdamW's weight decay. A large model's training forgets its random start (learning rate x decay x steps "
+        "is far above 1); a short one needs a larger decay for that",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -685,6 +694,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         lr=args.lr,
         seed=args.seed,
         balance=args.balance,
+        decay=args.decay,
     )
     seconds = time.monotonic() - began
     save(model, tokenizer, args.out)

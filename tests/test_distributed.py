@@ -13,8 +13,13 @@ import torch.distributed as dist
 
 from bitsmoe_modifier import CalibrationError
 from bitsmoe_modifier.compare.processes import start_context
+from bitsmoe_modifier.design import plan_layer
 from bitsmoe_modifier.distributed import Ranks, check_shares, share
 from bitsmoe_modifier.fingerprint import rows_digest
+from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.layer import DenseExperts, QuantizerSettings
+from bitsmoe_modifier.quantize import quantize_layer
+from bitsmoe_modifier.statistics import RoutedTokens
 
 
 def batches(count: int, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
@@ -32,12 +37,16 @@ def _exchange(rank: int, ranks: Ranks) -> None:
     for count in (2, 5, 6):
         everything = batches(count)
         collected = ranks.collect(share(everything, ranks))
-        assert len(collected) == (count if rank == 0 else 0)
-        for got, expected in zip(collected, everything if rank == 0 else [], strict=True):
+        for got, expected in zip(collected, everything, strict=True):
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
     assert ranks.collect([]) == []
     assert ranks.everyones(f"rank {rank}") == ["rank 0", "rank 1"]
     assert ranks.total(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
+    for rows in (1, 5):
+        filled = torch.zeros(rows, 3, dtype=torch.uint8)
+        filled[list(ranks.mine(rows))] = rank + 1
+        ranks.gather_rows(filled)
+        assert rank == 1 or filled[:, 0].tolist() == [1] * (rows // 2) + [2] * (rows - rows // 2)
     assert ranks.compute(lambda: ("made by", rank, torch.arange(3)))[1] == 0
     with pytest.raises(CalibrationError, match="layer 3: too hot"):
         ranks.compute(_too_hot)
@@ -47,6 +56,35 @@ def _exchange(rank: int, ranks: Ranks) -> None:
 
 def _too_hot() -> None:
     raise CalibrationError("layer 3: too hot")
+
+
+def _quantizes(rank: int, ranks: Ranks) -> None:
+    """Each process measures and rounds some experts; together they make what one makes, but for the order of sums."""
+    gen = torch.Generator().manual_seed(3)
+    hidden, width, tokens = 64, 32, 300
+    for num_experts in (5, 1):
+        experts = DenseExperts(
+            torch.randn(num_experts, 2 * width, hidden, generator=gen) / 8,
+            torch.randn(num_experts, hidden, width, generator=gen) / 6,
+            Gating(),
+        )
+        x = torch.randn(tokens, hidden, generator=gen) * torch.logspace(0, -1, hidden)
+        ids = torch.rand(tokens, num_experts, generator=gen).argsort(1)[:, :2]
+        routed = RoutedTokens.from_router(x, ids, torch.rand(ids.shape, generator=gen) + 0.1, num_experts)
+        settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16)
+        alone, together = (plan_layer(experts, routed, settings, ranks=one) for one in (None, ranks))
+        for mine, ours in zip(alone.curve(), together.curve(), strict=True):
+            torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(mine), rtol=1e-4, atol=0)
+        design = alone.choose(3.0 * experts.elements)
+        one, report = quantize_layer(experts, routed, design, settings)
+        two, shared = quantize_layer(experts, routed, design, settings, ranks=ranks)
+        assert ranks.everyones(two.checksums.tolist())[0] == two.checksums.tolist(), "every process has the same"
+        assert torch.equal(one.layout, two.layout)
+        for side in ("in", "out"):
+            ours, theirs = (getattr(packed, f"codes_{side}") for packed in (two, one))
+            assert float((ours != theirs).float().mean()) < 4e-3, "a byte holds up to eight codes"
+        assert shared.relative_output_error == pytest.approx(report.relative_output_error, rel=1e-2)
+        assert shared.width_counts == report.width_counts
 
 
 def _other_dies(rank: int, ranks: Ranks) -> None:
@@ -71,7 +109,9 @@ def _process(rank: int, store: str, body: Callable[[int, Ranks], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "codes"), [(_exchange, [0, 0]), (_other_dies, [0, -9]), (_first_dies, [-9, 0])], ids=lambda b: str(b)[:20]
+    ("body", "codes"),
+    [(_exchange, [0, 0]), (_quantizes, [0, 0]), (_other_dies, [0, -9]), (_first_dies, [-9, 0])],
+    ids=lambda b: str(b)[:20],
 )
 def test_two_processes(body: Callable[[int, Ranks], None], codes: list[int], tmp_path: Path) -> None:
     processes = [

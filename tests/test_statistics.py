@@ -265,7 +265,10 @@ def test_down_moments(kind: str) -> None:
     tokens, width = case.tokens(), case.down.shape[2]
     rounded = (case.gate_up.float() * 4).round() / 4
     experts = DenseExperts(case.gate_up, case.down, Gating(), case.bias)
-    moments, lost = down_moments(experts, tokens, case.x.float(), lambda expert: rounded[expert])
+    ids = range(case.num_experts)
+    moments, lost = down_moments(experts, tokens, case.x.float(), lambda expert: rounded[expert], ids)
+    some = down_moments(experts, tokens, case.x.float(), lambda expert: rounded[expert], ids[1:])
+    assert all(torch.equal(part, whole[1:]) for part, whole in zip(some, (moments, lost), strict=True))
     seen, missing = (torch.zeros(case.num_experts, width, width, dtype=torch.float64) for _ in range(2))
     for e, pairs in enumerate(tokens.pairs(range(case.num_experts))):
         for token, weight in zip(tokens.token[pairs].tolist(), tokens.weight[pairs].double().tolist(), strict=True):

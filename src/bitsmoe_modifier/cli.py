@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(given)
-    messages.configure("json" if args.log_json else "quiet" if args.quiet else "text")
+    silent = args.quiet or os.environ.get("RANK", "0") != "0"  # of a torchrun job the first process speaks for all
+    messages.configure("quiet" if silent else "json" if args.log_json else "text")
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # while importing; `logs.set_up_logging` comes after it
     if messages.mode() != "text":
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, so before anything else
     if threading.current_thread() is threading.main_thread():
@@ -161,6 +163,7 @@ Examples:
   bitsmoe quantize --out docmoe-2bit                               the demo model, to see what happens
   bitsmoe quantize --model Qwen/Qwen3-30B-A3B --calibration wikitext.txt --samples 256 --seq-len 2048 --out OUT
   bitsmoe quantize --model DIR --recipe w2_attn_gptq_w4 --calibration FILE --out DIR2   attention too, by GPTQ
+  torchrun --nproc-per-node 8 -m bitsmoe_modifier quantize --model DIR --calibration FILE --out OUT   8 GPUs together
 """
 _COMPARE = """Quantize a model by every stage of a recipe, each in its own process from the unquantized model and with
 the same calibration rows; load every saved checkpoint again, measure it against the unquantized model, and write
@@ -346,6 +349,8 @@ def _run_quantize(args: argparse.Namespace, command: str) -> int:
         out=Path(args.out),
         options=_options(args),
     )
+    if made is None:
+        return 0
     print(
         f"{args.out}: {made['measured_bits_per_expert_weight']:.4f} bits per expert weight, "
         f"{made['checkpoint_bytes'] / 1e6:.2f} MB, {made['quantize_seconds']:.0f} s"

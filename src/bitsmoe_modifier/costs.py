@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .distributed import Ranks
 from .rounding import search_step
 
 #: Elements of a factor that the step search holds at once. Small enough for a CPU's cache, where the search's dozens of
@@ -40,6 +41,8 @@ def side_costs(
     widths: Sequence[int],
     block_size: int,
     group_size: int,
+    own: range | None = None,
+    ranks: Ranks | None = None,
 ) -> SideCosts:
     """The distortion of every unit at every width.
 
@@ -56,17 +59,21 @@ def side_costs(
         widths: candidate widths.
         block_size: directions per unit.
         group_size: columns along I per step.
+        own: which matrices the factors are; None for all.
+        ranks: the processes that have the others; None where this one has all.
     """
+    ranks = ranks or Ranks.alone()
     matrices, directions = gain.shape
     widths = tuple(sorted(widths))
     whole = torch.zeros(matrices, directions // block_size, dtype=torch.float64, device=gain.device)
     left = torch.zeros(directions // block_size, len(widths), dtype=torch.float64, device=gain.device)
     stride = min(matrices, -(-matrices * weight.shape[1] * directions // _SAMPLE_ELEMENTS))
-    numbered = enumerate(matrix for part in factors for matrix in part)
-    for at, factor in numbered:
+    each = (matrix for part in factors for matrix in part)
+    for at, factor in zip(range(matrices) if own is None else own, each, strict=True):
         whole[at] = _per_unit(weight[at] @ factor.square(), gain[at], block_size)
         if at % stride == 0:
             left += _left(factor, weight[at], gain[at], widths, block_size, group_size)
+    whole, left = ranks.total(whole), ranks.total(left)
     reference = whole[::stride].sum(0).clamp_min(torch.finfo(torch.float64).tiny)
     distortion = whole[:, :, None] * (left / reference[:, None])
     if widths[0] == 0:

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag
 
 from .allocation import Allocation, allocate, hull_curve
 from .costs import SideCosts, side_costs, unit_cost
+from .distributed import Ranks
 from .errors import CalibrationError, RecipeError
 from .layer import BasisChoice, DenseExperts, QuantizerSettings
 from .numerics import collected, note
@@ -275,6 +276,7 @@ def plan_layer(
     settings: QuantizerSettings,
     metric: torch.Tensor | None = None,
     dense_ids: Sequence[int] | Literal["auto"] = (),
+    ranks: Ranks | None = None,
 ) -> LayerPlan:
     """Measure a layer, build its candidate bases and cost tables (method.md sections 1 to 3).
 
@@ -284,12 +286,16 @@ def plan_layer(
         settings: how to quantize.
         metric: ``[H, H]`` loss curvature in the layer's output, None for squared output error.
         dense_ids: experts to keep dense; "auto" finds those with an outlying down-projection output.
+        ranks: the processes that plan the layer together, all with the same arguments; None for this one alone.
 
     Raises:
         CalibrationError: NaN or infinity in weights or activations, naming the expert.
     """
+    ranks = ranks or Ranks.alone()
     experts.check_finite()
-    statistics = collect_statistics(tokens, experts.gate_up, experts.down, experts.gating, experts.in_bias, metric)
+    statistics = collect_statistics(
+        tokens, experts.gate_up, experts.down, experts.gating, experts.in_bias, metric, ranks
+    )
     if dense_ids == "auto":
         dense_ids = super_experts(statistics)
     if dense_ids and 0 not in settings.widths:
@@ -299,11 +305,11 @@ def plan_layer(
     with collected(warnings):
         inputs = _candidates(
             settings.input_basis,
-            lambda spectral: _plan_input(experts, tokens, statistics, settings, block_size, spectral),
+            lambda spectral: _plan_input(experts, tokens, statistics, settings, block_size, spectral, ranks),
         )
         outputs = _candidates(
             settings.output_basis,
-            lambda spectral: _plan_output(experts, statistics, settings, block_size, spectral, metric),
+            lambda spectral: _plan_output(experts, statistics, settings, block_size, spectral, metric, ranks),
         )
     num_experts, hidden, width = experts.down.shape
     return LayerPlan(
@@ -372,19 +378,21 @@ def _plan_input(
     settings: QuantizerSettings,
     block_size: int,
     spectral: bool,
+    ranks: Ranks,
 ) -> SidePlan:
     num_experts, hidden, length = experts.down.shape
     basis, inverse = None, None
     if spectral:
-        b = input_directions(
-            statistics.input_moment, experts.gate_up, statistics.row_importance, hidden, settings.dampening_frac
-        )
+        moment, importance = statistics.input_moment, statistics.row_importance
+        b = input_directions(moment, experts.gate_up, importance, hidden, settings.dampening_frac, ranks)
         group = settings.resolve_basis_group(hidden)
-        basis, inverse = round_and_refit(b, settings.basis_bits, group, statistics.input_moment, "in")
+        basis, inverse = round_and_refit(b, settings.basis_bits, group, moment, "in")
     weight = statistics.row_importance.view(2 * num_experts, length)
     gain = direction_gain(tokens, statistics, basis).repeat_interleave(2, dim=0)
-    factors = (experts.in_factors(part, inverse) for part in experts.parts())
-    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size)
+    mine = ranks.mine(num_experts)
+    factors = (experts.in_factors(part, inverse) for part in experts.parts(mine))
+    own = range(2 * mine.start, 2 * mine.stop)
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, own, ranks)
     return SidePlan(basis, costs, weight, gain.shape[1])
 
 
@@ -395,6 +403,7 @@ def _plan_output(
     block_size: int,
     spectral: bool,
     metric: torch.Tensor | None,
+    ranks: Ranks,
 ) -> SidePlan:
     num_experts, hidden, _ = experts.down.shape
     basis, inverse = None, None
@@ -405,8 +414,9 @@ def _plan_output(
     coupling = output_coupling(basis, metric, hidden, experts.down.device)
     gain = coupling.diagonal().expand(num_experts, -1)
     weight = statistics.down_moment_diagonal
-    factors = (experts.out_factors(part, inverse).transpose(1, 2) for part in experts.parts())
-    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size)
+    mine = ranks.mine(num_experts)
+    factors = (experts.out_factors(part, inverse).transpose(1, 2) for part in experts.parts(mine))
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, mine, ranks)
     return SidePlan(basis, costs, weight, gain.shape[1])
 
 

@@ -1,16 +1,19 @@
 """Several processes that calibrate one model together (torchrun): who has which rows, who computes what.
 
 Every process runs its share of the calibration rows through its copy of the model. A layer's captured inputs then meet
-on the first process, which holds no more than a single process would, quantizes the layer and sends the result to all;
-the survey's second moments are summed. Rows are dealt out batch by batch and meet in their original order, so that the
-number of processes changes no more than the order in which the survey's moments are summed.
+on every process, which holds no more than a single process would; each measures and rounds its share of the layer's
+experts, sums are exchanged, and the first process packs what all have rounded and sends it to the others. Rows are
+dealt out batch by batch and meet in their original order, so that the number of processes changes no more than the
+order in which sums over experts, and over the survey's tokens, are taken.
 
 Collective calls run in a gloo group of their own, whose timeout bears that one process works for long while the others
 wait. A process that dies closes its connections, which ends the calls of all others with an error.
 """
 
+import contextlib
 import datetime
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
@@ -34,10 +37,24 @@ class Ranks:
         self.size = dist.get_world_size() if active else 1
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.size > 1 else None
 
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """This process without the others of its job."""
+        one = cls.__new__(cls)
+        one.rank, one.size, one._group = 0, 1, None
+        return one
+
     @property
     def first(self) -> bool:
-        """Whether this process is the one that computes."""
+        """Whether this process is the one that decides and packs."""
         return self.rank == 0
+
+    def mine(self, count: int) -> range:
+        """This process's share of ``count`` things in order (experts, tokens)."""
+        return self._share_of(self.rank, count)
+
+    def _share_of(self, rank: int, count: int) -> range:
+        return range(rank * count // self.size, (rank + 1) * count // self.size)
 
     def everyones(self, value: T) -> list[T]:
         """The values that all processes pass, in order of their ranks."""
@@ -74,8 +91,24 @@ class Ranks:
             raise outcome[0]
         return outcome[0]
 
+    def gather_rows(self, tensor: torch.Tensor) -> None:
+        """Fill in, on the first process, the rows that the others made: of each its share by `mine`, in place."""
+        if self.size == 1:
+            return
+        if not self.first:
+            share = self.mine(len(tensor))
+            if len(share):
+                dist.send(_bytes(tensor[share.start : share.stop]), 0, group=self._group)
+            return
+        for rank in range(1, self.size):
+            share = self._share_of(rank, len(tensor))
+            if len(share):
+                rows = torch.empty(len(share), *tensor.shape[1:], dtype=tensor.dtype)
+                dist.recv(_bytes(rows), rank, group=self._group)
+                tensor[share.start : share.stop] = rows.to(tensor.device)
+
     def collect(self, batches: list[Inputs]) -> list[Inputs]:
-        """All processes' batches on the first one, as a single process would have captured them; [] on the others.
+        """All processes' batches on every process, as a single one would have captured them.
 
         Args:
             batches: tuples of tensors ``[tokens, ...]``, equal in number, dtype and trailing sizes everywhere.
@@ -83,21 +116,41 @@ class Ranks:
         if self.size == 1:
             return batches
         lengths = self.everyones([len(batch[0]) for batch in batches])
-        if not self.first:
-            for column in zip(*batches, strict=True):
-                dist.send(_bytes(torch.cat(column)), 0, group=self._group)
-            return []
-        like = batches[0] if batches else ()
-        shares = [batches, *(self._receive(rank, lengths[rank], like) for rank in range(1, self.size))]
+        columns = [list(column) for column in zip(*batches, strict=True)]
+        shares = [self._broadcast(rank, lengths[rank], columns) for rank in range(self.size)]
         return [batch for batch in chain.from_iterable(zip_longest(*shares)) if batch is not None]
 
-    def _receive(self, rank: int, lengths: Sequence[int], like: Inputs) -> list[Inputs]:
-        columns = []
-        for tensor in like:
-            whole = torch.empty(sum(lengths), *tensor.shape[1:], dtype=tensor.dtype)
-            dist.recv(_bytes(whole), rank, group=self._group)
-            columns.append(whole.to(tensor.device).split(list(lengths)))
-        return list(zip(*columns, strict=True))
+    def _broadcast(self, rank: int, lengths: Sequence[int], columns: list[list[torch.Tensor]]) -> list[Inputs]:
+        """One process's batches on all of them; ``columns`` are this one's, which tell dtypes and sizes."""
+        made = []
+        for column in columns:
+            like = column[0]
+            whole = torch.empty(sum(lengths), *like.shape[1:], dtype=like.dtype)
+            if rank == self.rank:
+                whole = torch.cat(column).cpu().contiguous()
+            dist.broadcast(_bytes(whole), rank, group=self._group)
+            made.append(whole.to(like.device).split(list(lengths)))
+        return list(zip(*made, strict=True))
+
+
+@contextlib.contextmanager
+def torchrun_job(device: str) -> Iterator[Ranks]:
+    """The job that torchrun started this process for, while the block lasts; elsewhere a job of this one process.
+
+    Args:
+        device: that the processes compute on; of "cuda", each takes the one of its local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks()
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()
 
 
 def share(batches: Sequence[T], ranks: Ranks | None = None) -> list[T]:

@@ -63,10 +63,10 @@ class DenseExperts:
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
 
-    def parts(self) -> list[slice]:
-        """Consecutive experts, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
+    def parts(self, experts: range) -> list[slice]:
+        """Consecutive experts of some, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
         size = max(1, PART_ELEMENTS // max(self.gate_up[0].numel(), self.down.shape[1] ** 2))
-        return [slice(at, min(at + size, len(self.down))) for at in range(0, len(self.down), size)]
+        return [slice(at, min(at + size, experts.stop)) for at in range(experts.start, experts.stop, size)]
 
     def in_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:
         """A of a part's gate and up matrices in turn, float32 ``[2n, I, R]``.

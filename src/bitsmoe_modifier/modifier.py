@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
@@ -231,16 +231,13 @@ class BitsMoEModifier(Modifier):
         """Every layer's design under one budget for all, from a survey of the unquantized model."""
         plans: dict[str, LayerPlan] = {}
 
-        def plan(name: str, module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
-            plans[name] = moved(self._plan(name, dense_experts(module), _tokens(module, inputs), metric), "cpu")
-            return plans[name].curve()
-
         def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
             name = self._names[module]
             self._metrics[name] = metric.cpu()
             with _named(name):
-                inputs = self._ranks.collect(inputs)
-                return self._ranks.compute(lambda: plan(name, module, inputs, metric))
+                tokens = _tokens(module, self._ranks.collect(inputs))
+                plans[name] = moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
+                return plans[name].curve()
 
         surveys = survey_layers(
             state.model, state.data.calib, self._names, curve_of, self._sequential_targets, self._ranks
@@ -282,14 +279,13 @@ class BitsMoEModifier(Modifier):
             self._propagating.pop().keep_decoded(False)
 
     def _plan(self, name: str, experts: DenseExperts, tokens: RoutedTokens, metric: torch.Tensor | None) -> LayerPlan:
-        return plan_layer(experts, tokens, self.settings, metric, self._dense_ids(name))
+        return plan_layer(experts, tokens, self.settings, metric, self._dense_ids(name), self._ranks)
 
     def _make(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """One layer's stored tensors on the CPU: kept from an earlier run, or made now and kept."""
-        if self._resume is not None and name in self._finished:
-            return self._resume.layer(name)
-        packed, report = self._quantize(module, name, inputs)
-        packed = packed.to("cpu")
+        if name in self._finished:
+            return self._ranks.compute(lambda: cast(ResumeFolder, self._resume).layer(name))
+        packed, report = self._quantize(module, name, self._ranks.collect(inputs))
         if self._resume is not None:
             self._resume.keep_layer(name, packed, report)
         return packed, report
@@ -301,15 +297,17 @@ class BitsMoEModifier(Modifier):
         metric = None if metric is None else metric.to(tokens.x.device)
         design = self._designs.get(name)
         if design is None:
-            design = self._plan(name, experts, tokens, metric).choose(self.bits * experts.elements)
-        packed, report = quantize_layer(experts, tokens, moved(design, tokens.x.device), self.settings, metric)
-        _log(name, report)
+            plan = moved(self._plan(name, experts, tokens, metric), "cpu")
+            design = self._ranks.compute(lambda: plan.choose(self.bits * experts.elements))
+        here = moved(design, tokens.x.device)
+        packed, report = quantize_layer(experts, tokens, here, self.settings, metric, self._ranks)
+        if self._ranks.first:
+            _log(name, report)
         return packed, report
 
     def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
         """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
-        inputs = self._ranks.collect(inputs)
-        packed, report = self._ranks.compute(lambda: self._make(module, name, inputs))
+        packed, report = self._make(module, name, inputs)
         replacement = BitsMoEExperts(packed.to(module[0].gate_proj.weight.device), gating_of(module))
         replacement.report = report
         attach(replacement, self._scheme)

@@ -6,11 +6,13 @@ packed, report = quantize_layer(experts, tokens, design, settings)      # roundi
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 
 from .costs import chosen_steps
 from .design import LayerDesign, idle_units, output_coupling, plan_layer, project
+from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .layout import ExpertsLayout, PackedExperts, pack_factor
 from .numerics import collected, stored_trouble
@@ -75,6 +77,11 @@ class RoundedSide:
         steps = torch.ones(len(widths), length // group_size, directions, device=device)
         return cls(codes, steps, widths, block_size)
 
+    def gather(self, ranks: Ranks, num_experts: int) -> None:
+        """Fill in, on the first process, the experts that the others rounded."""
+        for tensor in (self.codes, self.steps):
+            ranks.gather_rows(tensor.unflatten(0, (num_experts, -1)))
+
     def levels(self, matrices: slice) -> torch.Tensor:
         """``2**b - 1`` of every direction of some matrices, float32 ``[n, directions]``."""
         widths = self.widths[matrices].to(self.codes.device, torch.float32)
@@ -92,6 +99,7 @@ def quantize_layer(
     design: LayerDesign,
     settings: QuantizerSettings,
     metric: torch.Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[PackedExperts, LayerReport]:
     """Round and pack one layer by its design (method.md section 5).
 
@@ -101,16 +109,41 @@ def quantize_layer(
         design: bases and widths.
         settings: how to quantize.
         metric: ``[H, H]`` loss curvature in the layer's output, None for squared output error.
+        ranks: the processes that divide the experts among them, all with the same arguments; None for this one alone.
+
+    Returns:
+        (stored tensors on the CPU, what was done), the same on all processes.
 
     Raises:
         CalibrationError: NaN or infinity in weights or activations, naming the expert.
     """
+    ranks = ranks or Ranks.alone()
     experts.check_finite()
     h = project(tokens.x, design.inputs.basis)
-    warnings = list(design.warnings)
+    warnings: list[str] = []
     with collected(warnings):
-        inputs = _round_input(experts, tokens, design, settings, h)
-        outputs = _round_output(experts, tokens, design, settings, h, inputs, metric)
+        inputs = _round_input(experts, tokens, design, settings, h, ranks)
+        outputs = _round_output(experts, tokens, design, settings, h, inputs, metric, ranks)
+    for side in (inputs, outputs):
+        side.gather(ranks, len(tokens.counts))
+    said = dict.fromkeys(design.warnings) | dict.fromkeys(chain.from_iterable(ranks.everyones(warnings)))
+    return ranks.compute(
+        lambda: _finished(experts, tokens, design, settings, h, inputs, outputs, tuple(said), metric is None)
+    )
+
+
+def _finished(
+    experts: DenseExperts,
+    tokens: RoutedTokens,
+    design: LayerDesign,
+    settings: QuantizerSettings,
+    h: torch.Tensor,
+    inputs: RoundedSide,
+    outputs: RoundedSide,
+    warnings: tuple[str, ...],
+    error_matters: bool,
+) -> tuple[PackedExperts, LayerReport]:
+    """Pack the rounded sides and report; ``error_matters``: a small output error is what the bits were given for."""
     packed = _pack(experts, design, settings, inputs, outputs)
     names = {"gate": inputs.widths[0::2], "up": inputs.widths[1::2], "down": outputs.widths}
     layout = ExpertsLayout.from_tensor(packed.layout)
@@ -127,10 +160,10 @@ def quantize_layer(
         solver=design.solver,
         relative_output_error=error,
         dense_experts=design.dense_ids,
-        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error if metric is None else None)),
+        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error if error_matters else None)),
         energy={"in": design.inputs.energy, "out": design.outputs.energy},
     )
-    return packed, report
+    return packed.to("cpu"), report
 
 
 def _histogram(widths: torch.Tensor) -> dict[int, int]:
@@ -154,17 +187,19 @@ def _round_input(
     design: LayerDesign,
     settings: QuantizerSettings,
     h: torch.Tensor,
+    ranks: Ranks,
 ) -> RoundedSide:
     """Gate, then up, of every expert under the second moment of its inputs.
 
-    Up absorbs what gate lost: an error δ of gate i costs least when up i is off by ``-slope_ratio_i δ``.
+    Up absorbs what gate lost: an error δ of gate i costs least when up i is off by ``-slope_ratio_i δ``. Of several
+    processes each rounds its share of the experts here, as in `_round_output`.
     """
     side, rank, length = design.inputs, h.shape[1], experts.down.shape[2]
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "in")
     share = prior_share(tokens.counts, rank, h.device)
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
-    for part in experts.parts():
+    for part in experts.parts(ranks.mine(len(tokens.counts))):
         matrices = slice(2 * part.start, 2 * part.stop)
         factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
         steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
@@ -200,6 +235,7 @@ def _round_output(
     h: torch.Tensor,
     inputs: RoundedSide,
     metric: torch.Tensor | None,
+    ranks: Ranks,
 ) -> RoundedSide:
     """Down of every expert under the second moment of the activations that the rounded gate and up make.
 
@@ -213,22 +249,25 @@ def _round_output(
     coupling = None
     if settings.compensation and not (side.basis is None and metric is None):
         coupling = output_coupling(side.basis, metric, hidden, h.device)
+    mine = ranks.mine(len(tokens.counts))
     if settings.error_feedback:
-        moments, lost = down_moments(experts, tokens, h, lambda expert: _gate_up(inputs, expert))
+        moments, lost = down_moments(experts, tokens, h, lambda expert: _gate_up(inputs, expert), mine)
         total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        share = prior_share(tokens.counts, length, h.device)
-        moments = shrink(moments, moments.sum(0) / total, design.mass, share)
+        own = slice(mine.start, mine.stop)
+        share = prior_share(tokens.counts, length, h.device)[own]
+        moments = shrink(moments, ranks.total(moments.sum(0)) / total, design.mass[own], share)
         lost *= (1 - share)[:, None, None]
-    for part in experts.parts():
+    for part in experts.parts(mine):
+        at = slice(part.start - mine.start, part.stop - mine.start)
         factor, level = experts.out_factors(part, inverse), rounded.levels(part)
         columns = factor.transpose(1, 2)
         steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
         if settings.error_feedback:
             if settings.compensation:
-                factor = _compensated(factor, moments[part], lost[part], settings.dampening_frac)
+                factor = _compensated(factor, moments[at], lost[at], settings.dampening_frac)
             # rows are directions here, so that the columns to round are those along I
             rows = steps.transpose(1, 2), level[:, :, None]
-            codes, rows_steps = _round_row_blocks(factor, moments[part], *rows, settings, coupling)
+            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, settings, coupling)
             codes, steps = codes.transpose(1, 2), rows_steps.transpose(1, 2)
         else:
             codes = encode(columns, _per_column(steps, length), level[:, None])

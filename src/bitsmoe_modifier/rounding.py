@@ -158,16 +158,16 @@ def round_with_feedback(
     level = level.gather(1, turn.expand(-1, -1, level.shape[2])) if level.shape[1] == n else level.expand(-1, n, -1)
     moment = moment.gather(1, turn.expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
     factor = feedback_factor(moment, dampening)
-    codes, error = torch.zeros_like(w), torch.empty_like(w)
+    codes, error, kept = torch.zeros_like(w), torch.empty_like(w), _kept(level)
     for start in range(0, n, _COLUMN_BLOCK):
         stop = min(start + _COLUMN_BLOCK, n)
         target = w[:, start:stop].clone()
         if start:
             target.baddbmm_(factor[:, :start, start:stop].mT, error[:, :start])
-        for at, kept in enumerate(_kept(level, start, stop), start):
+        for at in range(start, stop):
             column = target[:, at - start]
             # the error that later columns absorb is measured against the original weight
-            if kept:
+            if kept[at]:
                 codes[:, at], step[:, at], value = _round_column(column, step[:, at], level[:, at], row_weight)
                 error[:, at] = w[:, at] - value
             else:
@@ -203,16 +203,16 @@ def refine(
     damped = moment + damping[:, None, None] * torch.eye(n, device=moment.device)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     codes, step = (t.mT.clone(memory_format=torch.contiguous_format) for t in (codes, step))
-    level = level.expand(count, -1, -1).mT
-    level = level.expand(-1, n, -1)
+    level = level.expand(count, -1, -1).mT.expand(-1, n, -1)
+    kept = _kept(level)
     value = decode(codes, step.repeat_interleave(m // step.shape[2], dim=2), level)
     # H (W - Q)ᵀ: minus half the objective's slope in Qᵀ
     pull = torch.bmm(damped, w.mT - value)
     for start in range(0, n, _COLUMN_BLOCK):
         stop = min(start + _COLUMN_BLOCK, n)
         change = torch.zeros_like(pull[:, start:stop])
-        for at, kept in enumerate(_kept(level, start, stop), start):
-            if not kept:
+        for at in range(start, stop):
+            if not kept[at]:
                 continue
             target = value[:, at] + pull[:, at] / diagonal[:, at, None]
             codes[:, at], step[:, at], new = _round_column(
@@ -263,9 +263,9 @@ def refit_row_steps(
     return step
 
 
-def _kept(level: torch.Tensor, start: int, stop: int) -> list[bool]:
-    """Which columns from ``start`` to ``stop`` any matrix keeps, of ``level [N, n, m]`` or ``[N, n, 1]``."""
-    return (level[:, start:stop].amax((0, 2)) > 0).tolist()
+def _kept(level: torch.Tensor) -> list[bool]:
+    """Which columns any matrix keeps, of ``level [N, n, m]`` or ``[N, n, 1]``."""
+    return (level.amax((0, 2)) > 0).tolist()
 
 
 def _round_column(

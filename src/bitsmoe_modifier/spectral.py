@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .distributed import Ranks
 from .errors import RecipeError
 from .layout import decode_basis, pack_basis
 from .numerics import note
@@ -58,7 +59,12 @@ def symmetric_sqrt(moment: torch.Tensor, dampening: float) -> tuple[torch.Tensor
 
 
 def input_directions(
-    input_moment: torch.Tensor, gate_up: torch.Tensor, row_importance: torch.Tensor, rank: int, dampening: float
+    input_moment: torch.Tensor,
+    gate_up: torch.Tensor,
+    row_importance: torch.Tensor,
+    rank: int,
+    dampening: float,
+    ranks: Ranks | None = None,
 ) -> torch.Tensor:
     """Unrounded B: directions in which the calibration input is white, strongest first (method.md section 2).
 
@@ -68,15 +74,18 @@ def input_directions(
         row_importance: ρ, ``[E, 2I]``.
         rank: R ≤ H.
         dampening: see `symmetric_sqrt`.
+        ranks: the processes that divide the experts among them; None for this one alone.
 
     Returns:
         B, float32 ``[R, H]`` with rows of norm 1.
     """
+    ranks = ranks or Ranks.alone()
     root, inverse = symmetric_sqrt(input_moment, dampening)
     energy = torch.zeros_like(input_moment, dtype=torch.float64)
-    for w, rho in zip(gate_up, row_importance, strict=True):
-        scaled = w.to(torch.float32) * rho.sqrt()[:, None]
+    for expert in ranks.mine(len(gate_up)):
+        scaled = gate_up[expert].to(torch.float32) * row_importance[expert].sqrt()[:, None]
         energy += (scaled.T @ scaled).to(torch.float64)
+    energy = ranks.total(energy)
     _, vectors = torch.linalg.eigh(root.T @ energy @ root)
     b = vectors.flip(1).T[:rank] @ inverse
     return (b / b.norm(dim=1, keepdim=True)).to(torch.float32)

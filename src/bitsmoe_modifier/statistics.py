@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .distributed import Ranks
 from .errors import CalibrationError
 from .gating import Gating
 from .layer import DenseExperts
@@ -137,9 +138,13 @@ def expert_moments(
 
 
 def down_moments(
-    experts: DenseExperts, tokens: RoutedTokens, h: torch.Tensor, gate_up: Callable[[int], torch.Tensor]
+    experts: DenseExperts,
+    tokens: RoutedTokens,
+    h: torch.Tensor,
+    gate_up: Callable[[int], torch.Tensor],
+    ids: range,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E[ẑ ẑᵀ] and E[(z - ẑ) ẑᵀ] of every expert, float32 ``[E, I, I]``, summed over its pairs' weights.
+    """E[ẑ ẑᵀ] and E[(z - ẑ) ẑᵀ] of some experts, float32 ``[n, I, I]``, summed over their pairs' weights.
 
     z are the unquantized activations, ẑ those of the rounded gate and up.
 
@@ -148,17 +153,18 @@ def down_moments(
         tokens: its routed tokens.
         h: their inputs in the coordinates of those, float32 ``[T, R]``.
         gate_up: from an expert to its rounded factors, float32 ``[2I, R]``.
+        ids: which experts.
     """
-    num_experts, _, width = experts.down.shape
-    moments = torch.zeros(num_experts, width, width, dtype=torch.float32, device=h.device)
+    width = experts.down.shape[2]
+    moments = torch.zeros(len(ids), width, width, dtype=torch.float32, device=h.device)
     lost = torch.zeros_like(moments)
-    for expert, pairs in zip(range(num_experts), tokens.pairs(range(num_experts)), strict=True):
+    for moment, cross, expert, pairs in zip(moments, lost, ids, tokens.pairs(ids), strict=True):
         if pairs.stop > pairs.start:
             token, root = tokens.token[pairs], tokens.weight[pairs].sqrt()[:, None]
             exact = experts.activations(expert, tokens.x[token].to(torch.float32)) * root
             rounded = experts.activations(expert, h[token], gate_up(expert)) * root
-            torch.mm(rounded.T, rounded, out=moments[expert])
-            torch.mm((exact - rounded).T, rounded, out=lost[expert])
+            torch.mm(rounded.T, rounded, out=moment)
+            torch.mm((exact - rounded).T, rounded, out=cross)
     return moments, lost
 
 
@@ -214,6 +220,7 @@ def collect_statistics(
     gating: Gating,
     in_bias: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> LayerStatistics:
     """Statistics of one layer with its unquantized experts.
 
@@ -224,10 +231,12 @@ def collect_statistics(
         gating: elementwise gate function.
         in_bias: ``[E, 2I]`` or None.
         metric: ``[H, H]``, the loss's curvature in the layer's output; None for the identity (squared output error).
+        ranks: the processes that measure together, all with the same tokens; None for this one alone.
 
     Raises:
         CalibrationError: naming the expert whose activations are not finite.
     """
+    ranks = ranks or Ranks.alone()
     num_experts, hidden, width = down.shape
     device = tokens.x.device
     importance = torch.zeros(num_experts, 2 * width, device=device)
@@ -236,8 +245,8 @@ def collect_statistics(
     output_moment = torch.zeros(hidden, hidden, device=device)
     mass = torch.zeros(num_experts, device=device)
     peak = torch.zeros(num_experts, device=device)
-    experts = range(num_experts)
-    for expert, pairs in zip(experts, tokens.pairs(experts), strict=True):
+    mine, rows = ranks.mine(num_experts), ranks.mine(len(tokens.x))
+    for expert, pairs in zip(mine, tokens.pairs(mine), strict=True):
         if pairs.stop == pairs.start:
             continue
         weight = tokens.weight[pairs]
@@ -263,7 +272,11 @@ def collect_statistics(
             )
         output = output * weight.sqrt()[:, None]
         output_moment.addmm_(output.T, output)
-    input_moment = second_moment(tokens.x, tokens.token_weights)
+    own = slice(rows.start, rows.stop)
+    input_moment = second_moment(tokens.x[own], tokens.token_weights[own])
+    importance, diagonal, output_moment, ratio, mass, peak, input_moment = map(
+        ranks.total, (importance, diagonal, output_moment, ratio, mass, peak, input_moment)
+    )
     if not bool(torch.isfinite(input_moment).all() and torch.isfinite(output_moment).all()):
         raise CalibrationError("the squares of its inputs or outputs overflow; check weights and calibration text")
     return _with_prior(

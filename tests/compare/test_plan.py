@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_run_that_cannot_fit_is_refused(what: str, tiny: Path, tmp_path: Path, m
         monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(BitsMoEError, match=rf"need.* {what}.*--no-preflight to try it anyway"):
         check_machine([stage()], tiny / "model", tmp_path / "out", 512, torch.float32, "cpu")
+
+
+def test_every_process_of_a_machine_needs_its_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: Any = ([stage()], tiny / "model", tmp_path / "out", 512, torch.float32, "cpu")
+    monkeypatch.setattr(planning, "available_memory", lambda: 3 * 10**9)
+    check_machine(*arguments)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(BitsMoEError, match=r"of memory, 8 times \(.*fewer processes"):
+        check_machine(*arguments)
 
 
 def test_refusal_and_its_override_on_the_command_line(

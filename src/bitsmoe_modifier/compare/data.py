@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..distributed import share
 from ..errors import CalibrationError
 
 #: file endings read as tables of documents, and the name under which the datasets library knows them
@@ -153,5 +154,12 @@ def evaluation_rows(tokens: torch.Tensor, seq_len: int, rows: int, source: str) 
 
 
 def dataloader(rows: torch.Tensor, batch_size: int) -> DataLoader:
-    """The rows in order, in batches ``{"input_ids": int64 [batch, seq_len]}``, as llm-compressor's oneshot takes it."""
-    return DataLoader([{"input_ids": row} for row in rows], batch_size=batch_size)  # type: ignore[arg-type]
+    """The rows in order, in batches ``{"input_ids": int64 [batch, seq_len]}``, as llm-compressor's oneshot takes it.
+
+    Of several processes that calibrate together, each gets its share of the batches.
+
+    Raises:
+        CalibrationError: when there are fewer batches than processes.
+    """
+    batches = share([{"input_ids": batch} for batch in rows.split(batch_size)])
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]

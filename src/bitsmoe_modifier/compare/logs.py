@@ -22,13 +22,18 @@ def set_up_logging(verbose: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         warnings.filterwarnings("ignore", category=UserWarning, module="transformers|compressed_tensors|torch")
-    import llmcompressor  # noqa: F401 - its own configuration comes first, ours replaces it
     import transformers
+    from compressed_tensors.offload import dispatch
+    from llmcompressor.entrypoints import utils  # its own configuration comes first, ours replaces it
     from loguru import logger
 
+    utils.configure_distributed_logger = lambda *_: None  # oneshot would turn back to stdout in a torchrun job
+    if messages.mode() != "text":
+        dispatch.tqdm = lambda items, **_: items  # the one bar that ignores TQDM_DISABLE
     logger.remove()
     sink = _as_message if messages.mode() == "json" else sys.stderr
-    logger.add(sink, level="INFO" if verbose else "WARNING", filter=None if verbose else _worth_saying)
+    level = "INFO" if verbose else "ERROR" if messages.mode() == "quiet" else "WARNING"
+    logger.add(sink, level=level, filter=None if verbose else _worth_saying)
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     for name in _INTERNAL:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)

@@ -1,5 +1,6 @@
 """`bitsmoe plan`, and the same numbers as a check before a run: from config.json and the headers of the files alone."""
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -217,21 +218,25 @@ def check_machine(
 ) -> None:
     """Refuse the BitsMoE stages that this machine's memory or disk cannot hold, and families that are not supported.
 
+    Each of the processes that torchrun started on this machine holds the model.
+
     Raises:
         BitsMoEError: naming the stage, what it needs, what there is, and the remedies.
     """
     headers = read_headers(str(model))
     ours = [(stage.name, fields) for stage in stages if (fields := bitsmoe_fields(stage)) is not None]
-    _check_fits([(name, make_plan(headers, fields, tokens, dtype, device)[1]) for name, fields in ours], out, device)
+    plans = [(name, make_plan(headers, fields, tokens, dtype, device)[1]) for name, fields in ours]
+    _check_fits(plans, out, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _check_fits(plans: Sequence[tuple[str, Plan]], out: Path, device: str) -> None:
+def _check_fits(plans: Sequence[tuple[str, Plan]], out: Path, device: str, processes: int = 1) -> None:
     """Refuse runs that this machine cannot hold.
 
     Args:
         plans: name and plan of each run, which come one after the other and keep their checkpoints.
         out: folder that the checkpoints are written under.
         device: where layers are quantized.
+        processes: that run each plan together on this machine.
 
     Raises:
         BitsMoEError: with what is needed, what there is, and the remedies.
@@ -242,11 +247,12 @@ def _check_fits(plans: Sequence[tuple[str, Plan]], out: Path, device: str) -> No
         raise _refusal(f"the checkpoints need {_gb(needed)} of disk, {parent} has {_gb(free)}", "give another --out")
     memory = available_memory()
     for name, plan in plans:
-        if memory is not None and plan.cpu_bytes > memory:
+        if memory is not None and processes * plan.cpu_bytes > memory:
+            each = f", {processes} times" if processes > 1 else ""
             largest = ", ".join(f"{part} {_gb(n)}" for part, n in sorted(plan.cpu.items(), key=lambda i: -i[1])[:3])
             raise _refusal(
-                f"{name} needs about {_gb(plan.cpu_bytes)} of memory ({largest}), {_gb(memory)} are available",
-                "use --dtype bfloat16 or fewer --samples",
+                f"{name} needs about {_gb(plan.cpu_bytes)} of memory{each} ({largest}), {_gb(memory)} are available",
+                "use --dtype bfloat16, fewer --samples" + (" or fewer processes" if each else ""),
             )
         if plan.accelerator:
             there = torch.cuda.mem_get_info(torch.device(device))[0]

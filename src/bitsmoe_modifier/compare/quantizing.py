@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import nn
 
+from ..distributed import Ranks
 from ..fingerprint import fingerprint, rows_digest
 from ..folders import check_new_folder, written_whole
 from .data import dataloader
@@ -68,6 +69,8 @@ def quantize(
 ) -> QuantizeRecord:
     """Quantize a model by a recipe and save it; nothing appears under ``out`` unless all of it was written.
 
+    Several processes (`distributed.torchrun_job`) call it together with the same arguments; the first one writes.
+
     Args:
         model_folder: the dense model.
         recipe: YAML text with one stage.
@@ -107,13 +110,16 @@ def quantize(
     warnings = zeroed_experts(model)
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
     restore_dtypes(model, stored, stored_dtype)
-    with written_whole(out) as temporary:
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
-        _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
-        if reports:
-            noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}
-            (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
+    if not Ranks().first:
+        model.save_pretrained(out)  # takes part in what the first process writes, and writes nothing
+    else:
+        with written_whole(out) as temporary:
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
+            _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
+            if reports:
+                noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}
+                (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
     record = QuantizeRecord(
         load_seconds=loaded - started,
         seconds=finished - loaded,

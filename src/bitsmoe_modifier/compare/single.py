@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..distributed import torchrun_job
 from ..errors import BitsMoEError
 from ..export import export_dense
 from ..folders import check_new_folder
@@ -48,8 +49,8 @@ class Options:
 
 def quantize_one(
     model: str, recipe: str, stage: str | None, calibration: str, out: Path, options: Options
-) -> dict[str, Any]:
-    """Quantize a model by one stage of a recipe and save it.
+) -> dict[str, Any] | None:
+    """Quantize a model by one stage of a recipe and save it; under torchrun, with the job's other processes.
 
     Args:
         model, recipe, calibration: as the command line takes them.
@@ -58,7 +59,7 @@ def quantize_one(
         options: the rest.
 
     Returns:
-        Sizes, time, memory and warnings, named as in report.json.
+        Sizes, time, memory and warnings, named as in report.json; None on all processes but the first.
 
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work.
@@ -73,13 +74,16 @@ def quantize_one(
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
     set_up_logging(options.verbose)
     check_stage(chosen)
-    if options.preflight:
-        check_machine([chosen], dense.folder, out, rows.numel(), dtype, str(device))
     settings = QuantizeSettings(
         options.batch_size, dtype, options.pipeline, options.calibrate_all_experts, options.seed
     )
     text_run = chosen.text if options.resume_dir is None else with_resume(chosen, options.resume_dir)
-    made = quantize(dense.folder, text_run, rows, out, settings)
+    with torchrun_job(str(device)) as ranks:
+        if options.preflight:
+            ranks.compute(lambda: check_machine([chosen], dense.folder, out, rows.numel(), dtype, str(device)))
+        made = quantize(dense.folder, text_run, rows, out, settings)
+        if not ranks.first:
+            return None
     write_card(out, model, chosen.text, dense.expert_elements)
     return {
         **sizes_of(out, dense.expert_elements),
