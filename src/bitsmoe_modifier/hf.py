@@ -164,7 +164,7 @@ def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
     if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor) or gate_up.ndim != 3:
         raise CheckpointError(
             f"the experts class {type(experts).__name__} has no fused gate_up_proj and down_proj; "
-            "packed experts cannot take its place"
+            "packed experts cannot take its place; docs/models.md lists the families that they can"
         )
     hidden, intermediate = down.shape[1:]
     if gate_up.shape[1:] != (2 * intermediate, hidden):  # stored [E, H, 2I] and [E, I, H]

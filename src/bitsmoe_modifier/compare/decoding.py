@@ -20,7 +20,7 @@ from .model import read_config
 _PACKED = ".weight_packed"
 #: llm-compressor's names of an expert's Linears, and what families that call their blocks `block_sparse_moe` store
 _FAMILY_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-_OTHER_NAMES = re.compile(r"(.*[.]block_sparse_moe[.]experts[.]\d+[.])(gate_proj|down_proj|up_proj)([.]weight)")
+_COMPRESSOR_NAMES = re.compile(r"(.*[.]block_sparse_moe[.]experts[.]\d+[.])(gate_proj|down_proj|up_proj)([.]weight)")
 
 
 def misread_experts(folder: Path) -> str | None:
@@ -29,7 +29,7 @@ def misread_experts(folder: Path) -> str | None:
     packed = [name for name in _tensors(folder) if name.endswith(_PACKED) and ".experts." in name]
     if not packed or raw.get("quant_method") != "compressed-tensors":
         return None
-    if any(_OTHER_NAMES.match(name) for name in packed):
+    if any(_COMPRESSOR_NAMES.match(name) for name in packed):
         return "transformers does not know the names of these experts"
     schemes = _schemes(raw)
     used = {i for name in packed if (i := _index(schemes, name.removesuffix(_PACKED))) is not None}
@@ -56,7 +56,7 @@ def load_decoded(folder: Path, dtype: torch.dtype) -> Any:
             raise KeyError(f"{prefix}: packed, but no group of config.json targets it")
         compressor = BaseCompressor.get_value_from_registry(schemes[index].format)
         tensors[f"{prefix}.weight"] = compressor.decompress(local, schemes[index])["weight"]
-    tensors = {_OTHER_NAMES.sub(_family_name, name): tensor for name, tensor in tensors.items()}
+    tensors = {_COMPRESSOR_NAMES.sub(_family_name, name): tensor for name, tensor in tensors.items()}
     architecture = getattr(transformers, config.architectures[0])  # AutoModel insists on a folder
     return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 

