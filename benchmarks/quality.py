@@ -22,8 +22,6 @@ import yaml
 from bitsmoe_modifier.cli import demo_asset
 from bitsmoe_modifier.compare.runner import CompareSettings, compare
 
-#: The arm that is calibrated with batches of one row: of larger ones AutoRound makes nothing usable.
-_SINGLE_ROWS = "autoround_w2"
 _EXPERTS = r"re:.*[.]experts[.]\d+[.](gate|up|down)_proj$"
 
 #: Changes of the default recipe, each an arm of --ablate. Compared at equal measured bits.
@@ -55,8 +53,7 @@ def nearest(bits: int, group: int) -> dict[str, Any]:
 
 
 def autoround(bits: int, group: int) -> dict[str, Any]:
-    """llm-compressor's AutoRound with its default settings but for torch.compile; it takes calibration batches of one
-    row (`_SINGLE_ROWS`), whatever its own batch size."""
+    """llm-compressor's AutoRound with its default settings, but one row per step and without torch.compile."""
     fields = {"batch_size": 1, "enable_torch_compile": False, "config_groups": {"experts": _scheme(bits, group)}}
     return {"AutoRoundModifier": fields}
 
@@ -72,7 +69,7 @@ def recipe(budgets: list[float], baselines: bool, ablate: bool, group: int = 128
     if baselines:
         arms.update({f"gptq_w{bits}": gptq(bits, group) for bits in (2, 3, 4)})
         arms.update({f"nearest_w{bits}": nearest(bits, group) for bits in (2, 3, 4)})
-        arms[_SINGLE_ROWS] = autoround(2, group)
+        arms["autoround_w2"] = autoround(2, group)
     for budget in budgets:
         label = str(budget).replace(".", "_")
         for name, change in ABLATIONS.items() if ablate else [("bitsmoe", {})]:
@@ -164,28 +161,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def run_seed(settings: CompareSettings, stages: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The comparison with one calibration seed; arms of single rows apart from the others, in one report."""
-    out = Path(settings.out)
-    single = {name: stage for name, stage in stages.items() if name.startswith(_SINGLE_ROWS)}
-    batched = {name: stage for name, stage in stages.items() if name not in single}
-    reports = []
-    for kind, chosen, batch in (("", batched, settings.batch_size), ("_single_rows", single, 1)):
-        if chosen:
-            recipe_file = out / f"recipe{kind}.yaml"
-            recipe_file.write_text(yaml.safe_dump(chosen, sort_keys=False))
-            folder = str(out / f"seed_{seed}{kind}")
-            reports.append(
-                compare(replace(settings, recipe=str(recipe_file), seed=seed, out=folder, batch_size=batch))
-            )
-    return {**reports[0], "arms": [arm for report in reports for arm in report["arms"]]}
-
-
 def run(settings: CompareSettings, stages: dict[str, Any], seeds: list[int]) -> list[dict[str, Any]]:
     """Run the comparison once per seed and write table, figures and plot to ``settings.out``."""
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    reports = [run_seed(settings, stages, seed) for seed in seeds]
+    recipe_file = out / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(stages, sort_keys=False))
+    reports = [
+        compare(replace(settings, recipe=str(recipe_file), seed=seed, out=str(out / f"seed_{seed}"))) for seed in seeds
+    ]
     rows = summarize(reports)
     text = table(rows, reports[0]["reference"]["perplexity"], reports[0]["noise_floor"]["kld_mean"])
     (out / "quality.md").write_text(text + "\n")

@@ -128,3 +128,9 @@ def test_wrong_fields_are_found_before_any_work(tmp_path, modifier, message):
     stage = read_stages(recipe(tmp_path, f"a_stage: {{q_modifiers: {{{modifier}}}}}"))[0]
     with pytest.raises(RecipeError, match=message):
         check_stage(stage)
+
+
+def test_autoround_is_calibrated_row_by_row() -> None:
+    shipped = {stage.name: stage for stage in read_stages(find_recipe("ab_all"))}
+    assert shipped["autoround_w3"].calibration_batch(16) == 1
+    assert shipped["gptq_w3"].calibration_batch(16) == 16

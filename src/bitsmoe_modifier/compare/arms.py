@@ -116,7 +116,8 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     workspace = Workspace(job.out)
     checkpoint = workspace.checkpoint(stage.name)
     shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
-    settings = QuantizeSettings(job.batch_size, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed)
+    batch = stage.calibration_batch(job.batch_size)
+    settings = QuantizeSettings(batch, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed)
     made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
     write_card(checkpoint, job.model_name, stage.text, job.expert_elements)
     misread = misread_experts(checkpoint)

@@ -44,6 +44,11 @@ class Stage:
                 return float(scheme.group(1))
         return None
 
+    def calibration_batch(self, wanted: int) -> int:
+        """Rows per calibration pass: those wanted, but one for AutoRound, which takes every batch for a row and makes
+        nothing usable of larger ones."""
+        return 1 if any(kind == "AutoRoundModifier" for kind, _ in self.modifiers) else wanted
+
 
 def find_recipe(recipe: str) -> Path:
     """A recipe file, or a shipped recipe by its name (``w2``, ``ab_gptq_bitsmoe``).

@@ -74,9 +74,8 @@ def quantize_one(
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
     set_up_logging(options.verbose)
     check_stage(chosen)
-    settings = QuantizeSettings(
-        options.batch_size, dtype, options.pipeline, options.calibrate_all_experts, options.seed
-    )
+    batch = chosen.calibration_batch(options.batch_size)
+    settings = QuantizeSettings(batch, dtype, options.pipeline, options.calibrate_all_experts, options.seed)
     text_run = chosen.text if options.resume_dir is None else with_resume(chosen, options.resume_dir)
     with torchrun_job(str(device)) as ranks:
         if options.preflight:
