@@ -63,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--resume-dir", metavar="DIR", help="keep finished layers there; the same command continues after a kill"
     )
+    quantize.add_argument(
+        "--offload-dir", metavar="DIR", help="let weights wait there, in a temporary folder, that memory cannot hold"
+    )
     _preflight_option(quantize)
     _calibration_options(quantize)
     _common_options(quantize)

@@ -18,6 +18,9 @@ from helpers import save_tokenizer
 FIELDS = {"bits": 4.0, "group_size": 16, "block_size": 16}
 
 
+_disk = shutil.disk_usage
+
+
 def stage(name: str = "ours", **fields: object) -> Stage:
     return Stage(name, (("BitsMoEModifier", {**FIELDS, **fields}),), "")
 
@@ -96,6 +99,21 @@ def test_run_that_cannot_fit_is_refused(what: str, tiny: Path, tmp_path: Path, m
         monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(BitsMoEError, match=rf"need.* {what}.*--no-preflight to try it anyway"):
         check_machine([stage()], tiny / "model", tmp_path / "out", 512, torch.float32, "cpu")
+
+
+def test_weights_that_may_wait_on_disk_need_no_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, plan = make_plan(read_headers(str(tiny / "model")), {**FIELDS, "scope": "layer"}, 512, torch.float32, "cpu")
+    run: Any = (tiny / "model", tmp_path / "out", 512, torch.float32, "cpu")
+    monkeypatch.setattr(planning, "available_memory", lambda: plan.cpu_bytes - shape.parameters)
+    with pytest.raises(BitsMoEError, match="let weights wait on disk by --offload-dir"):
+        check_machine([stage(scope="layer")], *run)
+    check_machine([stage(scope="layer")], *run, tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda at: usage if at == tmp_path / "w" else _disk(at))
+    with pytest.raises(BitsMoEError, match="of weights have to wait on disk"):
+        check_machine([stage(scope="layer")], *run, tmp_path / "w")
 
 
 def test_every_process_of_a_machine_needs_its_memory(

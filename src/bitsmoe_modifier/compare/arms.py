@@ -91,7 +91,7 @@ def run_reference(job: Job) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     reference = load(workspace.reference).to(device)
     own = evaluate_reference(rows, reference, job.batch_size)
-    stored = _stored_dtype(job.model)
+    stored = stored_dtype(job.model)
     few = rows[:_NOISE_ROWS]
     if stored != job.dtype:
         model = load_model(str(job.model), stored, device)
@@ -171,7 +171,8 @@ def use_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What config.json declares."""
     config = json.loads((folder / "config.json").read_text())
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, str(name).removeprefix("torch."))

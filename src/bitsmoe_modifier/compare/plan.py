@@ -17,6 +17,8 @@ from .model import find_model
 from .recipe import Stage, check_stage, one_stage
 from .sizes import TensorSize, tensor_sizes
 
+#: Memory left to modifiers that are not ours.
+_OTHERS_MEMORY = 5 * 10**9
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -213,12 +215,33 @@ def available_memory() -> int | None:
     return min([*limits, free]) if free is not None else None
 
 
+def working_memory(stage: Stage, model: Path, tokens: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of memory that a stage needs beside the model's weights; a guess for stages of other modifiers."""
+    fields = bitsmoe_fields(stage)
+    if fields is None:
+        return _OTHERS_MEMORY
+    return _beside_model(make_plan(read_headers(str(model)), fields, tokens, dtype, device)[1])
+
+
+def _beside_model(plan: Plan) -> int:
+    return plan.cpu_bytes - plan.cpu["model"]
+
+
 def check_machine(
-    stages: Sequence[Stage], model: Path, out: Path, tokens: int, dtype: torch.dtype, device: str
+    stages: Sequence[Stage],
+    model: Path,
+    out: Path,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    offload: Path | None = None,
 ) -> None:
     """Refuse the BitsMoE stages that this machine's memory or disk cannot hold, and families that are not supported.
 
     Each of the processes that torchrun started on this machine holds the model.
+
+    Args:
+        offload: folder for weights that memory cannot hold; None: it must hold them all.
 
     Raises:
         BitsMoEError: naming the stage, what it needs, what there is, and the remedies.
@@ -226,10 +249,12 @@ def check_machine(
     headers = read_headers(str(model))
     ours = [(stage.name, fields) for stage in stages if (fields := bitsmoe_fields(stage)) is not None]
     plans = [(name, make_plan(headers, fields, tokens, dtype, device)[1]) for name, fields in ours]
-    _check_fits(plans, out, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _check_fits(plans, out, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), offload)
 
 
-def _check_fits(plans: Sequence[tuple[str, Plan]], out: Path, device: str, processes: int = 1) -> None:
+def _check_fits(
+    plans: Sequence[tuple[str, Plan]], out: Path, device: str, processes: int, offload: Path | None
+) -> None:
     """Refuse runs that this machine cannot hold.
 
     Args:
@@ -237,6 +262,7 @@ def _check_fits(plans: Sequence[tuple[str, Plan]], out: Path, device: str, proce
         out: folder that the checkpoints are written under.
         device: where layers are quantized.
         processes: that run each plan together on this machine.
+        offload: as in `check_machine`.
 
     Raises:
         BitsMoEError: with what is needed, what there is, and the remedies.
@@ -247,13 +273,21 @@ def _check_fits(plans: Sequence[tuple[str, Plan]], out: Path, device: str, proce
         raise _refusal(f"the checkpoints need {_gb(needed)} of disk, {parent} has {_gb(free)}", "give another --out")
     memory = available_memory()
     for name, plan in plans:
-        if memory is not None and processes * plan.cpu_bytes > memory:
+        held = plan.cpu_bytes if offload is None else _beside_model(plan)
+        if memory is not None and processes * held > memory:
             each = f", {processes} times" if processes > 1 else ""
             largest = ", ".join(f"{part} {_gb(n)}" for part, n in sorted(plan.cpu.items(), key=lambda i: -i[1])[:3])
             raise _refusal(
-                f"{name} needs about {_gb(plan.cpu_bytes)} of memory{each} ({largest}), {_gb(memory)} are available",
-                "use --dtype bfloat16, fewer --samples" + (" or fewer processes" if each else ""),
+                f"{name} needs about {_gb(held)} of memory{each} ({largest}), {_gb(memory)} are available",
+                "use --dtype bfloat16, fewer --samples"
+                + (", fewer processes" if each else "")
+                + ("" if offload else ", or let weights wait on disk by --offload-dir"),
             )
+        if offload is not None and memory is not None and plan.cpu_bytes > memory:
+            waiting, free = plan.cpu_bytes - memory, shutil.disk_usage(offload).free
+            if waiting > free:
+                problem = f"{_gb(waiting)} of weights have to wait on disk, {offload} has {_gb(free)}"
+                raise _refusal(problem, "give another --offload-dir")
         if plan.accelerator:
             there = torch.cuda.mem_get_info(torch.device(device))[0]
             if plan.accelerator_bytes > there:

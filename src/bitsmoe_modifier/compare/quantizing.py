@@ -28,6 +28,19 @@ REPORT_NAME = "bitsmoe_report.json"
 
 
 @dataclass(frozen=True)
+class Offload:
+    """Where weights wait that memory cannot hold.
+
+    Attributes:
+        folder: an existing one.
+        reserve_bytes: of memory, left to everything but weights.
+    """
+
+    folder: Path
+    reserve_bytes: int
+
+
+@dataclass(frozen=True)
 class QuantizeSettings:
     """How to run oneshot, apart from recipe and data.
 
@@ -38,6 +51,7 @@ class QuantizeSettings:
         calibrate_all_experts: send every token through every expert (llm-compressor's default). Off by default: GPTQ's
             Hessians then come from the tokens that an expert sees in use, as BitsMoE's statistics always do.
         seed: by which the rows were chosen, for the record.
+        offload: for models larger than memory, with ``dtype`` None; None: all weights are in memory.
     """
 
     batch_size: int = 16
@@ -45,6 +59,7 @@ class QuantizeSettings:
     pipeline: str = "independent"
     calibrate_all_experts: bool = False
     seed: int | None = None
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -83,19 +98,18 @@ def quantize(
     """
     check_new_folder(out)
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
     from .. import mends, tracing  # noqa: F401 - for every modifier alike
 
     started = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    model = _load(model_folder, settings.offload)
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
-        model.to(settings.dtype)
-        _declare_dtype(model, settings.dtype)
+        _cast(model, settings.dtype)
     made_of = fingerprint(model, {"recipe": yaml.safe_load(recipe)}, [rows_digest([{"input_ids": rows}])])
     loaded = time.perf_counter()
     oneshot(
@@ -130,6 +144,34 @@ def quantize(
     del model
     gc.collect()
     return record
+
+
+def _load(folder: Path, offload: Offload | None) -> Any:
+    """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk."""
+    from transformers import AutoModelForCausalLM
+
+    if offload is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    from compressed_tensors.offload import load_offloaded_model
+
+    with load_offloaded_model(extra_cpu_mem=offload.reserve_bytes):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto_offload", offload_folder=offload.folder
+        )
+
+
+@torch.no_grad()
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Let the model compute in ``dtype``.
+
+    As `from_pretrained` would: what is stored wider than the rest stays so (routers' corrections), and so do buffers
+    that are not stored at all. ``model.to`` would round the frequencies of rotary embeddings to bfloat16.
+    """
+    stored, persistent = model.dtype, model.state_dict().keys()
+    for name, tensor in _tensors(model):
+        if name in persistent and tensor.dtype == stored:
+            tensor.data = tensor.data.to(dtype)
+    _declare_dtype(model, dtype)
 
 
 def peak_memory_bytes() -> int:

@@ -1,7 +1,9 @@
 """One checkpoint at a time, in this process: what `bitsmoe quantize` and `bitsmoe eval` do."""
 
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,15 @@ from ..errors import BitsMoEError
 from ..export import export_dense
 from ..folders import check_new_folder
 from .accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
-from .arms import sizes_of, use_device
+from .arms import sizes_of, stored_dtype, use_device
 from .card import write_card
 from .data import calibration_rows, evaluation_rows, read_text, tokenize
 from .evaluate import evaluate, evaluate_reference, load_model
 from .logs import set_up_logging
 from .model import find_model, load_tokenizer, open_dense
-from .plan import check_machine
-from .quantizing import QuantizeSettings, quantize
-from .recipe import check_stage, find_recipe, one_stage, with_resume
+from .plan import check_machine, working_memory
+from .quantizing import Offload, QuantizeSettings, quantize
+from .recipe import Stage, check_stage, find_recipe, one_stage, with_resume
 from .reference import record
 from .runner import DTYPES, resolve_device, resolve_dtype
 from .sizes import checkpoint_bytes, expert_bytes, tensor_sizes
@@ -44,6 +46,7 @@ class Options:
     task_items: int = 0
     preflight: bool = True
     resume_dir: str | None = None
+    offload_dir: str | None = None
     verbose: bool = False
 
 
@@ -69,6 +72,8 @@ def quantize_one(
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)
+    if options.offload_dir is not None:
+        dtype = _offloaded_dtype(options.dtype, dense.folder)
     text = read_text(calibration, options.text_column, options.samples * options.seq_len)
     tokens = tokenize(text, load_tokenizer(dense.folder))
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
@@ -77,9 +82,13 @@ def quantize_one(
     batch = chosen.calibration_batch(options.batch_size)
     settings = QuantizeSettings(batch, dtype, options.pipeline, options.calibrate_all_experts, options.seed)
     text_run = chosen.text if options.resume_dir is None else with_resume(chosen, options.resume_dir)
-    with torchrun_job(str(device)) as ranks:
+    run = rows.numel(), dtype, str(device)
+    with torchrun_job(str(device)) as ranks, _offload(options.offload_dir, chosen, dense.folder, *run) as offload:
         if options.preflight:
-            ranks.compute(lambda: check_machine([chosen], dense.folder, out, rows.numel(), dtype, str(device)))
+            waiting = None if offload is None else offload.folder
+            ranks.compute(lambda: check_machine([chosen], dense.folder, out, *run, waiting))
+        if offload is not None:
+            settings = replace(settings, dtype=None, offload=offload)
         made = quantize(dense.folder, text_run, rows, out, settings)
         if not ranks.first:
             return None
@@ -92,6 +101,27 @@ def quantize_one(
         "peak_memory_bytes": made.peak_memory_bytes,
         "warnings": list(made.warnings),
     }
+
+
+def _offloaded_dtype(wanted: str, folder: Path) -> torch.dtype:
+    """The dtype that a model is stored in, which it computes in when its weights wait on disk."""
+    stored = stored_dtype(folder)
+    if wanted not in ("auto", str(stored).removeprefix("torch.")):
+        raise BitsMoEError(f"--offload-dir: the model computes in {stored} then, as it is stored; leave out --dtype")
+    return stored
+
+
+@contextmanager
+def _offload(
+    parent: str | None, stage: Stage, model: Path, tokens: int, dtype: torch.dtype, device: str
+) -> Iterator[Offload | None]:
+    """A temporary folder in ``parent`` for weights, and what quantization needs of memory beside them."""
+    if parent is None:
+        yield None
+        return
+    _check_writable(Path(parent) / "weights")
+    with tempfile.TemporaryDirectory(dir=parent, prefix="weights-") as folder:
+        yield Offload(Path(folder), working_memory(stage, model, tokens, dtype, device))
 
 
 def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, options: Options) -> dict[str, Any]:
