@@ -48,6 +48,7 @@ test-vllm: $(VLLM_VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 ## The documentation as a site, in site/

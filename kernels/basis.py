@@ -54,9 +54,7 @@ def basis_kernel(
                 i = tl.arange(0, HALF)
                 w = tl.load(w_ptr + n * (K // 2) + g * HALF + i[None, None, :], mask=(n < N) & there, other=0)
                 for j in tl.static_range(2):
-                    x = tl.load(
-                        x_row + g * BK + (j * HALF + i)[None, :, None], mask=(token < T) & there, other=0.0
-                    )
+                    x = tl.load(x_row + g * BK + (j * HALF + i)[None, :, None], mask=(token < T) & there, other=0.0)
                     part = product(digit_values(w, 4, j, DT, PACK), x, part, PACK)
             acc += part * step
     y = y_ptr + (tl.program_id(1) * BM + tl.arange(0, BM))[None, :].to(tl.int64) * N

@@ -85,9 +85,7 @@ def _matrix(
             # multiplied by a constant here, so that the compiler knows the alignment of the address
             unit_codes = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
             unit_steps = steps_ptr + (row + place).to(tl.int64) * BS
-            acc = _unit(
-                acc, unit_codes, h + unit * BS, here, unit_steps, gain, n, WIDTHS[s], BS, GS, PACK
-            )
+            acc = _unit(acc, unit_codes, h + unit * BS, here, unit_steps, gain, n, WIDTHS[s], BS, GS, PACK)
         code += (hi - lo) * WIDTHS[s]
         lo = hi
     return acc

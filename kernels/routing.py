@@ -13,9 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def pair_tile(
-    ids_ptr, tiles_ptr, pairs_ptr, program, P, E, BM: tl.constexpr, PP: tl.constexpr, SORTED: tl.constexpr
-):
+def pair_tile(ids_ptr, tiles_ptr, pairs_ptr, program, P, E, BM: tl.constexpr, PP: tl.constexpr, SORTED: tl.constexpr):
     """The expert of this program's tile (-1: nothing to do) and its pairs int32 ``[BM]`` (-1: empty place).
 
     ``ids_ptr`` [P], read by decode; ``tiles_ptr`` [tiles, 3] and ``pairs_ptr`` [P], read by prefill (`sort_pairs`).

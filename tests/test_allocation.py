@@ -51,7 +51,7 @@ def instance(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     if kind == "equal-costs":
         cost[1:] = cost[-1]
     if kind == "zero-rows":
-        distortion[:: 2] = 0
+        distortion[::2] = 0
     if kind == "same-rows":
         distortion[:] = -np.sort(-distortion[0])
     if kind == "per-unit-costs":

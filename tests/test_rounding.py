@@ -53,9 +53,7 @@ class Problem:
         self.row_weight = (torch.rand(count, m, generator=gen) + 0.05).to(dtype)
 
     def solve(self, row_weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return round_with_feedback(
-            self.w, self.moment, self.step, self.level, self.order, DAMPENING, row_weight
-        )
+        return round_with_feedback(self.w, self.moment, self.step, self.level, self.order, DAMPENING, row_weight)
 
     def per_row(self, step: torch.Tensor) -> torch.Tensor:
         return step.repeat_interleave(self.w.shape[1] // step.shape[1], 1)

@@ -127,9 +127,7 @@ def test_budget_is_spent_where_it_counts(seed: int) -> None:
     assert sum(budgets.values()) == pytest.approx(total)
     reached = sum(np.interp(budgets[name], s.bits, s.distortion) for name, s in found.items())
     options = [list(zip(s.bits, s.distortion, strict=True)) for s in found.values()]
-    best = min(
-        sum(d for _, d in split) for split in itertools.product(*options) if sum(b for b, _ in split) <= total
-    )
+    best = min(sum(d for _, d in split) for split in itertools.product(*options) if sum(b for b, _ in split) <= total)
     worst = max(s.distortion[0] for s in found.values())
     assert reached <= best * 1.05 + 0.01 * worst
 

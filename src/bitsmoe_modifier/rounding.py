@@ -215,9 +215,7 @@ def refine(
             if not kept[at]:
                 continue
             target = value[:, at] + pull[:, at] / diagonal[:, at, None]
-            codes[:, at], step[:, at], new = _round_column(
-                target, step[:, at], level[:, at], row_weight, codes[:, at]
-            )
+            codes[:, at], step[:, at], new = _round_column(target, step[:, at], level[:, at], row_weight, codes[:, at])
             moved = torch.sub(new, value[:, at], out=change[:, at - start])
             if at + 1 < stop:
                 pull[:, at + 1 : stop].addcmul_(damped[:, at, at + 1 : stop, None], moved[:, None], value=-1)

@@ -1,12 +1,12 @@
 """The output folder of a comparison: what lies where, and when an existing one may be used again.
 
-    report.json, report.html, report.md    the result (report.svg belongs to report.md)
-    arms/NAME/                             the checkpoint of each arm, ready to load
-    logs/NAME.log                          what the libraries printed
-    work/inputs.json                       what the comparison was made of; a rerun must match it
-    work/rows.safetensors                  the token rows
-    work/reference/                        the unquantized model's predictions
-    work/results/NAME.json                 the figures of every finished arm, used again by a rerun
+report.json, report.html, report.md    the result (report.svg belongs to report.md)
+arms/NAME/                             the checkpoint of each arm, ready to load
+logs/NAME.log                          what the libraries printed
+work/inputs.json                       what the comparison was made of; a rerun must match it
+work/rows.safetensors                  the token rows
+work/reference/                        the unquantized model's predictions
+work/results/NAME.json                 the figures of every finished arm, used again by a rerun
 """
 
 import json
