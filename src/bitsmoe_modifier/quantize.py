@@ -52,6 +52,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """What every step of a layer's rounding works with: the arguments of `quantize_layer`, and its inputs.
+
+    Attributes:
+        h: the inputs in the coordinates of the input basis, float32 ``[T, R]``.
+    """
+
+    experts: DenseExperts
+    tokens: RoutedTokens
+    design: LayerDesign
+    settings: QuantizerSettings
+    metric: torch.Tensor | None
+    ranks: Ranks
+    h: torch.Tensor
+
+
+@dataclass(frozen=True)
 class RoundedSide:
     """One side's factors, rounded.
 
@@ -119,39 +136,30 @@ def quantize_layer(
     """
     ranks = ranks or Ranks.alone()
     experts.check_finite()
-    h = project(tokens.x, design.inputs.basis)
+    layer = _Layer(experts, tokens, design, settings, metric, ranks, project(tokens.x, design.inputs.basis))
     warnings: list[str] = []
     with collected(warnings):
-        inputs = _round_input(experts, tokens, design, settings, h, ranks)
-        outputs = _round_output(experts, tokens, design, settings, h, inputs, metric, ranks)
+        inputs = _round_input(layer)
+        outputs = _round_output(layer, inputs)
     for side in (inputs, outputs):
         side.gather(ranks, len(tokens.counts))
     said = dict.fromkeys(design.warnings) | dict.fromkeys(chain.from_iterable(ranks.everyones(warnings)))
-    return ranks.compute(
-        lambda: _finished(experts, tokens, design, settings, h, inputs, outputs, tuple(said), metric is None)
-    )
+    return ranks.compute(lambda: _finished(layer, inputs, outputs, tuple(said)))
 
 
 def _finished(
-    experts: DenseExperts,
-    tokens: RoutedTokens,
-    design: LayerDesign,
-    settings: QuantizerSettings,
-    h: torch.Tensor,
-    inputs: RoundedSide,
-    outputs: RoundedSide,
-    warnings: tuple[str, ...],
-    error_matters: bool,
+    layer: _Layer, inputs: RoundedSide, outputs: RoundedSide, warnings: tuple[str, ...]
 ) -> tuple[PackedExperts, LayerReport]:
-    """Pack the rounded sides and report; ``error_matters``: a small output error is what the bits were given for."""
-    packed = _pack(experts, design, settings, inputs, outputs)
+    """Pack the rounded sides and report on them."""
+    tokens, design = layer.tokens, layer.design
+    packed = _pack(layer, inputs, outputs)
     names = {"gate": inputs.widths[0::2], "up": inputs.widths[1::2], "down": outputs.widths}
     layout = ExpertsLayout.from_tensor(packed.layout)
-    error = _relative_error(experts, tokens, design, h, inputs, outputs)
+    error = _relative_error(layer, inputs, outputs)
     report = LayerReport(
         bits=packed.bits_per_weight,
         tokens_per_expert=tokens.counts,
-        prior_share=tuple(prior_share(tokens.counts, experts.down.shape[1]).tolist()),
+        prior_share=tuple(prior_share(tokens.counts, layout.hidden_size).tolist()),
         width_counts={name: _histogram(widths) for name, widths in names.items()},
         input_basis_bits=layout.basis_in_bits,
         output_basis_bits=layout.basis_out_bits,
@@ -160,7 +168,7 @@ def _finished(
         solver=design.solver,
         relative_output_error=error,
         dense_experts=design.dense_ids,
-        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error if error_matters else None)),
+        warnings=(*warnings, *stored_trouble(packed, tokens.counts, error if layer.metric is None else None)),
         energy={"in": design.inputs.energy, "out": design.outputs.energy},
     )
     return packed.to("cpu"), report
@@ -181,25 +189,19 @@ def _gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:
     return inputs.decoded(slice(2 * expert, 2 * expert + 2)).flatten(0, 1)
 
 
-def _round_input(
-    experts: DenseExperts,
-    tokens: RoutedTokens,
-    design: LayerDesign,
-    settings: QuantizerSettings,
-    h: torch.Tensor,
-    ranks: Ranks,
-) -> RoundedSide:
+def _round_input(layer: _Layer) -> RoundedSide:
     """Gate, then up, of every expert under the second moment of its inputs.
 
     Up absorbs what gate lost: an error δ of gate i costs least when up i is off by ``-slope_ratio_i δ``. Of several
     processes each rounds its share of the experts here, as in `_round_output`.
     """
+    experts, tokens, design, settings, h = layer.experts, layer.tokens, layer.design, layer.settings, layer.h
     side, rank, length = design.inputs, h.shape[1], experts.down.shape[2]
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "in")
     share = prior_share(tokens.counts, rank, h.device)
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
-    for part in experts.parts(ranks.mine(len(tokens.counts))):
+    for part in experts.parts(layer.ranks.mine(len(tokens.counts))):
         matrices = slice(2 * part.start, 2 * part.stop)
         factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
         steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
@@ -227,35 +229,27 @@ def _round_input(
     return rounded
 
 
-def _round_output(
-    experts: DenseExperts,
-    tokens: RoutedTokens,
-    design: LayerDesign,
-    settings: QuantizerSettings,
-    h: torch.Tensor,
-    inputs: RoundedSide,
-    metric: torch.Tensor | None,
-    ranks: Ranks,
-) -> RoundedSide:
+def _round_output(layer: _Layer, inputs: RoundedSide) -> RoundedSide:
     """Down of every expert under the second moment of the activations that the rounded gate and up make.
 
     Down absorbs twice: first what gate and up lost, as far as it is linear in the activations that are left
     (`_compensated`); then, group of output directions by group, what the groups before it lost, as far as the loss sees
     it in the same place (`output_coupling`).
     """
+    experts, tokens, design, settings, h = layer.experts, layer.tokens, layer.design, layer.settings, layer.h
     side, (_, hidden, length) = design.outputs, experts.down.shape
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "out")
     rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
     coupling = None
-    if settings.compensation and not (side.basis is None and metric is None):
-        coupling = output_coupling(side.basis, metric, hidden, h.device)
-    mine = ranks.mine(len(tokens.counts))
+    if settings.compensation and not (side.basis is None and layer.metric is None):
+        coupling = output_coupling(side.basis, layer.metric, hidden, h.device)
+    mine = layer.ranks.mine(len(tokens.counts))
     if settings.error_feedback:
         moments, lost = down_moments(experts, tokens, h, lambda expert: _gate_up(inputs, expert), mine)
         total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
         own = slice(mine.start, mine.stop)
         share = prior_share(tokens.counts, length, h.device)[own]
-        moments = shrink(moments, ranks.total(moments.sum(0)) / total, design.mass[own], share)
+        moments = shrink(moments, layer.ranks.total(moments.sum(0)) / total, design.mass[own], share)
         lost *= (1 - share)[:, None, None]
     for part in experts.parts(mine):
         at = slice(part.start - mine.start, part.stop - mine.start)
@@ -340,13 +334,8 @@ def _per_row(step: torch.Tensor, length: int) -> torch.Tensor:
     return step.repeat_interleave(length // step.shape[2], dim=2)
 
 
-def _pack(
-    experts: DenseExperts,
-    design: LayerDesign,
-    settings: QuantizerSettings,
-    inputs: RoundedSide,
-    outputs: RoundedSide,
-) -> PackedExperts:
+def _pack(layer: _Layer, inputs: RoundedSide, outputs: RoundedSide) -> PackedExperts:
+    experts, design, settings = layer.experts, layer.design, layer.settings
     num_experts, hidden, length = experts.down.shape
     bases = design.inputs.basis, design.outputs.basis
     idle = 0 if bases[0] is None else idle_units(inputs.widths)
@@ -399,15 +388,9 @@ def _pack(
     return packed.sealed()
 
 
-def _relative_error(
-    experts: DenseExperts,
-    tokens: RoutedTokens,
-    design: LayerDesign,
-    h: torch.Tensor,
-    inputs: RoundedSide,
-    outputs: RoundedSide,
-) -> float:
+def _relative_error(layer: _Layer, inputs: RoundedSide, outputs: RoundedSide) -> float:
     """‖y - ŷ‖² / ‖y‖² of the layer's routed output on the first calibration tokens."""
+    experts, tokens, design, h = layer.experts, layer.tokens, layer.design, layer.h
     sample = min(len(tokens.x), _REPORT_TOKENS)
     exact = torch.zeros(sample, experts.down.shape[1], device=h.device)
     error = torch.zeros_like(exact)
