@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that quantize together under torchrun")
     parser.add_argument("--folder", help="where to write the model and its quantized form; default: temporary")
     options = parser.parse_args()
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(options, name) for name in ("layers", "experts", "hidden", "width", "choices")}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)

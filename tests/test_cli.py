@@ -53,6 +53,13 @@ def test_our_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert captured.out == ""
 
 
+def test_only_quantize_runs_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["compare"]) == 2
+    assert "start this command without torchrun" in capsys.readouterr().err
+
+
 def test_verbose_adds_the_traceback(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "missing"), "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err

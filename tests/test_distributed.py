@@ -74,7 +74,7 @@ def _quantizes(rank: int, ranks: Ranks) -> None:
         settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16)
         alone, together = (plan_layer(experts, routed, settings, ranks=one) for one in (None, ranks))
         for mine, ours in zip(alone.curve(), together.curve(), strict=True):
-            torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(mine), rtol=1e-4, atol=0)
+            assert ours == pytest.approx(mine, rel=1e-6), "rounded bases absorb the order of the sums they are made of"
         design = alone.choose(3.0 * experts.elements)
         one, report = quantize_layer(experts, routed, design, settings)
         two, shared = quantize_layer(experts, routed, design, settings, ranks=ranks)

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(given)
-    silent = args.quiet or os.environ.get("RANK", "0") != "0"  # of a torchrun job the first process speaks for all
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a torchrun job, in which the first process speaks for all
+    silent = args.quiet or (together and os.environ.get("RANK") != "0")
     messages.configure("quiet" if silent else "json" if args.log_json else "text")
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # while importing; `logs.set_up_logging` comes after it
     if messages.mode() != "text":
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, taking the arm's process along
     try:
+        if together and args.command != "quantize":
+            raise BitsMoEError("only `quantize` runs in several processes; start this command without torchrun")
         return args.run(args, shlex.join(["bitsmoe", *given]))
     except BitsMoEError as error:
         if args.verbose:

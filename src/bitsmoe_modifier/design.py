@@ -386,7 +386,7 @@ def _plan_input(
         moment, importance = statistics.input_moment, statistics.row_importance
         b = input_directions(moment, experts.gate_up, importance, hidden, settings.dampening_frac, ranks)
         group = settings.resolve_basis_group(hidden)
-        basis, inverse = round_and_refit(b, settings.basis_bits, group, moment, "in")
+        basis, inverse = _decided(lambda: round_and_refit(b, settings.basis_bits, group, moment, "in"), b.device, ranks)
     weight = statistics.row_importance.view(2 * num_experts, length)
     gain = direction_gain(tokens, statistics, basis).repeat_interleave(2, dim=0)
     mine = ranks.mine(num_experts)
@@ -394,6 +394,14 @@ def _plan_input(
     own = range(2 * mine.start, 2 * mine.stop)
     costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, own, ranks)
     return SidePlan(basis, costs, weight, gain.shape[1])
+
+
+def _decided(make: Callable[[], T], device: torch.device, ranks: Ranks) -> T:
+    """What the first process makes, on all of them: eigenvectors, and whether a basis can be inverted, may depend on
+    the machine, and processes that went on differently would wait for each other for ever."""
+    if ranks.size == 1:
+        return make()
+    return moved(ranks.compute(lambda: moved(make(), "cpu")), device)
 
 
 def _plan_output(
@@ -410,7 +418,7 @@ def _plan_output(
     if spectral:
         u = output_directions(statistics.down_output_moment, hidden, metric)
         group = settings.resolve_basis_group(hidden)
-        basis, inverse = round_and_refit(u, settings.basis_bits, group, None, "out")
+        basis, inverse = _decided(lambda: round_and_refit(u, settings.basis_bits, group, None, "out"), u.device, ranks)
     coupling = output_coupling(basis, metric, hidden, experts.down.device)
     gain = coupling.diagonal().expand(num_experts, -1)
     weight = statistics.down_moment_diagonal

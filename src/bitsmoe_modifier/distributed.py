@@ -31,8 +31,8 @@ Inputs = tuple[torch.Tensor, ...]
 class Ranks:
     """The processes of this job. One process is a job, too: then nothing here communicates."""
 
-    def __init__(self) -> None:
-        active = dist.is_available() and dist.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        active = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if active else 0
         self.size = dist.get_world_size() if active else 1
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.size > 1 else None
@@ -40,9 +40,7 @@ class Ranks:
     @classmethod
     def alone(cls) -> "Ranks":
         """This process without the others of its job."""
-        one = cls.__new__(cls)
-        one.rank, one.size, one._group = 0, 1, None
-        return one
+        return cls(alone=True)
 
     @property
     def first(self) -> bool:

@@ -1,11 +1,14 @@
 """`bitsmoe quantize --offload-dir`: weights wait on disk, and the checkpoint is the one of a model in memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from compressed_tensors.offload import load
 
 from bitsmoe_modifier.cli import main
+from bitsmoe_modifier.compare import quantizing
+from bitsmoe_modifier.compare.quantizing import restore_dtypes
 
 RECIPE = """
 quant_stage:
@@ -30,14 +33,15 @@ def command(tiny: Path, out: Path, *options: str) -> list[str]:
 def test_same_checkpoint_as_in_memory(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, on_disk = tmp_path / "waiting", []
 
-    def no_memory(*_: object) -> dict[str, int]:
-        on_disk.append(waiting)
-        return {"cpu": 10_000}
+    def finishing(*arguments: Any) -> None:
+        on_disk.extend(waiting.glob("*/*"))
+        restore_dtypes(*arguments)
 
-    monkeypatch.setattr(load, "_get_cpu_memory", no_memory)
+    monkeypatch.setattr(load, "_get_cpu_memory", lambda *_: {"cpu": 10_000})  # no machine of tests is that small
+    monkeypatch.setattr(quantizing, "restore_dtypes", finishing)
     offloaded, plain = tmp_path / "offloaded", tmp_path / "plain"
     assert main(command(tiny, offloaded, "--offload-dir", str(waiting))) == 0
-    assert on_disk
+    assert len(on_disk) > 10, "a file for every tensor"
     assert not list(waiting.iterdir()), "nothing stays there"
     assert main(command(tiny, plain, "--dtype", "bfloat16")) == 0
     for name in ("model.safetensors", "config.json"):

@@ -1,5 +1,6 @@
 """Two gloo processes quantize together: one process's checkpoint up to the order of sums, and no hang when one ends."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from quantize_once import FIELDS
 from safetensors.torch import load_file
 
+from bitsmoe_modifier.compare.arms import stored_dtype
 from bitsmoe_modifier.layout import PackedExperts
 from helpers import experts_names, load, packed_modules
 from tiny_text import save_tiny, write_text
@@ -58,7 +60,7 @@ def test_two_ranks_give_the_checkpoint_of_one(scope: str, dense_checkpoint: Chec
 
 @pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
-    """The first process speaks and writes for all; what two cannot share is refused."""
+    """The first process speaks and writes for all, wherever weights wait; what two cannot share is refused."""
     source, text = tmp_path / "model", tmp_path / "text.txt"
     save_tiny(source)
     write_text(text, 3000, seed=0)
@@ -72,10 +74,17 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "1 calibration batches are too few for 2 processes" in done.stderr
     assert not out.exists()
-    done = torchrun(2, *command, "--samples", "32")
+    dtype = str(stored_dtype(source)).removeprefix("torch.")
+    done = torchrun(2, *command, "--samples", "32", "--dtype", dtype)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("bits per expert weight") == 1
     assert len(packed_modules(load(out))) == len(experts_names(load(source)))
+    weights = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out)
+    done = torchrun(2, *command, "--samples", "32", "--offload-dir", str(tmp_path / "waiting"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert not list((tmp_path / "waiting").iterdir())
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ import torch
 import yaml
 from torch import nn
 
-from ..distributed import Ranks
 from ..fingerprint import fingerprint, rows_digest
 from ..folders import check_new_folder, written_whole
 from .data import dataloader
@@ -97,6 +96,7 @@ def quantize(
         BitsMoEError: when ``out`` holds something, before anything is computed.
     """
     check_new_folder(out)
+    from compressed_tensors.distributed import is_source_process
     from llmcompressor import oneshot
     from transformers import AutoTokenizer
 
@@ -124,7 +124,7 @@ def quantize(
     warnings = zeroed_experts(model)
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
     restore_dtypes(model, stored, stored_dtype)
-    if not Ranks().first:
+    if not is_source_process():
         model.save_pretrained(out)  # takes part in what the first process writes, and writes nothing
     else:
         with written_whole(out) as temporary:
