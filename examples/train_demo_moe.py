@@ -188,7 +188,7 @@ def file_documents(paths: Sequence[Path], block: int = 4000) -> list[Document]:
     for path in paths:
         pending: list[str] = []
         count = size = 0
-        for paragraph in [*path.read_text(encoding="utf-8").split("\n\n"), None]:
+        for paragraph in [*re.split(r"\n\s*\n", path.read_text(encoding="utf-8")), None]:
             if pending and (paragraph is None or size >= block):
                 documents.append(Document(f"{path.stem}:{count}", "\n\n".join(pending).strip()))
                 pending, size, count = [], 0, count + 1

@@ -108,6 +108,8 @@ def test_text_files_become_documents(tmp_path):
     assert len(documents) > 3
     assert [document.name for document in documents[:2]] == ["book:0", "book:1"]
     assert "\n\n".join(document.text for document in documents) == text
+    (tmp_path / "book.txt").write_text(text.replace("\n\n", "\n \n"), encoding="utf-8")
+    assert demo.file_documents([tmp_path / "book.txt"], block=200) == documents, "a line of blanks is a blank line"
 
 
 def test_excerpt_ends_with_a_paragraph(documents):
