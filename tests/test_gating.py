@@ -81,6 +81,23 @@ def test_gpt_oss_has_clamps_slope_and_shift() -> None:
     assert gating_of(GptOssExperts(config)) == Gating("silu", limit=7.0, alpha=1.702, up_shift=1.0)
 
 
+class ClampedExperts(nn.Module):
+    """As a family with a clamp far out (hy_v4's is at 10), which has an activation once it is linearized."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.act_fn, self.swiglu_limit = nn.SiLU(), limit
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate.clamp(max=self.swiglu_limit)) * up.clamp(-self.swiglu_limit, self.swiglu_limit)
+
+
+@pytest.mark.parametrize("limit", [0.5, 10.0, 1000.0])
+def test_clamps_far_out_are_seen(limit: float) -> None:
+    assert gating_of(ClampedExperts(limit)) == Gating("silu", limit=limit)
+
+
 class OddExperts(nn.Module):
     """A family with a formula of its own."""
 

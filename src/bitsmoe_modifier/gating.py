@@ -55,7 +55,7 @@ class Gating:
 def gating_of(experts: nn.Module) -> Gating:
     """Read the gating of an experts module: transformers' (fused or a list of MLPs) or llm-compressor's linear one.
 
-    The class's own ``_apply_gate`` is evaluated on probe values and compared with the candidate built from the
+    The class's own ``_apply_gate`` is evaluated on probe values and compared with the candidates built from the
     module's attributes, so that a family with another formula is refused instead of quantized wrongly.
 
     Raises:
@@ -72,9 +72,10 @@ def gating_of(experts: nn.Module) -> Gating:
         candidates += [Gating(activation or "silu", limit=float(limit))]
         if alpha is not None:
             candidates += [Gating("silu", limit=float(limit), alpha=float(alpha), up_shift=1.0)]
-    reference = _probe(experts)
+    values = _probe_values(limit)
+    reference = _probe(experts, *values)
     for gating in candidates:
-        if reference is None or torch.allclose(gating(*_PROBE), reference, rtol=1e-5, atol=1e-6):
+        if reference is None or torch.allclose(gating(*values), reference, rtol=1e-5, atol=1e-6):
             return gating
     raise RecipeError(
         f"the experts class {name} combines gate and up in a way this version does not know "
@@ -85,20 +86,22 @@ def gating_of(experts: nn.Module) -> Gating:
 
 def _activation_of(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str:
     """Name of the known activation with the values of ``act_fn`` (a module or a function); "" where there is none."""
-    gate, _ = _PROBE
+    gate, _ = _probe_values()
     values = act_fn(gate)
     return next((name for name, known in _ACTIVATIONS.items() if torch.allclose(values, known(gate), 1e-5, 1e-6)), "")
 
 
-_PROBE = (torch.linspace(-9.0, 9.0, 37), torch.linspace(8.5, -8.0, 37))
+def _probe_values(limit: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of gate and up on which formulas are told apart: on both sides of the clamp, where there is one."""
+    reach = 9.0 if limit is None else max(9.0, 1.5 * float(limit))
+    return torch.linspace(-reach, reach, 37), torch.linspace(reach - 0.5, 1.0 - reach, 37)
 
 
-def _probe(experts: nn.Module) -> torch.Tensor | None:
-    """The class's own formula on `_PROBE`; None where the class defines none (plain ``act(gate) * up``)."""
+def _probe(experts: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """The class's own formula on these values; None where the class defines none (plain ``act(gate) * up``)."""
     apply_gate = getattr(experts, "_apply_gate", None)
     if apply_gate is None:
         return None
-    gate, up = _PROBE
     # llm-compressor's linearized experts (a ModuleList) always hand over halves, also for interleaved families
     interleaved = not getattr(experts, "is_concatenated", True) and not isinstance(experts, nn.ModuleList)
     return apply_gate(torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up]))
