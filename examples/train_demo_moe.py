@@ -533,11 +533,14 @@ class Report:
     """What a run found out about its model.
 
     ``perplexity`` is per token and ``bits`` per UTF-8 byte of held-out text, ``accuracy`` as `continuation_accuracy`
-    returns it, ``usage`` the held-out tokens of each expert [layers, experts], ``seconds`` the training's.
+    returns it, ``usage`` the held-out tokens of each expert [layers, experts], ``seconds`` the training's; ``source``,
+    ``units`` (of the split) and ``tokenizer`` say what it was made of.
     """
 
     command: str
     source: str
+    units: str
+    tokenizer: str
     licence: str
     parameters: int
     train_tokens: int
@@ -566,13 +569,13 @@ piece, not a language model for use.
 ## How it was made
 
 Trained from scratch on {self.source} ({self.train_bytes:,} bytes, {self.train_tokens:,} tokens;
-{self.steps} steps, {self.seconds / 60:.1f} minutes), with a tokenizer trained on the same text, by
+{self.steps} steps, {self.seconds / 60:.1f} minutes), with {self.tokenizer}, by
 
     {self.command}
 
 with Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.
 The script writes this folder and, beside it, `{name}_calibration.txt` (training side), `{name}_heldout.txt` and
-`{name}_continuations.jsonl` (held-out side, {self.items} multiple-choice items). The split is by module.
+`{name}_continuations.jsonl` (held-out side, {self.items} multiple-choice items). The split is by {self.units}.
 
 ## What it does
 
@@ -707,6 +710,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
         source="the text files given"
         if args.text
         else "the topics of `pydoc_data` and the standard library's docstrings",
+        units="block of some 4,000 characters" if args.text else "module",
+        tokenizer=f"the tokenizer of `{args.tokenizer.name}`"
+        if args.tokenizer
+        else "a tokenizer trained on the same text",
         licence="That of the texts it was trained on." if args.text else PSF_NOTE,
         parameters=sum(parameter.numel() for parameter in saved.parameters()),
         train_tokens=len(ids),
