@@ -82,7 +82,11 @@ def test_family(family: Family, dense_layer: bool, tmp_path: Path) -> None:
     model = quantize(family, tmp_path, torch.float32, ignore=ignore)
     loaded = load(tmp_path / "packed")
     assert list(packed_modules(loaded)) == list(packed_modules(model)) == names[: 2 - len(ignore)]
-    assert torch.equal(logits(loaded), logits(model))
+    computed, before = logits(loaded), logits(model)
+    if dense_layer:  # its tensors are equal (below), but lie in memory otherwise: products may differ in the last bit
+        torch.testing.assert_close(computed, before, rtol=0, atol=1e-6 * float(before.abs().max()))
+    else:
+        assert torch.equal(computed, before)
     check_unchanged(dense, loaded, list(packed_modules(loaded)))
 
     # the dense model with the weights that are stored computes the same, up to float32 rounding
