@@ -255,7 +255,7 @@ def test_compensated_factors_are_the_least_squares() -> None:
     left = z + 0.3 * torch.randn(2, 500, 24, generator=gen) * z.abs()
     factor = torch.randn(2, 10, 24, generator=gen)
     moments, lost = left.transpose(1, 2) @ left, (z - left).transpose(1, 2) @ left
-    got = quantize._compensated(factor, moments, lost, 1e-9)
+    got = quantize._compensated(factor, moments, lost)
     expected = torch.linalg.lstsq(left.double(), (z @ factor.transpose(1, 2)).double()).solution.transpose(1, 2)
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
 
@@ -263,7 +263,7 @@ def test_compensated_factors_are_the_least_squares() -> None:
 def test_experts_whose_moments_say_nothing_keep_their_weights() -> None:
     factor = torch.randn(3, 8, 16)
     nothing = torch.zeros(3, 16, 16)
-    assert torch.equal(quantize._compensated(factor, nothing, nothing, 0.01), factor)
+    assert torch.equal(quantize._compensated(factor, nothing, nothing), factor)
 
 
 def test_rows_absorb_what_rows_before_them_lost() -> None:
@@ -276,7 +276,7 @@ def test_rows_absorb_what_rows_before_them_lost() -> None:
     steps, level = (torch.full((48, 32, 1), value, dtype=torch.float64) for value in (0.5, 3.0))
 
     def cost(coupled: torch.Tensor | None) -> float:
-        codes, step = quantize._round_row_blocks(w, moments, steps, level, settings(), coupled)
+        codes, step = quantize._round_row_blocks(w, moments, steps, level, 1, coupled)
         error = w - quantize.decode(codes, step.repeat_interleave(16, 2), level)
         return float(torch.einsum("eik,ij,ejk->", error, coupling, error))
 

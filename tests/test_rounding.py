@@ -6,6 +6,7 @@ import torch
 from bitsmoe_modifier import rounding
 from bitsmoe_modifier.planes import code_values
 from bitsmoe_modifier.rounding import (
+    damp_,
     decode,
     encode,
     feedback_factor,
@@ -53,7 +54,13 @@ class Problem:
         self.row_weight = (torch.rand(count, m, generator=gen) + 0.05).to(dtype)
 
     def solve(self, row_weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return round_with_feedback(self.w, self.moment, self.step, self.level, self.order, DAMPENING, row_weight)
+        factor = feedback_factor(self.damped, self.order)
+        return round_with_feedback(self.w, factor, self.step, self.level, self.order, row_weight)
+
+    def refined(
+        self, codes: torch.Tensor, step: torch.Tensor, row_weight: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return refine(self.w, self.damped, codes, step, self.level, row_weight)
 
     def per_row(self, step: torch.Tensor) -> torch.Tensor:
         return step.repeat_interleave(self.w.shape[1] // step.shape[1], 1)
@@ -63,8 +70,7 @@ class Problem:
 
     @property
     def damped(self) -> torch.Tensor:
-        mean = self.moment.diagonal(dim1=1, dim2=2).mean(1)
-        return self.moment + DAMPENING * mean[:, None, None] * torch.eye(self.moment.shape[1])
+        return damp_(self.moment.clone(), DAMPENING)
 
     def loss(
         self, codes: torch.Tensor, step: torch.Tensor | None = None, row_weight: torch.Tensor | None = None
@@ -146,26 +152,37 @@ def test_every_step_can_be_stored(value: float) -> None:
 # -------------------------------------------------------------------------------------------------- the factor
 
 
+def orders(count: int, n: int) -> torch.Tensor:
+    """Random orders of columns, ``[count, n]``."""
+    return torch.rand(count, n, generator=torch.Generator().manual_seed(n)).argsort(1)
+
+
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 70])
-@pytest.mark.parametrize("dampening", [0.01, 1.0])
-def test_factor_reproduces_the_moment(n: int, dampening: float) -> None:
-    """M is unit upper triangular and M D Mᵀ = H + damping with a positive diagonal D; the damping is a float32."""
-    h = moments(2, n)
-    factor = feedback_factor(h, dampening)
+def test_factor_reproduces_the_moment(n: int) -> None:
+    """M is unit upper triangular and M D Mᵀ = H, columns in order, with a positive diagonal D."""
+    h, order = damp_(moments(2, n), DAMPENING), orders(2, n)
+    factor = feedback_factor(h, order)
     torch.testing.assert_close(factor.diagonal(dim1=1, dim2=2), torch.ones(2, n, dtype=torch.float64))
     assert not bool(factor.tril(-1).any())
-    damped = h + dampening * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(n)
+    turned = torch.stack([m[o][:, o] for m, o in zip(h, order, strict=True)])
     inverse = torch.linalg.inv(factor)
-    d = inverse @ damped @ inverse.mT
+    d = inverse @ turned @ inverse.mT
     assert bool((d.diagonal(dim1=1, dim2=2) > 0).all())
-    diagonal = torch.diag_embed(d.diagonal(dim1=1, dim2=2))
-    torch.testing.assert_close(d, diagonal, rtol=0, atol=2**-24 * float(d.max()))
-    torch.testing.assert_close(factor @ diagonal @ factor.mT, damped, rtol=2**-24, atol=2**-24 * float(d.max()))
+    torch.testing.assert_close(factor @ torch.diag_embed(d.diagonal(dim1=1, dim2=2)) @ factor.mT, turned)
+
+
+@pytest.mark.parametrize("dampening", [0.01, 1.0])
+def test_damping_adds_to_the_diagonals(dampening: float) -> None:
+    h = moments(3, 7)
+    mean = h.diagonal(dim1=1, dim2=2).mean(1)
+    expected = h + dampening * mean[:, None, None] * torch.eye(7)
+    torch.testing.assert_close(damp_(h, dampening), expected)
+    torch.testing.assert_close(h, expected)
 
 
 def test_factor_of_the_identity_is_the_identity() -> None:
     eye = torch.eye(9).expand(2, -1, -1)
-    assert torch.equal(feedback_factor(eye, 0.01), eye)
+    assert torch.equal(feedback_factor(eye, orders(2, 9)), eye)
 
 
 @pytest.mark.parametrize("kind", ["zero", "rank-1", "slightly-negative"])
@@ -175,23 +192,25 @@ def test_factor_of_singular_moments(kind: str) -> None:
         "rank-1": lambda: moments(2, 16, rank=1, dtype=torch.float32),
         "slightly-negative": lambda: moments(2, 16, rank=2, dtype=torch.float32) - 1e-3 * torch.eye(16),
     }[kind]()
-    factor = feedback_factor(h, 1e-4)
+    factor = feedback_factor(damp_(h, 1e-4), orders(2, 16))
     assert bool(torch.isfinite(factor).all())
     assert torch.equal(factor.diagonal(dim1=1, dim2=2), torch.ones(2, 16))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e12])
 def test_factor_does_not_depend_on_units(scale: float) -> None:
-    h = moments(2, 16, dtype=torch.float32)
-    torch.testing.assert_close(feedback_factor(h * scale, 0.01), feedback_factor(h, 0.01), rtol=1e-4, atol=1e-5)
+    h, order = damp_(moments(2, 16, dtype=torch.float32), DAMPENING), orders(2, 16)
+    torch.testing.assert_close(feedback_factor(h * scale, order), feedback_factor(h, order), rtol=1e-4, atol=1e-5)
 
 
-def test_one_singular_entry_leaves_the_batch_alone_within_the_damping() -> None:
-    """Entries of a batch are factored together; each is of its own scale."""
-    h = moments(3, 8, dtype=torch.float32)
-    h[1] *= 1e-12
-    together, alone = feedback_factor(h, 0.01), feedback_factor(h[:1], 0.01)
-    torch.testing.assert_close(together[:1], alone)
+def test_one_singular_entry_leaves_the_batch_alone() -> None:
+    """More is added to the diagonal of the entry that needs it, and to no other."""
+    h, order = moments(3, 8, dtype=torch.float32), orders(3, 8)
+    expected = feedback_factor(h, order)
+    h[1] = -torch.eye(8)
+    together = feedback_factor(h, order)
+    assert torch.equal(together[0::2], expected[0::2])
+    assert bool(torch.isfinite(together[1]).all())
 
 
 # --------------------------------------------------------------------------------------------------- feedback
@@ -216,12 +235,12 @@ def test_blocks_do_not_change_the_result(block: int, weighted: bool, monkeypatch
     problem = Problem(n=70)
     weight = problem.row_weight if weighted else None
     codes, step = problem.solve(weight)
-    refined = refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING, weight)
+    refined = problem.refined(codes, step, weight)
     monkeypatch.setattr(rounding, "_COLUMN_BLOCK", block)
     again = problem.solve(weight)
     assert torch.equal(again[0], codes)
     torch.testing.assert_close(again[1], step)
-    again = refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING, weight)
+    again = problem.refined(codes, step, weight)
     assert torch.equal(again[0], refined[0])
     torch.testing.assert_close(again[1], refined[1])
 
@@ -242,7 +261,7 @@ def test_uncorrelated_inputs_mean_plain_rounding(order: str) -> None:
         problem.order = torch.arange(40).expand(3, -1)
     codes, step = problem.solve()
     assert torch.equal(codes, problem.plain())
-    assert torch.equal(refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING)[0], codes)
+    assert torch.equal(problem.refined(codes, step)[0], codes)
 
 
 def test_dropped_columns_are_absorbed() -> None:
@@ -251,7 +270,8 @@ def test_dropped_columns_are_absorbed() -> None:
     moment = torch.ones(1, 2, 2, dtype=torch.float64)
     level = torch.tensor([[[0.0, 255.0]]], dtype=torch.float64)
     step = torch.full((1, 1, 2), 0.0078125, dtype=torch.float64)
-    codes, _ = round_with_feedback(w, moment, step, level, torch.tensor([[0, 1]]), 1e-6)
+    order = torch.tensor([[0, 1]])
+    codes, _ = round_with_feedback(w, feedback_factor(damp_(moment, 1e-6), order), step, level, order)
     assert float(codes[0, 0, 0]) == 0
     assert float(decode(codes, step, level)[0, 0, 1]) == pytest.approx(0.8, abs=0.008)
 
@@ -297,15 +317,15 @@ def test_codes_stay_in_their_range_and_steps_storable(weighted: bool) -> None:
         assert bool(((codes >= 0) & (codes <= problem.level) & (codes == codes.round())).all())
         assert torch.equal(step.half().float(), step)
         assert bool((step > 0).all())
-        codes, step = refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING, weight)
+        codes, step = problem.refined(codes, step, weight)
 
 
 def test_inputs_stay_as_they_are() -> None:
     problem, again = Problem(n=40), Problem(n=40)
     codes, step = problem.solve(problem.row_weight)
     copies = codes.clone(), step.clone()
-    refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING, problem.row_weight)
-    refit_row_steps(problem.w, problem.moment, codes, torch.ones(3, 6, 4).double(), problem.level, DAMPENING)
+    problem.refined(codes, step, problem.row_weight)
+    refit_row_steps(problem.w, problem.damped, codes, torch.ones(3, 6, 4).double(), problem.level)
     assert torch.equal(codes, copies[0])
     assert torch.equal(step, copies[1])
     for name in ("w", "moment", "step", "level", "order", "row_weight"):
@@ -350,7 +370,7 @@ def test_no_pass_raises_the_objective(start: str, weighted: bool) -> None:
     }[start]()
     before = problem.loss(codes, step, weight)
     for _ in range(4):
-        codes, step = refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING, weight)
+        codes, step = problem.refined(codes, step, weight)
         after = problem.loss(codes, step, weight)
         assert bool((after <= before * (1 + 1e-12)).all())
         before = after
@@ -368,7 +388,7 @@ def test_refine_equals_coordinate_descent() -> None:
             target = rest @ h[:, k] / h[k, k]  # minimizes the quadratic in column k with all others as they are
             grid = step[k] * torch.arange(-float(level[k]), float(level[k]) + 1, 2, dtype=torch.float64)
             q[:, k] = grid[(grid[None] - target[:, None]).abs().argmin(1)]
-    codes, kept = refine(problem.w, problem.moment, problem.plain(), problem.step, problem.level, DAMPENING)
+    codes, kept = problem.refined(problem.plain(), problem.step)
     torch.testing.assert_close(decode(codes, kept, problem.level)[0], q)
 
 
@@ -376,8 +396,8 @@ def test_refining_a_fixed_point_changes_nothing() -> None:
     problem = Problem(count=2, m=4, n=16)
     codes, step = problem.solve()
     for _ in range(50):
-        codes, step = refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING)
-    again = refine(problem.w, problem.moment, codes, step, problem.level, DAMPENING)
+        codes, step = problem.refined(codes, step)
+    again = problem.refined(codes, step)
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], step)
 
@@ -394,7 +414,7 @@ def test_row_steps_never_raise_a_rows_objective(groups: int) -> None:
         return torch.einsum("bij,bjk,bik->bi", rest, problem.damped.double(), rest)
 
     codes = encode(problem.w, step.repeat_interleave(40 // groups, 2), problem.level)
-    refitted = refit_row_steps(problem.w, problem.moment, codes, step, problem.level, DAMPENING)
+    refitted = refit_row_steps(problem.w, problem.damped, codes, step, problem.level)
     assert torch.equal(refitted.half().float(), refitted)
     assert bool((refitted > 0).all())
     before, after = losses(step), losses(refitted)
@@ -415,7 +435,7 @@ def test_search_then_feedback() -> None:
     """As the quantizer joins them: steps from the search, codes from the feedback, then a pass of refinement."""
     gen = torch.Generator().manual_seed(0)
     w = torch.randn(2, 64, 32, generator=gen)
-    h = moments(2, 32, dtype=torch.float32)
+    h = damp_(moments(2, 32, dtype=torch.float32), DAMPENING)
     step, _ = search_step(w, torch.ones(1, 64, 1), 2)
     level, order, rho = torch.full((2, 1, 32), 3.0), torch.arange(32).expand(2, -1), torch.ones(2, 64)
 
@@ -423,7 +443,7 @@ def test_search_then_feedback() -> None:
         rest = (decode(codes, steps, level) - w).double()
         return float(torch.einsum("bij,bjk,bik->", rest, h.double(), rest))
 
-    fed = round_with_feedback(w, h, step, level, order, DAMPENING, rho)
-    refined = refine(w, h, *fed, level, DAMPENING, rho)
+    fed = round_with_feedback(w, feedback_factor(h, order), step, level, order, rho)
+    refined = refine(w, h, *fed, level, rho)
     assert loss(*fed) < 0.7 * loss(encode(w, step, level), step)
     assert loss(*refined) < loss(*fed)

@@ -16,7 +16,7 @@ from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .layout import ExpertsLayout, PackedExperts, pack_factor
 from .numerics import collected, stored_trouble
-from .rounding import decode, encode, feedback_factor, refine, refit_row_steps, round_with_feedback
+from .rounding import damp_, decode, encode, feedback_factor, refine, refit_row_steps, round_with_feedback
 from .spectral import refit_inverse
 from .statistics import RoutedTokens, down_moments, expert_moments, prior_share, second_moment, shrink
 
@@ -211,14 +211,16 @@ def _round_input(layer: _Layer) -> RoundedSide:
             continue
         ids = range(part.start, part.stop)
         moments = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, rank)
-        moments = shrink(moments, common, design.mass[part], share[part])
+        moments = damp_(shrink(moments, common, design.mass[part], share[part]), settings.dampening_frac)
+        # the coarsest columns first, so that finer ones absorb their errors; gate and up share an order and a factor
+        order = torch.argsort(level[0::2] + level[1::2], dim=1, stable=True)
+        feedback = feedback_factor(moments, order)
         target = factor[0::2]
         for half in (0, 1):
-            limits, damp, rho = level[half::2, None], settings.dampening_frac, weight[half::2]
-            order = torch.argsort(level[half::2], dim=1, stable=True)
-            codes, step = round_with_feedback(target, moments, steps[half::2], limits, order, damp, rho)
+            limits, rho = level[half::2, None], weight[half::2]
+            codes, step = round_with_feedback(target, feedback, steps[half::2], limits, order, rho)
             for _ in range(settings.refine_passes):
-                codes, step = refine(target, moments, codes, step, limits, damp, rho)
+                codes, step = refine(target, moments, codes, step, limits, rho)
             rounded.codes[matrices][half::2] = codes.to(torch.uint8)
             rounded.steps[matrices][half::2] = step
             if half == 0:
@@ -243,6 +245,7 @@ def _round_output(layer: _Layer, inputs: RoundedSide) -> RoundedSide:
     coupling = None
     if settings.compensation and not (side.basis is None and layer.metric is None):
         coupling = output_coupling(side.basis, layer.metric, hidden, h.device)
+        coupling = damp_(coupling.clone(), settings.dampening_frac)
     mine = layer.ranks.mine(len(tokens.counts))
     if settings.error_feedback:
         moments, lost = down_moments(experts, tokens, h, lambda expert: _gate_up(inputs, expert), mine)
@@ -250,6 +253,7 @@ def _round_output(layer: _Layer, inputs: RoundedSide) -> RoundedSide:
         own = slice(mine.start, mine.stop)
         share = prior_share(tokens.counts, length, h.device)[own]
         moments = shrink(moments, layer.ranks.total(moments.sum(0)) / total, design.mass[own], share)
+        damp_(moments, settings.dampening_frac)
         lost *= (1 - share)[:, None, None]
     for part in experts.parts(mine):
         at = slice(part.start - mine.start, part.stop - mine.start)
@@ -258,10 +262,10 @@ def _round_output(layer: _Layer, inputs: RoundedSide) -> RoundedSide:
         steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
         if settings.error_feedback:
             if settings.compensation:
-                factor = _compensated(factor, moments[at], lost[at], settings.dampening_frac)
+                factor = _compensated(factor, moments[at], lost[at])
             # rows are directions here, so that the columns to round are those along I
             rows = steps.transpose(1, 2), level[:, :, None]
-            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, settings, coupling)
+            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, settings.refine_passes, coupling)
             codes, steps = codes.transpose(1, 2), rows_steps.transpose(1, 2)
         else:
             codes = encode(columns, _per_column(steps, length), level[:, None])
@@ -269,16 +273,14 @@ def _round_output(layer: _Layer, inputs: RoundedSide) -> RoundedSide:
     return rounded
 
 
-def _compensated(factor: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor, dampening: float) -> torch.Tensor:
+def _compensated(factor: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
     """F with what it must make of ẑ to come nearest F z: ``F + F E[(z - ẑ) ẑᵀ] E[ẑ ẑᵀ]⁻¹``, per expert.
 
     Args:
-        factor: ``[E, R', I]``; moments: E[ẑ ẑᵀ] and lost: E[(z - ẑ) ẑᵀ], ``[E, I, I]``, at equal mass.
-        dampening: added to the diagonal of the moments, as a fraction of its mean.
+        factor: ``[E, R', I]``; moments: E[ẑ ẑᵀ], damped, and lost: E[(z - ẑ) ẑᵀ], ``[E, I, I]``, at equal mass.
     """
     mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
-    eye = torch.eye(moments.shape[1], device=moments.device)
-    response, info = torch.linalg.solve_ex(moments / mean + dampening * eye, (lost / mean).transpose(1, 2))
+    response, info = torch.linalg.solve_ex(moments / mean, (lost / mean).transpose(1, 2))
     # an expert whose moments cannot be solved keeps its weights
     usable = (info == 0) & torch.isfinite(response).flatten(1).all(1)
     return factor + factor @ torch.where(usable[:, None, None], response, 0.0).transpose(1, 2)
@@ -289,39 +291,38 @@ def _round_row_blocks(
     moments: torch.Tensor,
     steps: torch.Tensor,
     level: torch.Tensor,
-    settings: QuantizerSettings,
+    refine_passes: int,
     coupling: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round ``w [E, R', I]`` with feedback along its columns and, with a coupling, from block to block of its rows.
 
     Args:
         w: target.
-        moments: ``[E, I, I]``; steps: ``[E, R', groups]``; level: ``[E, R', 1]``.
-        settings: how to quantize.
-        coupling: ``[R', R']``, or None for rows that the loss sees apart.
+        moments: ``[E, I, I]``, damped; steps: ``[E, R', groups]``; level: ``[E, R', 1]``.
+        refine_passes: of `refine`, each after the steps were refitted.
+        coupling: ``[R', R']``, damped, or None for rows that the loss sees apart.
 
     Returns:
         (codes ``[E, R', I]``, steps ``[E, R', groups]``).
     """
-    rows, damp = w.shape[1], settings.dampening_frac
+    rows = w.shape[1]
     order = torch.argsort(moments.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    feedback = feedback_factor(moments, order)
     # every n-th row, so that neighbours, which are most alike, stand in different blocks
     apart = 1 if coupling is None else _ROW_BLOCKS
     blocks = [torch.arange(first, rows, apart, device=w.device) for first in range(apart)]
     done = blocks[0][:0]
     codes, steps, lost = torch.empty_like(w), steps.clone(), torch.zeros_like(w)
-    everyone = torch.cat(blocks)
-    factor = None if coupling is None else feedback_factor(coupling[everyone][:, everyone][None], damp)[0]
+    factor = None if coupling is None else feedback_factor(coupling[None], torch.cat(blocks)[None])[0]
     for block in blocks:
         target, limits, step = w[:, block], level[:, block], steps[:, block]
         if factor is not None and len(done):
             response = factor[: len(done), len(done) : len(done) + len(block)]
             target = target + torch.einsum("jb,eji->ebi", response, lost[:, done])
-        per_row = _per_row(step, w.shape[2])
-        found, _ = round_with_feedback(target, moments, per_row, limits, order, damp)
-        for _ in range(settings.refine_passes):
-            step = refit_row_steps(target, moments, found, step, limits, damp)
-            found, _ = refine(target, moments, found, _per_row(step, w.shape[2]), limits, damp)
+        found, _ = round_with_feedback(target, feedback, _per_row(step, w.shape[2]), limits, order)
+        for _ in range(refine_passes):
+            step = refit_row_steps(target, moments, found, step, limits)
+            found, _ = refine(target, moments, found, _per_row(step, w.shape[2]), limits)
         codes[:, block], steps[:, block] = found, step
         # what later rows absorb is measured against the weights, not against the target
         lost[:, block] = w[:, block] - decode(found, _per_row(step, w.shape[2]), limits)

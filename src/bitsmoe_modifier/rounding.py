@@ -95,55 +95,71 @@ def _group_error(w: torch.Tensor, row: torch.Tensor, step: torch.Tensor, level: 
     return (row @ rest.square_()) * (4 * step.square())
 
 
-def feedback_factor(moment: torch.Tensor, dampening: float) -> torch.Tensor:
-    """Unit upper-triangular M with ``H + damping = M D Mᵀ``, per batch entry.
+def damp_(moment: torch.Tensor, dampening: float) -> torch.Tensor:
+    """Add ``dampening`` times the mean of its diagonal to the diagonal of every moment ``[N, n, n]``, in place."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal += dampening * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return moment
+
+
+def feedback_factor(moment: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Unit upper-triangular M with ``H = M D Mᵀ``, per batch entry, of moments H whose columns are put in order.
 
     With errors E = W - Q, ``tr(E H Eᵀ) = Σ_k D_k ‖(E M)_k‖²``: when column k is rounded after columns < k, its best
     target is ``w_k + Σ_{j<k} E_j M_jk``. This is GPTQ's update (OPTQ; LDLQ) without an inverse.
 
     Args:
-        moment: float32 ``[N, n, n]`` symmetric, positive semidefinite.
-        dampening: added to the diagonal, as a fraction of its mean; raised tenfold until the factorization exists.
+        moment: float32 ``[N, n, n]`` symmetric, positive semidefinite, damped (`damp_`). Where that is not enough, more
+            is added until the factorization exists.
+        order: int64 ``[N, n]``, columns in order of rounding.
 
     Returns:
         float32 ``[N, n, n]``.
     """
-    n = moment.shape[-1]
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    eye = torch.eye(n, device=moment.device)
-    # Cholesky of the matrix with rows and columns reversed gives an upper factor of the matrix itself
-    scaled = (moment / mean[:, None, None]).flip((-2, -1))
-    while True:
-        factor, info = torch.linalg.cholesky_ex(scaled + dampening * eye)
-        if not bool(info.any()):
-            break
-        dampening = max(dampening, 1e-6) * 10
+    factor = torch.empty_like(moment, memory_format=torch.contiguous_format)
+    info = torch.stack([_factor(m, turn, out) for m, turn, out in zip(moment, order, factor, strict=True)])
+    dampening = 1e-5
+    while bool(info.any()):
         note(
             "second moments of its experts could not be factored, and more was added to their diagonals; calibrate "
             "with more text, or raise `dampening_frac`"
         )
-    factor = factor.flip((-2, -1))
-    return factor / factor.diagonal(dim1=-2, dim2=-1)[:, None, :]
+        dampening *= 10
+        for at in info.nonzero().flatten().tolist():
+            info[at] = _factor(moment[at], order[at], factor[at], dampening)
+    return factor
+
+
+def _factor(moment: torch.Tensor, order: torch.Tensor, out: torch.Tensor, dampening: float = 0.0) -> torch.Tensor:
+    """One matrix of `feedback_factor`, to ``out``; returns 0 where it exists. One at a time stays in a CPU's cache."""
+    # Cholesky of the matrix with rows and columns reversed gives an upper factor of the matrix itself
+    turn = order.flip(0)
+    scaled = moment.index_select(0, turn).index_select(1, turn)
+    diagonal = scaled.diagonal()
+    scaled /= diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    diagonal += dampening
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    factor /= factor.diagonal().clone()
+    out.copy_(factor.flip((0, 1)))
+    return info
 
 
 def round_with_feedback(
     w: torch.Tensor,
-    moment: torch.Tensor,
+    factor: torch.Tensor,
     step: torch.Tensor,
     level: torch.Tensor,
     order: torch.Tensor,
-    dampening: float,
     row_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the columns of a batch of matrices in order, each absorbing the errors of those before it.
 
     Args:
         w: float32 ``[N, m, n]``.
-        moment: float32 ``[N, n, n]``, second moment of the inputs of the columns.
+        factor: float32 ``[N, n, n]``, the `feedback_factor` of the second moment of the columns' inputs in this order.
         step: float32 ``[N, groups, n]`` storable steps; a group is ``m / groups`` consecutive rows.
         level: float32 broadcastable to ``w``, ``2**b - 1``; 0 drops the weight, whose whole value is then absorbed.
         order: int64 ``[N, n]``, columns in order of rounding.
-        dampening: fraction of the mean diagonal added to the moment.
         row_weight: importance of the rows, ``[N, m]``: steps are refitted to what each column has to absorb. None keeps
             the steps.
 
@@ -156,24 +172,15 @@ def round_with_feedback(
     step = step.mT.gather(1, turn.expand(-1, -1, step.shape[1]))
     level = level.expand(count, -1, -1).mT
     level = level.gather(1, turn.expand(-1, -1, level.shape[2])) if level.shape[1] == n else level.expand(-1, n, -1)
-    moment = moment.gather(1, turn.expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
-    factor = feedback_factor(moment, dampening)
-    codes, error, kept = torch.zeros_like(w), torch.empty_like(w), _kept(level)
-    for start in range(0, n, _COLUMN_BLOCK):
-        stop = min(start + _COLUMN_BLOCK, n)
-        target = w[:, start:stop].clone()
-        if start:
-            target.baddbmm_(factor[:, :start, start:stop].mT, error[:, :start])
-        for at in range(start, stop):
-            column = target[:, at - start]
-            # the error that later columns absorb is measured against the original weight
-            if kept[at]:
-                codes[:, at], step[:, at], value = _round_column(column, step[:, at], level[:, at], row_weight)
-                error[:, at] = w[:, at] - value
-            else:
-                error[:, at] = w[:, at]
-            if at + 1 < stop:
-                target[:, at + 1 - start :].addcmul_(factor[:, at, at + 1 : stop, None], error[:, at, None])
+    codes, change, kept = torch.zeros_like(w), torch.empty_like(w), _kept(level)
+    for block in _column_blocks(n):
+        target = w[:, block].clone()
+        if block.start:
+            target.baddbmm_(factor[:, : block.start, block].mT, change[:, : block.start], alpha=-1)
+        # what later columns absorb is measured against the original weight
+        codes[:, block], step[:, block], change[:, block] = round_block(
+            target, factor[:, block, block], w[:, block], step[:, block], level[:, block], kept[block], row_weight
+        )
     return (
         torch.empty_like(codes).scatter_(1, turn.expand_as(codes), codes).mT,
         torch.empty_like(step).scatter_(1, turn.expand_as(step), step).mT,
@@ -186,78 +193,109 @@ def refine(
     codes: torch.Tensor,
     step: torch.Tensor,
     level: torch.Tensor,
-    dampening: float,
     row_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass of coordinate descent on ``tr((W - Q) H (W - Q)ᵀ)``: every column absorbs the errors of all others.
 
     No column's change can raise the objective (with ``row_weight``, the objective weighted by it), so passes may be
-    repeated. Arguments as in `round_with_feedback`, with the codes to start from.
+    repeated.
+
+    Args:
+        moment: H, float32 ``[N, n, n]``, damped.
+        codes, step: to start from, ``[N, m, n]`` and ``[N, groups, n]``.
+        w, level, row_weight: as in `round_with_feedback`.
 
     Returns:
         (codes float32 ``[N, m, n]``, steps ``[N, groups, n]``).
     """
     count, m, n = w.shape
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    damping = dampening * diagonal.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    damped = moment + damping[:, None, None] * torch.eye(n, device=moment.device)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
     codes, step = (t.mT.clone(memory_format=torch.contiguous_format) for t in (codes, step))
     level = level.expand(count, -1, -1).mT.expand(-1, n, -1)
-    kept = _kept(level)
-    value = decode(codes, step.repeat_interleave(m // step.shape[2], dim=2), level)
+    kept, value = _kept(level), decode(codes, step.repeat_interleave(m // step.shape[2], dim=2), level)
     # H (W - Q)ᵀ: minus half the objective's slope in Qᵀ
-    pull = torch.bmm(damped, w.mT - value)
-    for start in range(0, n, _COLUMN_BLOCK):
-        stop = min(start + _COLUMN_BLOCK, n)
-        change = torch.zeros_like(pull[:, start:stop])
-        for at in range(start, stop):
-            if not kept[at]:
-                continue
-            target = value[:, at] + pull[:, at] / diagonal[:, at, None]
-            codes[:, at], step[:, at], new = _round_column(target, step[:, at], level[:, at], row_weight, codes[:, at])
-            moved = torch.sub(new, value[:, at], out=change[:, at - start])
-            if at + 1 < stop:
-                pull[:, at + 1 : stop].addcmul_(damped[:, at, at + 1 : stop, None], moved[:, None], value=-1)
-        if stop < n:
-            pull[:, stop:].baddbmm_(damped[:, stop:, start:stop], change, alpha=-1)
+    pull, change = torch.bmm(moment, w.mT - value), torch.empty_like(value)
+    for block in _column_blocks(n):
+        target = pull[:, block]
+        if block.start:
+            target.baddbmm_(moment[:, block, : block.start], change[:, : block.start], alpha=-1)
+        # the minimum of the quadratic in one column, all others as they are
+        target.div_(diagonal[:, block, None]).add_(value[:, block])
+        response = moment[:, block, block] / diagonal[:, None, block]
+        codes[:, block], step[:, block], change[:, block] = round_block(
+            target, response, value[:, block], step[:, block], level[:, block], kept[block], row_weight, codes[:, block]
+        )
     return codes.mT, step.mT
 
 
-def refit_row_steps(
-    w: torch.Tensor,
-    moment: torch.Tensor,
-    codes: torch.Tensor,
+def _column_blocks(columns: int) -> list[slice]:
+    """Consecutive blocks of `_COLUMN_BLOCK` columns."""
+    return [slice(at, min(at + _COLUMN_BLOCK, columns)) for at in range(0, columns, _COLUMN_BLOCK)]
+
+
+def round_block(
+    target: torch.Tensor,
+    response: torch.Tensor,
+    reference: torch.Tensor,
     step: torch.Tensor,
     level: torch.Tensor,
-    dampening: float,
+    kept: list[bool],
+    row_weight: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round a few columns one after another; what one changes moves the targets of those after it.
+
+    Args:
+        target: float32 ``[N, B, m]``, what each of the columns is to be rounded to if none before it changes; spent.
+        response: ``[N, B, B]``: a change δ of column j moves the target of column k > j by ``-response_jk δ``.
+        reference: ``[N, B, m]``: a column's change is its value minus this.
+        step: ``[N, B, groups]``; level: ``[N, B, m]`` or ``[N, B, 1]``.
+        kept: which columns any matrix keeps, length B.
+        row_weight: ``[N, m]`` or None, as in `round_with_feedback`.
+        codes: ``[N, B, m]`` codes from before, which the steps are refitted to; None takes the nearest.
+
+    Returns:
+        (codes ``[N, B, m]``, steps ``[N, B, groups]``, changes ``[N, B, m]``).
+    """
+    found, step, change = torch.zeros_like(target), step.clone(), -reference
+    for at, needed in enumerate(kept):
+        if needed:
+            before = None if codes is None else codes[:, at]
+            found[:, at], step[:, at], value = _round_column(target[:, at], step[:, at], level[:, at], row_weight, before)
+            change[:, at] += value
+        target[:, at + 1 :].addcmul_(response[:, at, at + 1 :, None], change[:, at, None], value=-1)
+    return found, step, change
+
+
+def refit_row_steps(
+    w: torch.Tensor, moment: torch.Tensor, codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor
 ) -> torch.Tensor:
     """Least-squares steps of groups of columns, given their codes, one group after another.
 
     Args:
-        w, codes: float32 ``[N, m, n]``; moment ``[N, n, n]``; level broadcastable to ``w``.
+        w, codes: float32 ``[N, m, n]``; moment ``[N, n, n]``, damped; level broadcastable to ``w``.
         step: float32 ``[N, m, groups]``: a group is ``n / groups`` consecutive columns of a row.
-        dampening: as in `refine`.
 
     Returns:
         float32 ``[N, m, groups]``, storable; a step that would raise the row's objective is left as it was.
     """
     groups = step.shape[2]
     size = w.shape[2] // groups
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    damped = moment + (dampening * mean)[:, None, None] * torch.eye(w.shape[2], device=w.device)
     grid = codes * 2 - level
     step = step.clone()
+    rest = w - grid * step.repeat_interleave(size, dim=2)
     for group in range(groups):
         part = slice(group * size, (group + 1) * size)
-        rest = w - grid * step.repeat_interleave(size, dim=2)
-        slope = (grid[:, :, part] * torch.bmm(rest, damped[:, :, part])).sum(2)
-        curvature = (grid[:, :, part] * torch.bmm(grid[:, :, part], damped[:, part, part])).sum(2)
+        own = grid[:, :, part]
+        slope = (own * torch.bmm(rest, moment[:, :, part])).sum(2)
+        curvature = (own * torch.bmm(own, moment[:, part, part])).sum(2)
         old = step[:, :, group]
         new = to_step(old + slope / curvature.clamp_min(1e-30))
         # the objective changes by (new - old) * (curvature * (new - old) - 2 * slope)
         better = (new - old) * (curvature * (new - old) - 2 * slope) < 0
-        step[:, :, group] = torch.where(better, new, old)
+        new = torch.where(better, new, old)
+        rest[:, :, part].addcmul_(own, (new - old)[:, :, None], value=-1)
+        step[:, :, group] = new
     return step
 
 
