@@ -53,7 +53,7 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 HEAD_DIM = 32
 HELD_OUT_PERCENT = 8
 BALANCE_COEFFICIENT = 0.001
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 1.0
 CALIBRATION_BYTES = 400_000
 HELD_OUT_BYTES = 150_000
 CONTINUATIONS = 400
@@ -96,8 +96,8 @@ class Shape:
 
     arch: str = "qwen3_moe"
     hidden: int = 128
-    layers: int = 3
-    experts: int = 20
+    layers: int = 2
+    experts: int = 32
     topk: int = 4
     intermediate: int = 128
     seq: int = 512
@@ -657,7 +657,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         default=WEIGHT_DECAY,
         help="AdamW's weight decay. A large model's training forgets its random start (learning rate x decay x steps "
-        "is far above 1); a short one needs a larger decay for that",
+        "is far above 1); a short one needs a decay as large as the default for that",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
