@@ -5,9 +5,11 @@
     python benchmarks/quantization_time.py --model DIR          # a whole model; `demo` is that of the package
 
 The layer stands in a model that has nothing else of weight: one decoder layer with small attention, inputs as unequal
-over directions as a trained model's (`synthetic`). Every arm gets the same rows, a fresh model, and routed tokens only;
-its time is that of the whole `oneshot`, the forward pass over the rows included. ``--scale N`` divides experts and rows
-by N, which keeps the tokens per expert; H and I stay, because the work per expert grows with their third power.
+over directions as a trained model's (`synthetic`). Every arm gets the same rows and a fresh model, and its time is that
+of the whole `oneshot`, the forward passes over the rows included. BitsMoE needs routed tokens only; GPTQ is timed as
+llm-compressor runs it by default, every expert on every token, and with routed tokens only. ``--scale N`` divides
+experts and rows by N, which keeps the tokens per expert; H and I stay, because the work per expert grows with their
+third power.
 """
 
 import argparse
@@ -57,7 +59,7 @@ class Shape:
         return f"E {self.experts}, H {self.hidden}, I {self.width}, k {self.choices}, {tokens} tokens"
 
 
-def bitsmoe(feedback: bool, group_size: int = 128) -> BitsMoEModifier:
+def bitsmoe(feedback: bool, group_size: int) -> BitsMoEModifier:
     """2 bits, with everything on or on the fast path."""
     return BitsMoEModifier(
         bits=2.0,
@@ -68,17 +70,28 @@ def bitsmoe(feedback: bool, group_size: int = 128) -> BitsMoEModifier:
     )
 
 
-def gptq(group_size: int = 128) -> GPTQModifier:
+def gptq(group_size: int) -> GPTQModifier:
     """2 bits symmetric on the routed experts' projections."""
     weights = {"num_bits": 2, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": True}
     group = {"targets": [r"re:.*mlp[.]experts[.].*_proj$"], "weights": weights}
     return GPTQModifier(config_groups={"group_0": group}, actorder=None)
 
 
-ARMS: dict[str, Callable[..., Any]] = {
-    "GPTQModifier W2": gptq,
-    "BitsMoE": lambda **fields: bitsmoe(True, **fields),
-    "BitsMoE without feedback": lambda **fields: bitsmoe(False, **fields),
+@dataclass(frozen=True)
+class Arm:
+    """A way to quantize: its modifier for a group size, and whether every expert is calibrated on every token."""
+
+    modifier: Callable[[int], Any]
+    all_experts: bool = False
+
+
+#: Others are compared with these.
+BASELINES = ("GPTQModifier W2", "GPTQModifier W2, routed tokens only")
+ARMS = {
+    BASELINES[0]: Arm(gptq, all_experts=True),
+    BASELINES[1]: Arm(gptq),
+    "BitsMoE": Arm(lambda group: bitsmoe(True, group)),
+    "BitsMoE without feedback": Arm(lambda group: bitsmoe(False, group)),
 }
 
 
@@ -88,13 +101,13 @@ def rows_of(shape: Shape, vocab: int) -> DataLoader:
     return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=None)
 
 
-def seconds_of(model: Any, rows: DataLoader, modifier: Any, profile: bool) -> float:
+def seconds_of(model: Any, rows: DataLoader, modifier: Any, all_experts: bool, profile: bool) -> float:
     """Time of one `oneshot`."""
     profiler = cProfile.Profile() if profile else None
     started = time.perf_counter()
     if profiler:
         profiler.enable()
-    oneshot(model=model, dataset=rows, recipe=[modifier], moe_calibrate_all_experts=False, pipeline="sequential")
+    oneshot(model=model, dataset=rows, recipe=[modifier], moe_calibrate_all_experts=all_experts, pipeline="sequential")
     if profiler:
         profiler.disable()
     elapsed = time.perf_counter() - started
@@ -104,45 +117,48 @@ def seconds_of(model: Any, rows: DataLoader, modifier: Any, profile: bool) -> fl
     return elapsed
 
 
-def time_layer(shape: Shape, arms: list[str], profile: bool = False) -> dict[str, float]:
-    """Seconds of every arm on one layer, float32."""
+def time_layer(shape: Shape, arms: list[str], dtype: torch.dtype, profile: bool = False) -> dict[str, float]:
+    """Seconds of every arm on one layer; dtype: of the model."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         save_model(path, layers=1, experts=shape.experts, hidden=shape.hidden, width=shape.width, choices=shape.choices)
         for arm in arms:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            found[arm] = seconds_of(model, rows_of(shape, model.config.vocab_size), ARMS[arm](), profile)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            rows, how = rows_of(shape, model.config.vocab_size), ARMS[arm]
+            found[arm] = seconds_of(model, rows, how.modifier(128), how.all_experts, profile)
             print(f"  {arm}: {found[arm]:.1f} s", flush=True)
             del model
     return found
 
 
-def time_model(folder: str, arms: list[str], profile: bool) -> dict[str, float]:
-    """Seconds of every arm on a whole model, float32, each on its way to a budget for all layers together."""
+def time_model(folder: str, arms: list[str], dtype: torch.dtype, profile: bool) -> dict[str, float]:
+    """Seconds of every arm on a whole model, each on its way to a budget for all layers together."""
     shape = Shape()
     found = {}
     for arm in arms:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         group = next(g for g in (128, 64, 32, 16) if model.config.moe_intermediate_size % g == 0)
-        modifier = ARMS[arm](group_size=group)
+        modifier = ARMS[arm].modifier(group)
         if isinstance(modifier, BitsMoEModifier):
             modifier.scope = "global"
-        found[arm] = seconds_of(model, rows_of(shape, model.config.vocab_size), modifier, profile)
+        rows = rows_of(shape, model.config.vocab_size)
+        found[arm] = seconds_of(model, rows, modifier, ARMS[arm].all_experts, profile)
         print(f"  {arm}: {found[arm]:.1f} s", flush=True)
     return found
 
 
 def table(title: str, found: dict[str, float]) -> str:
-    """Seconds, and how many times faster than GPTQ."""
-    base = found.get("GPTQModifier W2")
-    lines = [f"\n{title}", "", "| | seconds | times faster than GPTQ W2 |", "|---|---|---|"]
+    """Seconds, and how many times faster than the baselines."""
+    bases = [base for base in BASELINES if base in found]
+    head = ["", "seconds", *(f"times faster than {base}" for base in bases)]
+    lines = [f"\n{title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm, taken in found.items():
-        lines.append(f"| {arm} | {taken:.1f} | {f'{base / taken:.1f}' if base else ''} |")
+        lines.append(f"| {' | '.join([arm, f'{taken:.1f}', *(f'{found[base] / taken:.1f}' for base in bases)])} |")
     return "\n".join(lines)
 
 
-def growth(shape: Shape, arms: list[str], path: Path) -> str:
+def growth(shape: Shape, arms: list[str], dtype: torch.dtype, path: Path) -> str:
     """Time every arm at a half and a quarter of each of E, H and the rows; plot it."""
     import matplotlib
 
@@ -157,7 +173,7 @@ def growth(shape: Shape, arms: list[str], path: Path) -> str:
         timed = {}
         for size in sizes:
             print(f"{label} {size}", flush=True)
-            timed[size] = time_layer(replace(shape, **{field: size}), arms)
+            timed[size] = time_layer(replace(shape, **{field: size}), arms, dtype)
             lines.append(f"| {label} {size} | {' | '.join(f'{timed[size][arm]:.1f}' for arm in arms)} |")
         for arm in arms:
             axis.plot(sizes, [timed[size][arm] for size in sizes], "o-", label=arm)
@@ -179,22 +195,23 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide experts and rows by N")
     parser.add_argument("--hidden", type=int, default=Shape.hidden)
     parser.add_argument("--width", type=int, default=Shape.width)
-    parser.add_argument("--arms", default=",".join(ARMS), metavar="NAME,…")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model's weights")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="NAME")
     parser.add_argument("--model", metavar="DIR", help="a whole model instead of a layer; demo: that of the package")
     parser.add_argument("--growth", metavar="FILE", help="also vary E, H and rows, and plot it there")
     parser.add_argument("--profile", action="store_true", help="print where each arm's time goes")
     args = parser.parse_args()
     logger.remove()
-    arms = args.arms.split(",")
+    arms, dtype = args.arms, getattr(torch, args.dtype)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads")
     if args.model:
         folder = demo_asset("docmoe") if args.model == "demo" else args.model
-        print(table(f"{Path(folder).name}, end to end, with the survey", time_model(folder, arms, args.profile)))
+        print(table(f"{Path(folder).name}, end to end, with the survey", time_model(folder, arms, dtype, args.profile)))
         return
     shape = replace(Shape(), hidden=args.hidden, width=args.width).scaled(args.scale)
-    print(table(f"One layer: {shape}", time_layer(shape, arms, args.profile)))
+    print(table(f"One layer: {shape}, {args.dtype}", time_layer(shape, arms, dtype, args.profile)))
     if args.growth:
-        print(growth(shape, arms, Path(args.growth)))
+        print(growth(shape, arms, dtype, Path(args.growth)))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,6 +34,7 @@ from .combine import combine_kernel
 from .down import down_kernel
 from .gate_up import gate_kernel, gate_up_kernel
 from .launch import Launch, basis_stages, launch, launch_down
+from .rounding import constants_of, round_block_kernel
 
 TARGETS = (80, 90, 100)
 
@@ -172,6 +174,16 @@ def _small() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def _rounding() -> Iterator[Case]:
+    """Quantization: 32 columns, groups of 128 rows; with steps refitted (gate and up) and kept (down)."""
+    pointers = dict.fromkeys(("target", "response", "reference", "step", "level", "weight", "before"), "*fp32")
+    pointers |= dict.fromkeys(("codes", "step_out", "change"), "*fp32")
+    signature = dict.fromkeys(round_block_kernel.arg_names, "i32") | {f"{k}_ptr": v for k, v in pointers.items()}
+    for name, refit in (("round 32 columns, refit", True), ("round 32 columns", False)):
+        constants = constants_of(32, 128 if refit else None, True, torch.float32)
+        yield Case(name, round_block_kernel, signature, constants, Launch(warps=4, stages=1, pack=0), programs=2)
+
+
 def cases(cc: int, every: bool = True) -> Iterator[Case]:
     """The kernels to check for one target; ``every=False``: decode with the default recipe's widths only."""
     mixed = (6, 4, 2)
@@ -188,6 +200,7 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
             yield replace(make(cc, (8, 6, 4, 3, 2, 1), 8), stack=16)
             yield replace(make(cc, mixed, 8, block=64), stack=16)
     yield _basis(4)
+    yield from _rounding()
     if every:
         yield _gate_up(cc, mixed, 8, split=4)
         yield _basis(4, "fp16")

@@ -14,7 +14,7 @@ from bitsmoe_modifier.experts import BitsMoEExperts
 from bitsmoe_modifier.gating import Gating
 from bitsmoe_modifier.layer import DenseExperts, QuantizerSettings
 from bitsmoe_modifier.layout import PackedExperts, check_content, check_structure
-from bitsmoe_modifier.numerics import collected, note
+from bitsmoe_modifier.numerics import all_finite, collected, note
 from bitsmoe_modifier.quantize import LayerReport, quantize_layer
 from bitsmoe_modifier.rounding import feedback_factor
 from bitsmoe_modifier.spectral import symmetric_sqrt
@@ -229,6 +229,18 @@ def test_costs_that_overflow_are_an_error() -> None:
     layer.gate_up[1, 3, 4] = 1e18
     with pytest.raises(CalibrationError, match="the squares of its rounding errors overflow; check the base model"):
         layer.run(PLAIN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_finite_finds_one_bad_element(dtype: torch.dtype) -> None:
+    values = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert bool(all_finite(values))
+    assert bool(all_finite(values[:0]))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for place in (0, 5, 230):
+            broken = values.clone()
+            broken.view(-1)[place] = bad
+            assert not bool(all_finite(broken))
 
 
 def test_indefinite_moments_are_damped_and_said() -> None:

@@ -9,8 +9,8 @@ from .distributed import Ranks
 from .rounding import search_step
 
 #: Elements of a factor that the step search holds at once. Small enough for a CPU's cache, where the search's dozens of
-#: passes over the same weights are three times faster than from memory.
-_CHUNK_ELEMENTS = 1 << 18
+#: passes over the same weights are three times faster than from memory; on a GPU many enough to be worth a launch.
+_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 24
 #: Elements of a factor that are rounded to learn what rounding loses.
 _SAMPLE_ELEMENTS = 1 << 18
 
@@ -125,7 +125,8 @@ def chosen_steps(
     blocks = steps.view(matrices, groups, -1, block_size)
     rows = factor.reshape(matrices, groups, group_size, -1, block_size)
     rho = weight.reshape(matrices, groups, group_size, 1)
-    chunk = max(1, _CHUNK_ELEMENTS // (length * block_size))
+    elements = _GPU_CHUNK_ELEMENTS if factor.is_cuda else _CHUNK_ELEMENTS
+    chunk = max(1, elements // (length * block_size))
     for width in widths.unique().tolist():
         if not width:
             continue

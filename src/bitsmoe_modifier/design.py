@@ -294,7 +294,7 @@ def plan_layer(
     ranks = ranks or Ranks.alone()
     experts.check_finite()
     statistics = collect_statistics(
-        tokens, experts.gate_up, experts.down, experts.gating, experts.in_bias, metric, ranks
+        tokens, experts.gate_up, experts.down, experts.gating, experts.in_bias, metric, ranks, dense_ids == "auto"
     )
     if dense_ids == "auto":
         dense_ids = super_experts(statistics)

@@ -7,9 +7,7 @@ reaches are decoded, a bounded number at a time, and those used last are kept (`
 runs in the Triton kernels of `bitsmoe_kernels`, unless BITSMOE_FORCE_PLAIN=1 is set.
 """
 
-import importlib.util
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .decoded import DecodedCache
+from .devices import kernels_wanted
 from .gating import Gating
 from .layout import (
     TENSOR_NAMES,
@@ -276,7 +275,7 @@ class BitsMoEExperts(nn.Module):
         """
         if top_k_index is None or top_k_weights is None:
             top_k_index, top_k_weights = routing_of(hidden_states, self.num_experts)
-        if self._on_kernels(hidden_states):
+        if kernels_wanted(hidden_states):
             prepared = self._prepare_kernels(hidden_states.dtype)
             if prepared is not None:
                 from bitsmoe_kernels import moe_forward
@@ -284,17 +283,13 @@ class BitsMoEExperts(nn.Module):
                 return moe_forward(hidden_states, top_k_index, top_k_weights, prepared, self.gating)
         return self.forward_plain(hidden_states, top_k_index, top_k_weights)
 
-    def _on_kernels(self, x: torch.Tensor) -> bool:
-        """Whether the kernels may run the layer on ``x``."""
-        return x.is_cuda and os.environ.get("BITSMOE_FORCE_PLAIN") != "1"
-
     def _prepare_kernels(self, dtype: torch.dtype) -> "PreparedExperts | None":
         """What the kernels need of this layer, computed at its first use; None where they cannot run it."""
         if dtype not in self._prepared:
             self._prepared[dtype] = None
             # an offloaded layer's tensors come and go with every call, and the kernels would hold on to them
             offloaded = hasattr(self, "_hf_hook") or not isinstance(self._parameters, dict)
-            if not offloaded and importlib.util.find_spec("bitsmoe_kernels") is not None:
+            if not offloaded:
                 from bitsmoe_kernels import prepare, unsupported
 
                 reason = unsupported(self.spec, dtype)

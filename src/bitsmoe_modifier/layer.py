@@ -8,6 +8,7 @@ import torch
 from .allocation import Solver
 from .errors import CalibrationError
 from .gating import Gating
+from .numerics import all_finite
 
 #: Elements of weights or moments that are worked on at once: bounds the float32 temporaries to some gigabytes.
 PART_ELEMENTS = 1 << 26
@@ -106,9 +107,9 @@ class DenseExperts:
         """Raise CalibrationError naming the first expert with NaN or infinity in its weights."""
         for name in ("gate_up", "down", "in_bias", "out_bias"):
             tensor = getattr(self, name)
-            bad = torch.zeros(()) if tensor is None else ~torch.isfinite(tensor).flatten(1).all(1)
-            if bool(bad.any()):
-                expert = int(bad.nonzero()[0])
+            bad = [] if tensor is None else (~torch.stack([all_finite(one) for one in tensor])).nonzero().tolist()
+            if bad:
+                expert = bad[0][0]
                 raise CalibrationError(
                     f"expert {expert}: its {name} weights hold NaN or infinity; check the base model"
                 )

@@ -106,8 +106,7 @@ class RoundedSide:
 
     def decoded(self, matrices: slice) -> torch.Tensor:
         """Values of some matrices, float32 ``[n, I, directions]``."""
-        codes, steps = self.codes[matrices].to(torch.float32), self.steps[matrices]
-        return decode(codes, _per_column(steps, codes.shape[1]), self.levels(matrices)[:, None])
+        return _decoded(self.codes[matrices].to(torch.float32), self.steps[matrices], self.levels(matrices))
 
 
 def quantize_layer(
@@ -179,9 +178,15 @@ def _histogram(widths: torch.Tensor) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def _per_column(step: torch.Tensor, length: int) -> torch.Tensor:
-    """Steps ``[matrices, groups, directions]`` to one per element, ``[matrices, I, directions]``."""
-    return step.repeat_interleave(length // step.shape[1], dim=1)
+def _decoded(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """`decode` of codes ``[matrices, I, directions]``, steps ``[matrices, groups, directions]``, levels without I."""
+    return decode(codes.unflatten(1, (step.shape[1], -1)), step[:, :, None], level[:, None, None]).flatten(1, 2)
+
+
+def _encoded(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """`encode` to uint8 of weights ``[matrices, I, directions]``; steps and levels as in `_decoded`."""
+    codes = encode(w.unflatten(1, (step.shape[1], -1)), step[:, :, None], level[:, None, None])
+    return codes.flatten(1, 2).to(torch.uint8)
 
 
 def _gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:
@@ -206,7 +211,7 @@ def _round_input(layer: _Layer) -> RoundedSide:
         factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
         steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
         if not settings.error_feedback:
-            rounded.codes[matrices] = encode(factor, _per_column(steps, length), level[:, None]).to(torch.uint8)
+            rounded.codes[matrices] = _encoded(factor, steps, level)
             rounded.steps[matrices] = steps
             continue
         ids = range(part.start, part.stop)
@@ -224,7 +229,7 @@ def _round_input(layer: _Layer) -> RoundedSide:
             rounded.codes[matrices][half::2] = codes.to(torch.uint8)
             rounded.steps[matrices][half::2] = step
             if half == 0:
-                lost = target - decode(codes, _per_column(step, length), limits)
+                lost = target - _decoded(codes, step, level[half::2])
                 target = factor[1::2]
                 if settings.compensation:
                     target = target + design.slope_ratio[part, :, None] * lost
@@ -266,10 +271,10 @@ def _round_output(layer: _Layer, inputs: RoundedSide) -> RoundedSide:
             # rows are directions here, so that the columns to round are those along I
             rows = steps.transpose(1, 2), level[:, :, None]
             codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, settings.refine_passes, coupling)
-            codes, steps = codes.transpose(1, 2), rows_steps.transpose(1, 2)
+            codes, steps = codes.transpose(1, 2).to(torch.uint8), rows_steps.transpose(1, 2)
         else:
-            codes = encode(columns, _per_column(steps, length), level[:, None])
-        rounded.codes[part], rounded.steps[part] = codes.to(torch.uint8), steps
+            codes = _encoded(columns, steps, level)
+        rounded.codes[part], rounded.steps[part] = codes, steps
     return rounded
 
 

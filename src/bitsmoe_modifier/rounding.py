@@ -10,10 +10,12 @@ fp16, so every function here rounds it to fp16 before it is used.
 
 import torch
 
+from .devices import kernels_wanted
 from .numerics import note
 from .planes import levels
 
-_FP16_MIN, _FP16_MAX = 2.0**-24, 65504.0
+#: The range of a stored step.
+FP16_MIN, FP16_MAX = 2.0**-24, 65504.0
 
 #: Columns of a block inside which rounding runs one by one; between blocks it is one batched product.
 _COLUMN_BLOCK = 32
@@ -26,7 +28,7 @@ _COARSE_SPAN = {1: 1.8, 2: 2.2}
 
 def to_step(step: torch.Tensor) -> torch.Tensor:
     """Round steps to storable ones: fp16 values (as float32), never 0 and never infinite."""
-    return step.clamp(_FP16_MIN, _FP16_MAX).to(torch.float16).to(torch.float32)
+    return step.clamp(FP16_MIN, FP16_MAX).to(torch.float16).to(torch.float32)
 
 
 def encode(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -> torch.Tensor:
@@ -34,7 +36,7 @@ def encode(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -> to
 
     ``step`` and ``level = 2**b - 1`` broadcast against ``w``; at level 0 (a dropped weight) the code is 0.
     """
-    codes = ((w / step + level) * 0.5).round_().clamp_min_(0)
+    codes = (w / step + level).mul_(0.5).round_().clamp_min_(0)
     return codes.clamp_max_(level) if isinstance(level, int) else torch.minimum(codes, level)
 
 
@@ -208,11 +210,14 @@ def refine(
     Returns:
         (codes float32 ``[N, m, n]``, steps ``[N, groups, n]``).
     """
-    count, m, n = w.shape
+    count, _, n = w.shape
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     codes, step = (t.mT.clone(memory_format=torch.contiguous_format) for t in (codes, step))
     level = level.expand(count, -1, -1).mT.expand(-1, n, -1)
-    kept, value = _kept(level), decode(codes, step.repeat_interleave(m // step.shape[2], dim=2), level)
+    kept = _kept(level)
+    groups = step.shape[2]
+    limits = level[..., None] if level.shape[2] == 1 else level.unflatten(2, (groups, -1))
+    value = decode(codes.unflatten(2, (groups, -1)), step[..., None], limits).flatten(2)
     # H (W - Q)ᵀ: minus half the objective's slope in Qᵀ
     pull, change = torch.bmm(moment, w.mT - value), torch.empty_like(value)
     for block in _column_blocks(n):
@@ -257,11 +262,16 @@ def round_block(
     Returns:
         (codes ``[N, B, m]``, steps ``[N, B, groups]``, changes ``[N, B, m]``).
     """
+    if _on_kernels(target):
+        from bitsmoe_kernels.rounding import round_block as fused
+
+        return fused(target, response, reference, step, level, row_weight, codes)
     found, step, change = torch.zeros_like(target), step.clone(), -reference
     for at, needed in enumerate(kept):
         if needed:
+            column = target[:, at], step[:, at], level[:, at]
             before = None if codes is None else codes[:, at]
-            found[:, at], step[:, at], value = _round_column(target[:, at], step[:, at], level[:, at], row_weight, before)
+            found[:, at], step[:, at], value = _round_column(*column, row_weight, before)
             change[:, at] += value
         target[:, at + 1 :].addcmul_(response[:, at, at + 1 :, None], change[:, at, None], value=-1)
     return found, step, change
@@ -297,6 +307,11 @@ def refit_row_steps(
         rest[:, :, part].addcmul_(own, (new - old)[:, :, None], value=-1)
         step[:, :, group] = new
     return step
+
+
+def _on_kernels(target: torch.Tensor) -> bool:
+    """Whether a block is rounded by the Triton kernel."""
+    return target.dtype == torch.float32 and kernels_wanted(target)
 
 
 def _kept(level: torch.Tensor) -> list[bool]:

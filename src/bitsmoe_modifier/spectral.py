@@ -81,11 +81,11 @@ def input_directions(
     """
     ranks = ranks or Ranks.alone()
     root, inverse = symmetric_sqrt(input_moment, dampening)
-    energy = torch.zeros_like(input_moment, dtype=torch.float64)
+    energy = torch.zeros_like(input_moment)
     for expert in ranks.mine(len(gate_up)):
         scaled = gate_up[expert].to(torch.float32) * row_importance[expert].sqrt()[:, None]
-        energy += (scaled.T @ scaled).to(torch.float64)
-    energy = ranks.total(energy)
+        energy.addmm_(scaled.T, scaled)
+    energy = ranks.total(energy).to(torch.float64)
     _, vectors = torch.linalg.eigh(root.T @ energy @ root)
     b = vectors.flip(1).T[:rank] @ inverse
     return (b / b.norm(dim=1, keepdim=True)).to(torch.float32)

@@ -13,6 +13,7 @@ from .distributed import Ranks
 from .errors import CalibrationError
 from .gating import Gating
 from .layer import DenseExperts
+from .numerics import all_finite
 
 #: How far an expert's share of the tokens, as calibration saw it, is believed: text in use routes differently. The
 #: logarithm of the share is pulled towards the average expert's, by 1 - `_TEMPER` of the way (the posterior mean when
@@ -63,9 +64,9 @@ class RoutedTokens:
         Raises:
             CalibrationError: on NaN or infinity in the inputs or routing weights.
         """
-        if not bool(torch.isfinite(x).all()):
+        if not bool(all_finite(x)):
             raise CalibrationError("its calibration inputs hold NaN or infinity; calibrate in bfloat16 or float32")
-        if not bool(torch.isfinite(top_k_weights).all()):
+        if not bool(all_finite(top_k_weights)):
             raise CalibrationError("its routing weights hold NaN or infinity; calibrate in bfloat16 or float32")
         expert, order = torch.sort(top_k_index.flatten(), stable=True)
         token = order // top_k_index.shape[1]
@@ -115,7 +116,7 @@ def shrink(own: torch.Tensor, common: torch.Tensor, mass: torch.Tensor, share: t
         share: ``[n]``, α of each.
     """
     shape = (-1, *([1] * (own.ndim - 1)))
-    return own * (1 - share).view(shape) + (share * mass).view(shape) * common
+    return (own * (1 - share).view(shape)).addcmul_((share * mass).view(shape), common)
 
 
 def expert_moments(
@@ -181,7 +182,8 @@ class LayerStatistics:
         slope_ratio: E[∂z/∂gate ∂z/∂up] / E[(∂z/∂up)²], float32 ``[E, I]``: what one unit of error in a gate activation
             is worth in units of the up activation beside it, shrunk towards 0.
         boost: by how much costs of an expert exceed what its own tokens make them (`_TEMPER`), float32 ``[E]``.
-        peak_output: largest routed output norm ‖W_down z‖ of each expert, float32 ``[E]`` (super experts).
+        peak_output: largest routed output norm ‖W_down z‖ of each expert, float32 ``[E]`` (super experts); zeros where
+            it was not asked for.
     """
 
     input_moment: torch.Tensor
@@ -221,6 +223,7 @@ def collect_statistics(
     in_bias: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,
     ranks: Ranks | None = None,
+    peaks: bool = False,
 ) -> LayerStatistics:
     """Statistics of one layer with its unquantized experts.
 
@@ -232,6 +235,7 @@ def collect_statistics(
         in_bias: ``[E, 2I]`` or None.
         metric: ``[H, H]``, the loss's curvature in the layer's output; None for the identity (squared output error).
         ranks: the processes that measure together, all with the same tokens; None for this one alone.
+        peaks: measure `LayerStatistics.peak_output`, which takes a product per token and expert that nothing else does.
 
     Raises:
         CalibrationError: naming the expert whose activations are not finite.
@@ -263,26 +267,33 @@ def collect_statistics(
         importance[expert, width:] = up_energy * column_energy
         ratio[expert] = (share @ (slope_gate * slope_up)) / up_energy.clamp_min(torch.finfo(torch.float32).tiny)
         diagonal[expert] = weight @ z.square()
-        output = z @ w_down.T
-        peak[expert] = output.norm(dim=1).max()
+        if peaks:
+            peak[expert] = (z @ w_down.T).norm(dim=1).max()
         collected = torch.cat([diagonal[expert], importance[expert], ratio[expert], peak[expert, None]])
-        if not bool(torch.isfinite(collected).all()):
+        if not bool(all_finite(collected)):
             raise CalibrationError(
                 f"expert {expert}: its activations overflow; check the weights and the calibration text"
             )
-        output = output * weight.sqrt()[:, None]
-        output_moment.addmm_(output.T, output)
+        output_moment += _output_moment(z * weight.sqrt()[:, None], w_down)
     own = slice(rows.start, rows.stop)
     input_moment = second_moment(tokens.x[own], tokens.token_weights[own])
     importance, diagonal, output_moment, ratio, mass, peak, input_moment = map(
         ranks.total, (importance, diagonal, output_moment, ratio, mass, peak, input_moment)
     )
-    if not bool(torch.isfinite(input_moment).all() and torch.isfinite(output_moment).all()):
+    if not bool(all_finite(input_moment) & all_finite(output_moment)):
         raise CalibrationError("the squares of its inputs or outputs overflow; check weights and calibration text")
     return _with_prior(
         LayerStatistics(input_moment, importance, diagonal, output_moment, ratio, mass, torch.ones_like(mass), peak),
         tokens.counts,
     )
+
+
+def _output_moment(z: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
+    """``Σ_t (W z_t)(W z_t)ᵀ``, ``[H, H]``, of ``z [T, I]``: by way of Σ z zᵀ where that is the smaller of the two."""
+    if len(z) > z.shape[1]:
+        return w_down @ (z.T @ z) @ w_down.T
+    output = z @ w_down.T
+    return output.T @ output
 
 
 def _with_prior(statistics: LayerStatistics, counts: Sequence[int]) -> LayerStatistics:

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from .allocation import allocate
 from .distributed import Ranks
 from .errors import CalibrationError, RecipeError
+from .numerics import all_finite
 from .sorted_rows import routed_rows
 from .statistics import prior_share
 
@@ -148,7 +149,7 @@ def survey_layers(
 
 def _check_finite(name: str, inputs: list[Inputs]) -> None:
     for x, _, weight in inputs:
-        if not bool(torch.isfinite(x).all() and torch.isfinite(weight).all()):
+        if not bool(all_finite(x) & all_finite(weight)):
             raise CalibrationError(
                 f"{name}: its calibration inputs hold NaN or infinity; calibrate in bfloat16 or float32"
             )
@@ -302,7 +303,7 @@ def _ends(outputs: Any, slope: _Slopes) -> list[tuple[torch.Tensor, torch.Tensor
 def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Log-likelihood, summed over tokens, of labels drawn from the model's own predictions ``[batch, tokens, V]``."""
     scores = logits.to(torch.float32).log_softmax(-1).flatten(0, -2)
-    if not bool(torch.isfinite(scores).all()):
+    if not bool(all_finite(scores)):
         raise CalibrationError("the model's predictions hold NaN or infinity; check the base model")
     labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
     return scores.gather(1, labels.to(scores.device)).sum()

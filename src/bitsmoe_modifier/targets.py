@@ -17,6 +17,7 @@ from .errors import CalibrationError, RecipeError
 from .experts import BitsMoEExperts
 from .gating import gating_of
 from .layout import ExpertsLayout
+from .numerics import all_finite
 from .quantize import DenseExperts, QuantizerSettings
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -125,7 +126,7 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
         for expert in range(module.num_experts):
             for projection in _PROJECTIONS:
                 for kind, tensor in getattr(module[expert], projection).named_parameters():
-                    if not bool(torch.isfinite(tensor).all()):
+                    if not bool(all_finite(tensor)):
                         raise CalibrationError(
                             f"{name}: the {projection} {kind} of expert {expert} holds NaN or infinity; "
                             "check the base model"

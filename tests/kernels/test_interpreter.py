@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("part", ["test_operations.py", "test_layer.py", "test_generation.py"])
+@pytest.mark.parametrize("part", ["test_operations.py", "test_layer.py", "test_generation.py", "test_rounding.py"])
 def test_in_the_interpreter(part):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

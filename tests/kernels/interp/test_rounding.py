@@ -1,0 +1,108 @@
+"""The fused rounding of a block of columns against `rounding.round_block`.
+
+In float64 no target lies so near the middle between two values that another order of a sum could tell them apart: codes
+and steps are equal. In float32 one in thousands may differ.
+"""
+
+import pytest
+import torch
+from bitsmoe_kernels.rounding import round_block
+
+from bitsmoe_modifier import rounding
+from bitsmoe_modifier.rounding import to_step
+
+
+class Block:
+    """Random arguments: slices of larger tensors, as the two passes hand them over."""
+
+    def __init__(self, count: int, columns: int, rows: int, groups: int, dtype: torch.dtype, seed: int) -> None:
+        gen = torch.Generator().manual_seed(seed)
+
+        def part(*shape: int) -> torch.Tensor:
+            """The middle of a tensor that is larger in every dimension but the last."""
+            whole = torch.randn(shape[0], shape[1] + 5, shape[2], generator=gen, dtype=torch.float64)
+            return whole[:, 2 : 2 + shape[1]].to(dtype)
+
+        self.target, self.reference = part(count, columns, rows), part(count, columns, rows)
+        self.response = 0.4 * part(count, columns, columns + 3)[:, :, 1 : 1 + columns]
+        width = torch.tensor([0, 1, 2, 3, 4, 6])[torch.randint(6, (count, columns, 1), generator=gen)]
+        self.level = (2.0**width - 1).to(dtype)
+        spread = 0.7 + 0.6 * torch.rand(count, columns, groups, generator=gen)
+        self.step = to_step(spread * 2.0 / self.level.clamp_min(1).float()).to(dtype)
+        self.row_weight = (torch.rand(count, rows, generator=gen) + 0.05).to(dtype)
+        self.codes = (torch.rand(count, columns, rows, generator=gen) * (self.level + 0.99)).floor().to(dtype)
+
+    def run(self, function, *kept, refit: bool, before: bool):
+        arguments = self.target.clone(), self.response, self.reference, self.step, self.level, *kept
+        return function(*arguments, self.row_weight if refit else None, self.codes if before else None)
+
+    def both(self, refit: bool, before: bool):
+        columns = self.target.shape[1]
+        got = self.run(round_block, refit=refit, before=before)
+        return got, self.run(rounding.round_block, [True] * columns, refit=refit, before=before)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["nearest", "from codes"])
+@pytest.mark.parametrize(("rows", "groups"), [(16, 1), (48, 2), (72, 3), (192, 1)], ids=str)
+@pytest.mark.parametrize("columns", [1, 5, 32])
+def test_refitted_steps(columns: int, rows: int, groups: int, before: bool) -> None:
+    got, expected = Block(3, columns, rows, groups, torch.float64, columns + rows).both(True, before)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[2], expected[2])
+
+
+@pytest.mark.parametrize("groups", [1, 4, 200], ids=lambda g: f"{g} steps")
+@pytest.mark.parametrize("rows", [200])
+def test_kept_steps(rows: int, groups: int) -> None:
+    got, expected = Block(2, 7, rows, groups, torch.float64, groups).both(False, False)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[2], expected[2])
+
+
+def test_levels_of_rows() -> None:
+    """As the down projection's: each row of a level of its own, columns expanded."""
+    block = Block(2, 6, 40, 40, torch.float64, 0)
+    block.level = block.level[:, :1].mT.expand(-1, 40, 6).mT.contiguous()[:, :1].expand(-1, 6, -1)
+    assert block.level.stride(1) == 0
+    got, expected = block.both(False, False)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[2], expected[2])
+
+
+def test_targets_in_the_middle_and_zeros_round_alike() -> None:
+    block = Block(1, 4, 32, 1, torch.float32, 0)
+    block.target = torch.zeros_like(block.target)
+    block.target[0, :, :16] = 2 * block.step[0, :, 0, None] * torch.arange(16)
+    block.response = torch.zeros_like(block.response)
+    got, expected = block.both(False, False)
+    assert torch.equal(got[0], expected[0])
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_float32(refit: bool) -> None:
+    got, expected = Block(4, 32, 256, 2, torch.float32, 0).both(refit, refit)
+    assert float((got[0] == expected[0]).float().mean()) > 0.999
+    alike = (got[0] == expected[0]).all(1)
+    torch.testing.assert_close(got[2].mT[alike], expected[2].mT[alike], rtol=1e-4, atol=1e-4)
+
+
+def test_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feedback and refinement with the kernel in place give the codes and steps that they give without."""
+    gen = torch.Generator().manual_seed(0)
+    w = torch.randn(2, 32, 40, generator=gen, dtype=torch.float64)
+    x = torch.randn(2, 90, 40, generator=gen, dtype=torch.float64) + 0.5
+    moment = rounding.damp_(x.mT @ x, 0.01)
+    level = (2.0 ** torch.randint(0, 5, (2, 1, 40), generator=gen) - 1).double()
+    step = to_step(torch.rand(2, 2, 40, generator=gen) + 0.1).double()
+    order, rho = level[:, 0].argsort(dim=1, stable=True), torch.rand(2, 32, generator=gen, dtype=torch.float64) + 0.1
+
+    def passes():
+        found = rounding.round_with_feedback(w, rounding.feedback_factor(moment, order), step, level, order, rho)
+        return rounding.refine(w, moment, *found, level, rho)
+
+    expected = passes()
+    monkeypatch.setattr(rounding, "_on_kernels", lambda _: True)
+    for got, plain in zip(passes(), expected, strict=True):
+        assert torch.equal(got, plain)
