@@ -218,8 +218,8 @@ def test_hidden_size_is_checked(capsys):
 
 def test_shipped_texts():
     calibration, held_out, lines = ((ASSETS / name).read_text(encoding="utf-8") for name in TEXTS)
-    assert len(calibration) > 350_000
-    assert len(held_out) > 120_000
+    assert len(calibration) > 0.9 * demo.CALIBRATION_BYTES
+    assert len(held_out) > 0.8 * demo.HELD_OUT_BYTES
     paragraphs = [
         {" ".join(paragraph.split()) for paragraph in text.split("\n\n") if len(paragraph) >= 80}
         for text in (calibration, held_out)
