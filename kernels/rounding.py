@@ -125,8 +125,7 @@ def round_block(
     row_weight: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rounding.round_block`, its oracle, in one launch: same arguments and results, but for ``kept``, which saves
-    nothing here, and for ``target``, which stays as it is.
+    """`rounding.round_block`, its oracle, in one launch: same arguments and results; ``target`` stays as it is.
 
     Arguments may be slices: their last dimension must be contiguous, that of ``level`` may be expanded.
     """

@@ -260,6 +260,14 @@ def test_indefinite_moments_are_damped_and_said() -> None:
     assert "singular even with its dampening" in notes[1]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_moments_that_overflow_are_an_error(value: float) -> None:
+    moments = torch.eye(4).repeat(2, 1, 1)
+    moments[1, 2, 3] = moments[1, 3, 2] = value
+    with pytest.raises(CalibrationError, match="second moments of its experts overflow; check the base model"):
+        feedback_factor(moments, torch.arange(4).repeat(2, 1))
+
+
 def test_notes_are_collected_once_and_where_they_were_said() -> None:
     note("nobody hears this")
     outer: list[str] = []

@@ -11,7 +11,8 @@ fp16, so every function here rounds it to fp16 before it is used.
 import torch
 
 from .devices import kernels_wanted
-from .numerics import note
+from .errors import CalibrationError
+from .numerics import all_finite, note
 from .planes import levels
 
 #: The range of a stored step.
@@ -117,9 +118,14 @@ def feedback_factor(moment: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
     Returns:
         float32 ``[N, n, n]``.
+
+    Raises:
+        CalibrationError: when a moment holds NaN or infinity.
     """
     factor = torch.empty_like(moment, memory_format=torch.contiguous_format)
     info = torch.stack([_factor(m, turn, out) for m, turn, out in zip(moment, order, factor, strict=True)])
+    if bool(info.any()) and not bool(all_finite(moment)):
+        raise CalibrationError("second moments of its experts overflow; check the base model and the calibration text")
     dampening = 1e-5
     while bool(info.any()):
         note(
@@ -174,14 +180,14 @@ def round_with_feedback(
     step = step.mT.gather(1, turn.expand(-1, -1, step.shape[1]))
     level = level.expand(count, -1, -1).mT
     level = level.gather(1, turn.expand(-1, -1, level.shape[2])) if level.shape[1] == n else level.expand(-1, n, -1)
-    codes, change, kept = torch.zeros_like(w), torch.empty_like(w), _kept(level)
+    codes, change = torch.empty_like(w), torch.empty_like(w)
     for block in _column_blocks(n):
         target = w[:, block].clone()
         if block.start:
             target.baddbmm_(factor[:, : block.start, block].mT, change[:, : block.start], alpha=-1)
         # what later columns absorb is measured against the original weight
         codes[:, block], step[:, block], change[:, block] = round_block(
-            target, factor[:, block, block], w[:, block], step[:, block], level[:, block], kept[block], row_weight
+            target, factor[:, block, block], w[:, block], step[:, block], level[:, block], row_weight
         )
     return (
         torch.empty_like(codes).scatter_(1, turn.expand_as(codes), codes).mT,
@@ -214,7 +220,6 @@ def refine(
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     codes, step = (t.mT.clone(memory_format=torch.contiguous_format) for t in (codes, step))
     level = level.expand(count, -1, -1).mT.expand(-1, n, -1)
-    kept = _kept(level)
     groups = step.shape[2]
     limits = level[..., None] if level.shape[2] == 1 else level.unflatten(2, (groups, -1))
     value = decode(codes.unflatten(2, (groups, -1)), step[..., None], limits).flatten(2)
@@ -228,7 +233,7 @@ def refine(
         target.div_(diagonal[:, block, None]).add_(value[:, block])
         response = moment[:, block, block] / diagonal[:, None, block]
         codes[:, block], step[:, block], change[:, block] = round_block(
-            target, response, value[:, block], step[:, block], level[:, block], kept[block], row_weight, codes[:, block]
+            target, response, value[:, block], step[:, block], level[:, block], row_weight, codes[:, block]
         )
     return codes.mT, step.mT
 
@@ -244,7 +249,6 @@ def round_block(
     reference: torch.Tensor,
     step: torch.Tensor,
     level: torch.Tensor,
-    kept: list[bool],
     row_weight: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -255,7 +259,6 @@ def round_block(
         response: ``[N, B, B]``: a change δ of column j moves the target of column k > j by ``-response_jk δ``.
         reference: ``[N, B, m]``: a column's change is its value minus this.
         step: ``[N, B, groups]``; level: ``[N, B, m]`` or ``[N, B, 1]``.
-        kept: which columns any matrix keeps, length B.
         row_weight: ``[N, m]`` or None, as in `round_with_feedback`.
         codes: ``[N, B, m]`` codes from before, which the steps are refitted to; None takes the nearest.
 
@@ -267,6 +270,7 @@ def round_block(
 
         return fused(target, response, reference, step, level, row_weight, codes)
     found, step, change = torch.zeros_like(target), step.clone(), -reference
+    kept = (level.amax((0, 2)) > 0).tolist()  # what every matrix drops needs no rounding
     for at, needed in enumerate(kept):
         if needed:
             column = target[:, at], step[:, at], level[:, at]
@@ -312,11 +316,6 @@ def refit_row_steps(
 def _on_kernels(target: torch.Tensor) -> bool:
     """Whether a block is rounded by the Triton kernel."""
     return target.dtype == torch.float32 and kernels_wanted(target)
-
-
-def _kept(level: torch.Tensor) -> list[bool]:
-    """Which columns any matrix keeps, of ``level [N, n, m]`` or ``[N, n, 1]``."""
-    return (level.amax((0, 2)) > 0).tolist()
 
 
 def _round_column(
