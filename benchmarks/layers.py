@@ -16,8 +16,8 @@ from bitsmoe_kernels import prepare
 from bitsmoe_kernels.reference import decode_bases, decode_expert_factors, moe_reference
 from bitsmoe_kernels.synthetic import random_experts
 
-from bitsmoe_modifier.gating import Gating
-from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts
+from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts
 
 GATING = Gating()
 #: A call: (x, ids, weights) to the layer's output.

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from bitsmoe_modifier.compare.plan import make_plan, matrix_rate, read_headers
-from bitsmoe_modifier.planning import table
+from bitsmoe_modifier.checkpoints.plan import make_plan, matrix_rate, read_headers
+from bitsmoe_modifier.checkpoints.planning import table
 from synthetic import random_text, save_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

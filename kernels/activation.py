@@ -1,9 +1,9 @@
-"""The gate inside a kernel: `bitsmoe_modifier.gating.Gating` on float32 registers."""
+"""The gate inside a kernel: `bitsmoe_modifier.method.gating.Gating` on float32 registers."""
 
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.method.gating import Gating
 
 
 @triton.jit

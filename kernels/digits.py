@@ -12,7 +12,7 @@ Every intermediate is an integer that the type represents, so the result is exac
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier import planes
+from bitsmoe_modifier.storage import planes
 
 digits = triton.constexpr_function(planes.digits)
 

@@ -3,7 +3,7 @@ symbols."""
 
 import torch
 
-from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gating_arguments
 from .basis import basis

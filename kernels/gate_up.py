@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gate_value
 from .digits import digit_count, digit_size, digit_start, digit_values, digit_weight, plane_values, product

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bitsmoe_modifier.errors import CheckpointError
-from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts
+from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts
 
 _BLOCKS = (16, 32, 64, 128)
 _GROUPS = (32, 64, 128)
@@ -79,7 +79,7 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
     """Compute the launch metadata of a layer. Call it once after loading: it waits for the device a few times.
 
     Args:
-        packed: the stored tensors, already checked (`bitsmoe_modifier.layout.check_structure`).
+        packed: the stored tensors, already checked (`bitsmoe_modifier.storage.layout.check_structure`).
 
     Raises:
         CheckpointError: when the layout has sizes that no kernel covers (see `unsupported`), or a side's payload is

@@ -2,8 +2,8 @@
 
 import torch
 
-from bitsmoe_modifier.gating import Gating
-from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts, decode_basis, decode_factor, index_units
+from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, decode_basis, decode_factor, index_units
 
 
 def decode_expert_factors(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier import rounding
+from bitsmoe_modifier.method import rounding
 
 from .launch import on
 

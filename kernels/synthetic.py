@@ -2,8 +2,8 @@
 
 import torch
 
-from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts, index_units
-from bitsmoe_modifier.planes import levels
+from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, index_units
+from bitsmoe_modifier.storage.planes import levels
 
 
 def random_experts(

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from bitsmoe_modifier.layout import ExpertsLayout, PackedExperts, pack_basis, pack_factor
-from bitsmoe_modifier.planes import WIDTHS, code_values, levels
+from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, pack_basis, pack_factor
+from bitsmoe_modifier.storage.planes import WIDTHS, code_values, levels
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,10 @@ def experts_names(model: torch.nn.Module) -> list[str]:
 
 def pack_randomly(model: torch.nn.Module, names: list[str] | None = None, **layer: object) -> dict[str, RandomLayer]:
     """Replace the experts modules of ``model`` by random packed ones with the scheme attached; return them by name."""
-    from bitsmoe_modifier.experts import BitsMoEExperts
-    from bitsmoe_modifier.format import attach, make_scheme
-    from bitsmoe_modifier.gating import gating_of
-    from bitsmoe_modifier.hf import experts_sizes
+    from bitsmoe_modifier.loading.format import attach, make_scheme
+    from bitsmoe_modifier.loading.quantizer import experts_sizes
+    from bitsmoe_modifier.method.gating import gating_of
+    from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 
     names = experts_names(model) if names is None else names
     scheme = make_scheme(names, group_size=16)
@@ -278,6 +278,6 @@ def load(folder: Path, **kwargs: object):
 
 def packed_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The packed experts modules of a model, by name."""
-    from bitsmoe_modifier.experts import BitsMoEExperts
+    from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from bitsmoe_modifier import cli, messages
+from bitsmoe_modifier.calibration.recipe import Stage, with_resume
 from bitsmoe_modifier.cli import build_parser, demo_asset, main
-from bitsmoe_modifier.compare.recipe import Stage, with_resume
 from bitsmoe_modifier.errors import BitsMoEError, RecipeError
 from helpers import pack_randomly, save, tiny_model
 from tiny_text import save_tiny, write_text
@@ -74,7 +74,7 @@ def test_errors_as_json(tmp_path, capsys):
 
 
 def test_the_messages_of_a_comparison(capsys):
-    from bitsmoe_modifier.compare.processes import Status
+    from bitsmoe_modifier.comparison.processes import Status
 
     for mode, expected in (("text", ["arm a"]), ("quiet", []), ("json", ["begin", "end"])):
         messages.configure(mode)
@@ -101,7 +101,7 @@ def test_every_command_shows_examples_that_parse(command):
 
 
 def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
-    from bitsmoe_modifier.compare import runner
+    from bitsmoe_modifier.comparison import runner
 
     seen = {}
 

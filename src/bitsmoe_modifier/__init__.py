@@ -15,12 +15,12 @@ from ._after_import import after_import
 from .errors import BitsMoEError, CalibrationError, CheckpointError, RecipeError
 
 if TYPE_CHECKING:
-    from .experts import BitsMoEExperts
-    from .modifier import BitsMoEModifier
+    from .calibration.modifier import BitsMoEModifier
+    from .runtime.experts import BitsMoEExperts
 
 __version__ = "0.1.0"
 
-_LAZY = {"BitsMoEExperts": ".experts", "BitsMoEModifier": ".modifier"}
+_LAZY = {"BitsMoEExperts": ".runtime.experts", "BitsMoEModifier": ".calibration.modifier"}
 
 
 def __getattr__(name: str) -> Any:
@@ -32,15 +32,15 @@ def __getattr__(name: str) -> Any:
 def _register_modifier() -> None:
     from llmcompressor.modifiers import ModifierFactory
 
-    from .modifier import BitsMoEModifier
+    from .calibration.modifier import BitsMoEModifier
 
     ModifierFactory.register("BitsMoEModifier", BitsMoEModifier)
 
 
-after_import("compressed_tensors", lambda: importlib.import_module(".hf", __name__))
-after_import("llmcompressor", lambda: importlib.import_module(".modifier", __name__))
+after_import("compressed_tensors", lambda: importlib.import_module(".loading.quantizer", __name__))
+after_import("llmcompressor", lambda: importlib.import_module(".calibration.modifier", __name__))
 # not in the callback above: importing the modifier first imports llm-compressor in the middle of it
-after_import(f"{__name__}.modifier", _register_modifier)
+after_import(f"{__name__}.calibration.modifier", _register_modifier)
 
 __all__ = [
     "BitsMoEError",

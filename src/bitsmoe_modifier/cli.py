@@ -310,7 +310,7 @@ def _given(value: str | None, asset: str) -> str:
 
 
 def _run_compare(args: argparse.Namespace, command: str) -> int:
-    from .compare.runner import CompareSettings, compare
+    from .comparison.runner import CompareSettings, compare
 
     settings = CompareSettings(
         model=_given(args.model, "docmoe"),
@@ -336,8 +336,8 @@ def _run_compare(args: argparse.Namespace, command: str) -> int:
         verbose=args.verbose,
     )
     report = compare(settings, command)
-    from .compare.columns import table
-    from .compare.verdicts import headline
+    from .evaluation.columns import table
+    from .pages.verdicts import headline
 
     done = [arm for arm in report["arms"] if "error" not in arm]
     print(f"\n{table(report['reference'], done)}\n\n{headline(done)}\n\n{Path(args.out) / 'report.html'}")
@@ -345,7 +345,7 @@ def _run_compare(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_quantize(args: argparse.Namespace, command: str) -> int:
-    from .compare.single import quantize_one
+    from .comparison.single import quantize_one
 
     made = quantize_one(
         model=_given(args.model, "docmoe"),
@@ -367,7 +367,7 @@ def _run_quantize(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_plan(args: argparse.Namespace, command: str) -> int:
-    from .compare.plan import plan_command
+    from .checkpoints.plan import plan_command
 
     print(
         plan_command(
@@ -385,8 +385,8 @@ def _run_eval(args: argparse.Namespace, command: str) -> int:
         figures = evaluate_served(args.checkpoint, args.tasks, args.task_items, args.dtype, args.engine)
         print(f"\n{table(figures)}")
     else:
-        from .compare.columns import table as all_columns
-        from .compare.single import evaluate_one
+        from .comparison.single import evaluate_one
+        from .evaluation.columns import table as all_columns
 
         figures = evaluate_one(
             checkpoint=args.checkpoint,
@@ -399,20 +399,20 @@ def _run_eval(args: argparse.Namespace, command: str) -> int:
     if args.json:
         import json
 
-        from .compare.workspace import write_text
+        from .storage.records import write_text
 
         write_text(Path(args.json), json.dumps(figures, indent=2))
     return 0
 
 
 def _run_inspect(args: argparse.Namespace, command: str) -> int:
-    from .compare.describe import describe, render
-    from .compare.model import find_model
+    from .checkpoints.describe import describe, render
+    from .sources.model import find_model
 
     folder = find_model(args.checkpoint)
     if args.html:
-        from .compare.workspace import write_text
         from .pages.checkpoint import checkpoint_page
+        from .storage.records import write_text
 
         write_text(Path(args.html), checkpoint_page(folder))
         print(args.html)
@@ -428,7 +428,7 @@ def _run_inspect(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_export(args: argparse.Namespace, command: str) -> int:
-    from .compare.single import export_one
+    from .comparison.single import export_one
 
     export_one(args.checkpoint, Path(args.out), args.to, args.dtype, args.group_size, args.verbose)
     print(args.out)
@@ -436,9 +436,9 @@ def _run_export(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_import(args: argparse.Namespace, command: str) -> int:
-    from .authors import import_authors
-    from .compare.model import find_model
-    from .compare.runner import DTYPES
+    from .checkpoints.authors import import_authors
+    from .comparison.runner import DTYPES
+    from .sources.model import find_model
 
     import_authors(find_model(args.checkpoint), Path(args.out), DTYPES[args.dtype])
     print(args.out)
@@ -451,7 +451,7 @@ def _run_completion(args: argparse.Namespace, command: str) -> int:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    from .compare.single import Options
+    from .comparison.single import Options
 
     known = {name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__}
     return Options(**known)

@@ -19,7 +19,7 @@ def quantize(source: Path, out: Path, resume_dir: Path | None, **changes: object
     from llmcompressor.core import reset_session
 
     from bitsmoe_modifier import BitsMoEModifier
-    from bitsmoe_modifier.records import write_tensors
+    from bitsmoe_modifier.storage.records import write_tensors
     from helpers import calibration, load, packed_modules
 
     torch.set_num_threads(1)

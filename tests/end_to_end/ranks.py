@@ -23,8 +23,8 @@ def main(source: Path, out: Path, trouble: str = "none", scope: str = "global") 
     from torch.utils.data import DataLoader
 
     from bitsmoe_modifier import BitsMoEModifier
-    from bitsmoe_modifier.distributed import share
-    from bitsmoe_modifier.records import write_tensors
+    from bitsmoe_modifier.method.distributed import share
+    from bitsmoe_modifier.storage.records import write_tensors
     from helpers import calibration, load, packed_modules
 
     torch.set_num_threads(1)

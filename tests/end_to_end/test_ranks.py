@@ -11,8 +11,8 @@ import torch
 from quantize_once import FIELDS
 from safetensors.torch import load_file
 
-from bitsmoe_modifier.compare.arms import stored_dtype
-from bitsmoe_modifier.layout import PackedExperts
+from bitsmoe_modifier.comparison.arms import stored_dtype
+from bitsmoe_modifier.storage.layout import PackedExperts
 from helpers import experts_names, load, packed_modules
 from tiny_text import save_tiny, write_text
 

@@ -13,8 +13,9 @@ from llmcompressor import oneshot
 from quantize_once import FIELDS, dying, quantize, quantize_until
 from safetensors.torch import load_file
 
-from bitsmoe_modifier import BitsMoEModifier, CheckpointError, RecipeError, modifier
-from bitsmoe_modifier.compare.processes import start_context
+from bitsmoe_modifier import BitsMoEModifier, CheckpointError, RecipeError
+from bitsmoe_modifier.calibration import modifier
+from bitsmoe_modifier.comparison.processes import start_context
 from helpers import calibration, load
 
 Checkpoint = Callable[..., Path]
@@ -199,7 +200,7 @@ def test_other_inputs_are_named(
 ) -> None:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    from bitsmoe_modifier import fingerprint
+    from bitsmoe_modifier.calibration import fingerprint
 
     assert "recipe.0 BitsMoEModifier.bits: 3.0, now 2.5" in refused(load(source), started, bits=2.5)
     assert "calibration.batches: 6, now 5" in refused(load(source), started, rows=5)

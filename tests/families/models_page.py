@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from model_families import FAMILIES, Family, config_of
 
-from bitsmoe_modifier.gating import Gating, gating_of
+from bitsmoe_modifier.method.gating import Gating, gating_of
 from helpers import experts_names
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
-from bitsmoe_modifier.hf import experts_sizes
+from bitsmoe_modifier.loading.quantizer import experts_sizes
 from helpers import calibration, experts_names, load, logits, packed_modules, save_tokenizer
 
 WORKING = [family for family in FAMILIES if not family.refusal]

@@ -19,9 +19,9 @@ import torch
 from checkpoint_mutations import mutate
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_modifier.compare.describe import describe, render
+from bitsmoe_modifier.checkpoints.describe import describe, render
 from bitsmoe_modifier.errors import BitsMoEError
-from bitsmoe_modifier.experts import BitsMoEExperts
+from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 
 #: bytes that reading a damaged copy of a checkpoint of 100 kB may reserve beyond what the process has already
 ROOM = 1 << 30

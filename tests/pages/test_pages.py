@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bitsmoe_modifier.checkpoints.describe import describe
 from bitsmoe_modifier.cli import main
-from bitsmoe_modifier.compare.describe import describe
 from bitsmoe_modifier.pages.checkpoint import checkpoint_page
 from bitsmoe_modifier.pages.comparison import comparison_page
 from entries import FAILED, GPTQ, REFERENCE, ours, report

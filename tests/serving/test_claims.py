@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitsmoe_modifier.format import targets_of
+from bitsmoe_modifier.loading.format import targets_of
 from bitsmoe_modifier.serving import versions
 from bitsmoe_modifier.serving.claims import is_bitsmoe, matches, split_groups
 

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitsmoe_modifier.errors import CheckpointError
-from bitsmoe_modifier.layout import PackedExperts
 from bitsmoe_modifier.serving.loading import LayerLoader, Part, local_experts
-from bitsmoe_modifier.sharding import shard
+from bitsmoe_modifier.storage.layout import PackedExperts
+from bitsmoe_modifier.storage.sharding import shard
 from helpers import random_layer
 
 CPU = torch.device("cpu")

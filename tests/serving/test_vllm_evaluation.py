@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from checkpoints import add_tokenizer, packed_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -28,7 +29,7 @@ def test_same_accuracy_as_transformers(tmp_path: Path, capsys: pytest.CaptureFix
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bitsmoe_modifier.cli import main
-    from bitsmoe_modifier.compare.accuracy import measure_tasks
+    from bitsmoe_modifier.evaluation.accuracy import measure_tasks
 
     folder, task = packed_checkpoint("qwen3_moe", tmp_path / "model"), str(items(tmp_path / "words.jsonl"))
     add_tokenizer(folder)

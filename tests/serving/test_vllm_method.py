@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CheckpointError
-from bitsmoe_modifier.experts import BitsMoEExperts
-from bitsmoe_modifier.gating import Gating
+from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 from helpers import random_layer
 
 pytestmark = pytest.mark.vllm

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import wna16
-from checkpoints import decoded_checkpoint, packed_checkpoint
 from engines import check_against_transformers, check_equal, run
+
+from checkpoints import decoded_checkpoint, packed_checkpoint
 
 pytestmark = pytest.mark.vllm
 

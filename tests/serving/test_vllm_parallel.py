@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import packed_checkpoint
 from engines import check_against_transformers, run
+
+from checkpoints import packed_checkpoint
 
 pytestmark = pytest.mark.vllm
 

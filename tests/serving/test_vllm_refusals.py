@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_tensors, packed_checkpoint
 from engines import engine
 
 from bitsmoe_modifier.errors import CheckpointError
+from checkpoints import edit_tensors, packed_checkpoint
 
 pytestmark = pytest.mark.vllm
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import add_tokenizer, packed_checkpoint
 from engines import TOKENS
 from servers import ask, server
+
+from checkpoints import add_tokenizer, packed_checkpoint
 
 pytestmark = pytest.mark.vllm
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..compare.describe import describe
-from ..compare.kinds import expert_kinds
-from ..shards import packed_modules, scan
+from ..checkpoints.describe import describe
+from ..checkpoints.kinds import expert_kinds
+from ..storage.shards import packed_modules, scan
 from .charts import columns, over_layers, spectrum, stacked_bars
 from .heatmap import width_map
 from .style import bullets, figure, page, paragraph

@@ -4,13 +4,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..compare.columns import summary
-from ..compare.describe import describe
-from ..compare.kinds import expert_kinds
-from ..compare.verdicts import LEGEND, accuracies, against_gptq, environment_line, headline, how_measured
+from ..checkpoints.describe import describe
+from ..checkpoints.kinds import expert_kinds
+from ..evaluation.columns import summary
 from .charts import Point, loss_against_size, stacked_bars
 from .checkpoint import layer_figures, layer_sections
 from .style import bullets, figure, method_of, page, paragraph, table
+from .verdicts import LEGEND, accuracies, against_gptq, environment_line, headline, how_measured
 
 #: phase of an arm -> where its report entry has the seconds
 _PHASES = {

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..layout import ExpertsLayout, PackedExperts
-from ..quantize import QuantizerSettings
+from ..method.quantize import QuantizerSettings
+from ..storage.layout import ExpertsLayout, PackedExperts
 
 #: Width of every unit, and bits of both bases: about what 2 bits per weight come to.
 _WIDTH, _BASIS_BITS = 2, 4

@@ -5,9 +5,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from ..compare.accuracy import Accuracy, check_tasks, run_tasks
-from ..compare.model import find_model
 from ..errors import BitsMoEError
+from ..evaluation.accuracy import Accuracy, check_tasks, run_tasks
+from ..sources.model import find_model
 from .versions import installed, unsupported_version
 
 

@@ -1,7 +1,7 @@
 """vLLM's activation settings of a layer as a `Gating`."""
 
 from ..errors import CheckpointError
-from ..gating import Gating
+from ..method.gating import Gating
 from .vllm_api import FusedMoEConfig, MoEActivation
 
 # of gpt-oss, which vLLM's "swigluoai" implies where the model does not set its own

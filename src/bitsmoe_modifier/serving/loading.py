@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError
-from ..layout import TENSOR_NAMES, ExpertsLayout, PackedExperts, check_content, check_structure
-from ..sharding import shard
+from ..storage.layout import TENSOR_NAMES, ExpertsLayout, PackedExperts, check_content, check_structure
+from ..storage.sharding import shard
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import CheckpointError
-from ..experts import BitsMoEExperts
-from ..layout import TENSOR_NAMES, PackedExperts
+from ..runtime.experts import BitsMoEExperts
+from ..storage.layout import TENSOR_NAMES, PackedExperts
 from .gating import gating_of_layer
 from .loading import LayerLoader, Part, local_experts
 from .vllm_api import (

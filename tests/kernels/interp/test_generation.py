@@ -3,7 +3,7 @@
 import torch
 from transformers import StaticCache
 
-from bitsmoe_modifier import experts
+from bitsmoe_modifier.runtime import experts
 from helpers import pack_randomly, tiny_model
 
 

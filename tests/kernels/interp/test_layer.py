@@ -13,9 +13,9 @@ from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitsmoe_modifier.gating import Gating
-from bitsmoe_modifier.layout import ExpertsLayout
-from bitsmoe_modifier.planes import WIDTHS
+from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.planes import WIDTHS
 
 
 def check(layout, widths, ids, dtype=torch.bfloat16, gating=None, seed=0, packed=None):

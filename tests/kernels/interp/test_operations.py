@@ -23,9 +23,9 @@ from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitsmoe_modifier.gating import Gating
-from bitsmoe_modifier.layout import ExpertsLayout, decode_basis
-from bitsmoe_modifier.planes import WIDTHS
+from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.storage.layout import ExpertsLayout, decode_basis
+from bitsmoe_modifier.storage.planes import WIDTHS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 EXAMPLES = settings(max_examples=6, deadline=None, derandomize=True, database=None)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from bitsmoe_kernels.rounding import round_block
 
-from bitsmoe_modifier import rounding
-from bitsmoe_modifier.rounding import to_step
+from bitsmoe_modifier.method import rounding
+from bitsmoe_modifier.method.rounding import to_step
 
 
 class Block:

@@ -1,0 +1,416 @@
+"""`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
+from compressed_tensors.offload.cache import OffloadCache
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from tqdm import tqdm
+
+from ..errors import BitsMoEError, CalibrationError, RecipeError
+from ..loading.format import attach, make_scheme
+from ..method.design import LayerDesign, LayerPlan, moved, plan_layer
+from ..method.distributed import Ranks, check_shares
+from ..method.gating import gating_of
+from ..method.layer import DenseExperts, QuantizerSettings
+from ..method.quantize import LayerReport, quantize_layer
+from ..method.statistics import RoutedTokens
+from ..runtime.experts import BitsMoEExperts
+from ..storage.layout import PackedExperts
+from ..storage.planes import WIDTHS
+from . import patches, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
+from .fingerprint import fingerprint, rows_digest
+from .fusing import fuse_dense_experts
+from .resume import ResumeFolder
+from .survey import Curve, Inputs, experts_inputs, share_budget, survey_layers
+from .targets import check_experts, check_unclaimed, dense_experts, find_experts
+
+#: Calibration tokens per expert, on average, below which a run is refused / warned about.
+_LEAST_TOKENS_PER_EXPERT = 1
+_GOOD_TOKENS_PER_EXPERT = 64
+
+
+class BitsMoEModifier(Modifier):
+    """Quantizes the routed experts of a mixture-of-experts model to an average number of bits.
+
+    The method is BitsMoE (arXiv 2606.00079) with the additions that docs/method.md describes.
+
+    Recipe:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        BitsMoEModifier:
+          bits: 2.0
+          ignore: ["re:.*layers.0\\\\..*"]
+    ```
+
+    Lifecycle:
+
+    - on_initialize: find the experts modules, check everything that can be checked before calibration
+    - on_calibration_start: with `scope: global`, survey all layers and split the budget; hook the inputs of
+      every experts module (routed tokens only)
+    - on_sequential_epoch_end: quantize the layers just calibrated, one at a time, and replace each by `BitsMoEExperts`
+    - on_finalize: raise if any layer was left undone; give experts that stay dense back their fused form
+
+    Args:
+        bits: average bits per expert weight, everything stored counted: codes, steps, bases, widths, dense experts.
+        widths: bit-widths a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it).
+        block_size: consecutive spectral directions that share a width; a multiple of 8 that divides H.
+            None: H / 16 within 16 and 128.
+        group_size: weights along I that share a step; a multiple of 8 that divides I.
+        basis_bits: 16 (bfloat16), 8 or 4: storage of the shared bases.
+        input_basis: basis shared by gate and up of all experts. "spectral", "none" (the hidden channels themselves), or
+            "auto": what promises the lower loss at equal bytes, layer by layer.
+        output_basis: the same for down.
+        error_feedback: round each direction so that it absorbs the errors of those before it; False is faster
+            and worse.
+        compensation: with error feedback, let up absorb what gate lost, down what both lost, and every group of output
+            directions what those before it lost.
+        refine_passes: rounds of coordinate descent after the feedback, 0 for none; each costs about as much as it.
+        solver: of the bit allocation: "highs" or "pulp" (exact integer programs), "lagrangian" (any size, reports its
+            gap), "auto" (exact where that takes about a second).
+        scope: "global": layers share one budget by their effect on the model's predictions, which takes a survey of the
+            model before the first layer (about as long as calibration without rounding). "layer": every layer gets the
+            same bits per weight.
+        super_experts: kept dense within the same budget. "none", "auto" (outlying output norm), or a list of
+            "MODULE.EXPERT", e.g. "model.layers.3.mlp.experts.17".
+        targets: names of experts modules, or regular expressions after "re:".
+        ignore: the same, to leave out.
+        dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
+        resume_dir: folder in which finished layers are kept; the same command continues from there after it was killed.
+            None: keep nothing.
+    """
+
+    requires_calibration_data: bool = True
+
+    bits: float = Field(default=2.0, gt=0, le=8)
+    widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
+    block_size: int | None = None
+    group_size: int = 128
+    basis_bits: Literal[4, 8, 16] = 4
+    input_basis: Literal["auto", "spectral", "none"] = "auto"
+    output_basis: Literal["auto", "spectral", "none"] = "auto"
+    error_feedback: bool = True
+    solver: Literal["auto", "highs", "pulp", "lagrangian"] = "auto"
+    compensation: bool = True
+    refine_passes: int = Field(default=1, ge=0)
+    scope: Literal["layer", "global"] = "global"
+    super_experts: Literal["none", "auto"] | list[str] = "none"
+    targets: list[str] = Field(default_factory=lambda: [r"re:.*\.experts$"])
+    ignore: list[str] = Field(default_factory=list)
+    dampening_frac: float = Field(default=0.01, gt=0, le=1)
+
+    #: a machine's path has no place in the recipe that is saved with the checkpoint
+    resume_dir: str | None = Field(default=None, exclude=True)
+
+    _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
+    _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
+    _designs: dict[str, LayerDesign] = PrivateAttr(default_factory=dict)
+    _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _propagating: list[BitsMoEExperts] = PrivateAttr(default_factory=list)
+    _scheme: Any = PrivateAttr(default=None)
+    _progress: Any = PrivateAttr(default=None)
+    _ranks: Ranks = PrivateAttr(default=None)
+    _resume: ResumeFolder | None = PrivateAttr(default=None)
+    _finished: frozenset[str] = PrivateAttr(default=frozenset())
+    _sequential_targets: Any = PrivateAttr(default=None)
+
+    @field_validator("widths")
+    @classmethod
+    def _check_widths(cls, widths: list[int]) -> list[int]:
+        unknown = sorted(set(widths) - set(WIDTHS))
+        if unknown:
+            raise ValueError(f"widths {unknown} cannot be stored; choose from {list(WIDTHS)}")
+        if not any(widths):
+            raise ValueError("widths needs at least one width above 0, e.g. [0, 2, 4, 6]")
+        return sorted(set(widths))
+
+    @field_validator("block_size", "group_size")
+    @classmethod
+    def _check_multiple(cls, size: int | None) -> int | None:
+        if size is not None and (size < 8 or size % 8):
+            raise ValueError(f"{size} is not a positive multiple of 8")
+        return size
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> "BitsMoEModifier":
+        if self.bits > max(self.widths) + 1:
+            raise ValueError(f"bits {self.bits} cannot be spent with widths {self.widths}; add wider ones")
+        if self.super_experts != "none" and 0 not in self.widths:
+            raise ValueError(f"super_experts store no codes, which takes width 0; add 0 to widths {self.widths}")
+        return self
+
+    @property
+    def settings(self) -> QuantizerSettings:
+        """The fields that the pure modules need."""
+        return QuantizerSettings(
+            bits=self.bits,
+            widths=tuple(self.widths),
+            block_size=self.block_size,
+            group_size=self.group_size,
+            basis_bits=self.basis_bits,
+            input_basis=self.input_basis,
+            output_basis=self.output_basis,
+            error_feedback=self.error_feedback,
+            compensation=self.compensation,
+            refine_passes=self.refine_passes,
+            solver=self.solver,
+            dampening_frac=self.dampening_frac,
+        )
+
+    # ------------------------------------------------------------------------------------------------ lifecycle
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the layers and refuse what cannot work, before calibration."""
+        experts = find_experts(state.model, self.targets, self.ignore)
+        check_unclaimed(experts.items())
+        self._check_super_experts(experts)
+        self._ranks = Ranks()
+        tokens = sum(self._ranks.everyones(_count_tokens(state.data.calib if state.data is not None else None)))
+        for name, module in tqdm(experts.items(), desc="Checking experts"):
+            listed = self._dense_ids(name)
+            check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
+            _check_calibration(name, module.num_experts, tokens, _choices_per_token(state.model))
+        self._names = {module: name for name, module in experts.items()}
+        self._sequential_targets = kwargs.get("sequential_targets")
+        self._scheme = make_scheme(experts, self.group_size)
+        self._open_resume(state)
+        self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
+        check_unclaimed((name, module) for module, name in self._names.items())
+        if self.scope == "global" and not self._restore_survey():
+            self._designs = self._design_layers(state)
+            if self._resume is not None:
+                self._resume.keep_survey(self._metrics, self._designs)
+        for module, name in self._names.items():
+            if name not in self._finished:
+                self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
+
+    def _open_resume(self, state: State) -> None:
+        """Find what an earlier run finished, and refuse rows that several processes share."""
+        rows = self._ranks.everyones(rows_digest(state.data.calib))
+        check_shares(rows)
+        if self.resume_dir is None:
+            return
+        folder, ranks = self.resume_dir, self._ranks
+
+        def finished() -> frozenset[str]:
+            # the modifiers of a recipe change each other's inputs
+            together = active_session().lifecycle.recipe.modifiers or [self]
+            fields = {f"{n} {type(one).__name__}": one.model_dump() for n, one in enumerate(together)}
+            self._resume = ResumeFolder(folder, fingerprint(state.model, fields, rows))
+            return frozenset(name for name in self._names.values() if self._resume.has_layer(name))
+
+        self._finished = ranks.compute(finished)
+        if self._finished:
+            logger.info(f"{len(self._finished)} of {len(self._names)} layers are finished in {folder}")
+
+    def _restore_survey(self) -> bool:
+        """Whether an earlier run finished the survey, whose results are then in place where layers are made."""
+
+        def restore() -> bool:
+            kept = None if self._resume is None else self._resume.survey()
+            if kept is not None:
+                self._metrics, self._designs = kept
+            return kept is not None
+
+        return self._ranks.compute(restore)
+
+    def _design_layers(self, state: State) -> dict[str, LayerDesign]:
+        """Every layer's design under one budget for all, from a survey of the unquantized model."""
+        plans: dict[str, LayerPlan] = {}
+
+        def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
+            name = self._names[module]
+            self._metrics[name] = metric.cpu()
+            with _named(name):
+                tokens = _tokens(module, self._ranks.collect(inputs))
+                plans[name] = moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
+                return plans[name].curve()
+
+        surveys = survey_layers(
+            state.model, state.data.calib, self._names, curve_of, self._sequential_targets, self._ranks
+        )
+        weights = {name: sum(p.numel() for p in _weights(module)) for module, name in self._names.items()}
+
+        def choose() -> dict[str, LayerDesign]:
+            designs = {}
+            for name, budget in share_budget(surveys, self.bits * sum(weights.values())).items():
+                logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
+                with _named(name):
+                    designs[name] = plans.pop(name).choose(budget)
+            return designs
+
+        return self._ranks.compute(choose)
+
+    def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
+        self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs))
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Quantize and replace the layers that this part of the model calibrated."""
+        self._drop_decoded()
+        for module in modules:
+            name = self._names.get(module)
+            if name is not None and (module in self._inputs or name in self._finished):
+                with _named(name), torch.no_grad(), disable_offloading():
+                    replacement = self._replacement(module, name, self._inputs.pop(module, []))
+                # the rows go through it batch by batch, on to the next layer
+                replacement.keep_decoded(True)
+                self._propagating.append(replacement)
+                state.model.set_submodule(name, replacement)
+                del self._names[module]
+                self._progress.update()
+
+    def _drop_decoded(self) -> None:
+        while self._propagating:
+            self._propagating.pop().keep_decoded(False)
+
+    def _plan(self, name: str, experts: DenseExperts, tokens: RoutedTokens, metric: torch.Tensor | None) -> LayerPlan:
+        return plan_layer(experts, tokens, self.settings, metric, self._dense_ids(name), self._ranks)
+
+    def _make(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
+        """One layer's stored tensors on the CPU: kept from an earlier run, or made now and kept."""
+        if name in self._finished:
+            return self._ranks.compute(lambda: cast(ResumeFolder, self._resume).layer(name))
+        packed, report = self._quantize(module, name, self._ranks.collect(inputs))
+        if self._resume is not None:
+            self._resume.keep_layer(name, packed, report)
+        return packed, report
+
+    def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
+        """Pack one layer from its captured inputs, by the survey's design or by one of its own."""
+        experts, tokens = dense_experts(module), _tokens(module, inputs)
+        metric = self._metrics.get(name)
+        metric = None if metric is None else metric.to(tokens.x.device)
+        design = self._designs.get(name)
+        if design is None:
+            plan = moved(self._plan(name, experts, tokens, metric), "cpu")
+            design = self._ranks.compute(lambda: plan.choose(self.bits * experts.elements))
+        here = moved(design, tokens.x.device)
+        packed, report = quantize_layer(experts, tokens, here, self.settings, metric, self._ranks)
+        if self._ranks.first:
+            _log(name, report)
+        return packed, report
+
+    def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
+        """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
+        packed, report = self._make(module, name, inputs)
+        replacement = BitsMoEExperts(packed.to(module[0].gate_proj.weight.device), gating_of(module))
+        replacement.report = report
+        attach(replacement, self._scheme)
+        leaf = module[0].gate_proj
+        if isinstance(leaf._parameters, OffloadCache):
+            offload_module(replacement, **get_cache_init_kwargs(leaf))
+        return replacement
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Remove the hooks, and what the last layers keep decoded."""
+        self._drop_decoded()
+        self.remove_hooks()
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Raise if a layer was never reached; make what stays dense ready to be saved."""
+        self._progress.close()
+        if self._names:
+            raise CalibrationError(
+                f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "
+                "use the sequential pipeline, or add them to `ignore`"
+            )
+        fuse_dense_experts(state.model)
+        return True
+
+    # ---------------------------------------------------------------------------------------------- super experts
+
+    def _check_super_experts(self, experts: Mapping[str, LinearExperts2D]) -> None:
+        if isinstance(self.super_experts, str):
+            return
+        for entry in self.super_experts:
+            name, _, expert = entry.rpartition(".")
+            if name not in experts or not expert.isdigit() or int(expert) >= experts[name].num_experts:
+                raise RecipeError(
+                    f"super_experts: {entry!r} is not an expert of a targeted layer; "
+                    f"write MODULE.EXPERT, e.g. {next(iter(experts))}.0"
+                )
+
+    def _dense_ids(self, name: str) -> tuple[int, ...] | Literal["auto"]:
+        if self.super_experts == "auto":
+            return "auto"
+        listed = () if isinstance(self.super_experts, str) else self.super_experts
+        return tuple(sorted({int(e.rpartition(".")[2]) for e in listed if e.rpartition(".")[0] == name}))
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the layer's name in front of errors from the pure modules, which know no names."""
+    try:
+        yield
+    except BitsMoEError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _tokens(module: LinearExperts2D, inputs: list[Inputs]) -> RoutedTokens:
+    """A layer's routed calibration tokens."""
+    x, index, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    return RoutedTokens.from_router(x, index, weight, module.num_experts)
+
+
+def _weights(module: LinearExperts2D) -> list[torch.Tensor]:
+    """Weight matrices of a linearized experts module."""
+    return [p for n, p in module.named_parameters() if n.endswith("_proj.weight")]
+
+
+def _choices_per_token(model: torch.nn.Module) -> int:
+    """k of the model's router, 1 where the config does not tell."""
+    config = model.config.get_text_config()
+    return next(
+        (k for key in ("num_experts_per_tok", "top_k_experts", "moe_topk") if (k := getattr(config, key, None))), 1
+    )
+
+
+def _count_tokens(calibration: Any) -> int:
+    """Calibration tokens in a dataloader.
+
+    Raises:
+        CalibrationError: when there is no dataloader or it is empty.
+    """
+    total = 0 if calibration is None else sum(batch["input_ids"].numel() for batch in calibration)
+    if not total:
+        raise CalibrationError("there is no calibration data; pass `dataset` to oneshot")
+    return total
+
+
+def _check_calibration(name: str, num_experts: int, tokens: int, choices: int) -> None:
+    share = tokens * choices / num_experts
+    if share < _LEAST_TOKENS_PER_EXPERT:
+        raise CalibrationError(
+            f"{name}: {tokens} calibration tokens are less than {_LEAST_TOKENS_PER_EXPERT} per expert for its "
+            f"{num_experts} experts; calibrate with at least {_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens"
+        )
+    if share < _GOOD_TOKENS_PER_EXPERT:
+        logger.warning(
+            f"{name}: {share:.0f} calibration tokens per expert are few; "
+            f"{_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens or more give better experts"
+        )
+
+
+def _log(name: str, report: LayerReport) -> None:
+    logger.info(
+        f"{name}: {report.bits:.3f} bits per weight, bases {report.input_basis_bits}/{report.output_basis_bits} bits, "
+        f"relative output error {report.relative_output_error:.2e}"
+        + (f", dense experts {list(report.dense_experts)}" if report.dense_experts else "")
+    )
+    for warning in report.warnings:
+        logger.warning(f"{name}: {warning}")

@@ -1,0 +1,266 @@
+"""One quantization: load the dense model, run llm-compressor's oneshot, save the checkpoint under its final name.
+
+The model computes in ``dtype`` (float32 on a CPU without bf16 units is three to four times faster than bf16) and is
+stored in the dtypes it came in, whatever it computed in: otherwise a float32 calibration would double the embeddings of
+the checkpoint and count GPTQ's scales at 4 bytes instead of 2.
+"""
+
+import gc
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from ..sources.text import dataloader
+from ..storage.folders import check_new_folder, written_whole
+from .fingerprint import fingerprint, rows_digest
+
+#: in a checkpoint's folder: what it was made of, and what was noted about every layer; `bitsmoe inspect` shows it
+REPORT_NAME = "bitsmoe_report.json"
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where weights wait that memory cannot hold.
+
+    Attributes:
+        folder: an existing one.
+        reserve_bytes: of memory, left to everything but weights.
+    """
+
+    folder: Path
+    reserve_bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """How to run oneshot, apart from recipe and data.
+
+    Attributes:
+        batch_size: calibration rows per forward pass.
+        dtype: what the model computes in while it is calibrated; None: the dtype it is stored in.
+        pipeline: llm-compressor's pipeline ("independent": each modifier its own pass; "sequential": all in one).
+        calibrate_all_experts: send every token through every expert (llm-compressor's default). Off by default: GPTQ's
+            Hessians then come from the tokens that an expert sees in use, as BitsMoE's statistics always do.
+        seed: by which the rows were chosen, for the record.
+        offload: for models larger than memory, with ``dtype`` None; None: all weights are in memory.
+    """
+
+    batch_size: int = 16
+    dtype: torch.dtype | None = None
+    pipeline: str = "independent"
+    calibrate_all_experts: bool = False
+    seed: int | None = None
+    offload: Offload | None = None
+
+
+@dataclass(frozen=True)
+class QuantizeRecord:
+    """What a quantization took.
+
+    Attributes:
+        load_seconds, seconds, save_seconds: of loading the dense model, of oneshot, of writing the checkpoint.
+        peak_memory_bytes: peak resident memory of the process up to here; on CUDA, peak allocated device memory.
+        warnings: what the user should know about the result.
+    """
+
+    load_seconds: float
+    seconds: float
+    save_seconds: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...]
+
+
+def quantize(
+    model_folder: Path, recipe: str, rows: torch.Tensor, out: Path, settings: QuantizeSettings
+) -> QuantizeRecord:
+    """Quantize a model by a recipe and save it; nothing appears under ``out`` unless all of it was written.
+
+    Several processes (`distributed.torchrun_job`) call it together with the same arguments; the first one writes.
+
+    Args:
+        model_folder: the dense model.
+        recipe: YAML text with one stage.
+        rows: calibration tokens, int64 ``[n, T]``.
+        out: folder to create; an empty one is replaced.
+        settings: how to run.
+
+    Raises:
+        BitsMoEError: when ``out`` holds something, before anything is computed.
+    """
+    check_new_folder(out)
+    from compressed_tensors.distributed import is_source_process
+    from llmcompressor import oneshot
+    from transformers import AutoTokenizer
+
+    import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
+
+    from . import patches, tracing  # noqa: F401 - for every modifier alike
+
+    started = time.perf_counter()
+    model = _load(model_folder, settings.offload)
+    stored_dtype = model.dtype
+    stored = {name: tensor.dtype for name, tensor in _tensors(model)}
+    if settings.dtype is not None:
+        _cast(model, settings.dtype)
+    made_of = fingerprint(model, {"recipe": yaml.safe_load(recipe)}, [rows_digest([{"input_ids": rows}])])
+    loaded = time.perf_counter()
+    oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=dataloader(rows, settings.batch_size),
+        pipeline=settings.pipeline,
+        moe_calibrate_all_experts=settings.calibrate_all_experts,
+    )
+    finished = time.perf_counter()
+    reports = layer_reports(model)
+    warnings = zeroed_experts(model)
+    warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
+    restore_dtypes(model, stored, stored_dtype)
+    if not is_source_process():
+        model.save_pretrained(out)  # takes part in what the first process writes, and writes nothing
+    else:
+        with written_whole(out) as temporary:
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
+            _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
+            if reports:
+                noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}
+                (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
+    record = QuantizeRecord(
+        load_seconds=loaded - started,
+        seconds=finished - loaded,
+        save_seconds=time.perf_counter() - finished,
+        peak_memory_bytes=peak_memory_bytes(),
+        warnings=tuple(warnings),
+    )
+    del model
+    gc.collect()
+    return record
+
+
+def _load(folder: Path, offload: Offload | None) -> Any:
+    """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk."""
+    from transformers import AutoModelForCausalLM
+
+    if offload is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    from compressed_tensors.offload import load_offloaded_model
+
+    with load_offloaded_model(extra_cpu_mem=offload.reserve_bytes):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto_offload", offload_folder=offload.folder
+        )
+
+
+@torch.no_grad()
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Let the model compute in ``dtype``.
+
+    As `from_pretrained` would: what is stored wider than the rest stays so (routers' corrections), and so do buffers
+    that are not stored at all. ``model.to`` would round the frequencies of rotary embeddings to bfloat16.
+    """
+    stored, persistent = model.dtype, model.state_dict().keys()
+    for name, tensor in _tensors(model):
+        if name in persistent and tensor.dtype == stored:
+            tensor.data = tensor.data.to(dtype)
+    _declare_dtype(model, dtype)
+
+
+def peak_memory_bytes() -> int:
+    """Peak allocated CUDA memory where CUDA was used, else the process's peak resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@torch.no_grad()
+def restore_dtypes(model: Any, stored: dict[str, torch.dtype], default: torch.dtype) -> None:
+    """Give everything that was not quantized the dtype it had on disk, and quantized Linears scales of that dtype.
+
+    Rounding a scale from float32 to bf16 afterwards leaves every code as it is and moves the weights by 2⁻⁹ at most,
+    which is what loading in bf16 would have done to the scale beforehand.
+
+    Args:
+        model: after oneshot; experts may have been linearized or packed since ``stored`` was taken.
+        stored: dtype by tensor name, of the model as loaded.
+        default: for tensors that were not there under this name.
+    """
+    from compressed_tensors.offload import disable_onloading
+
+    from ..runtime.experts import BitsMoEExperts
+
+    with disable_onloading():  # change the tensors that will be saved, not copies of them on another device
+        for prefix, module in model.named_modules():
+            if isinstance(module, BitsMoEExperts):
+                continue  # its dtypes are the format's
+            quantized = getattr(module, "quantization_scheme", None) is not None
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if not tensor.is_floating_point() or (quantized and not name.endswith(("_scale", "bias"))):
+                    continue
+                dtype = stored.get(f"{prefix}.{name}", default)
+                if tensor.dtype != dtype:
+                    tensor.data = tensor.data.to(dtype)
+    _declare_dtype(model, default)
+
+
+def _declare_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Write the dtype to the configuration: llm-compressor makes its Linears by it, and it is saved."""
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = dtype
+
+
+def layer_reports(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What BitsMoE noted about each layer it quantized, by module name."""
+    from ..runtime.experts import BitsMoEExperts
+
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, BitsMoEExperts))
+    noted: dict[str, Any] = {name: getattr(module, "report", None) for name, module in packed}
+    return {name: asdict(report) for name, report in noted.items() if report is not None}
+
+
+def zeroed_experts(model: nn.Module) -> list[str]:
+    """Say which expert projections GPTQ set to zero.
+
+    GPTQ takes an input channel without any energy for dead and zeroes its weights; of an expert that no calibration
+    token reached, that is the whole matrix.
+    """
+    zeroed = [
+        name
+        for name, module in model.named_modules()
+        if ".experts." in name
+        and isinstance(module, nn.Linear)
+        and getattr(module, "quantization_scheme", None) is not None
+        and not bool(module.weight.any())
+    ]
+    if not zeroed:
+        return []
+    return [
+        f"{len(zeroed)} expert projections were set to zero because no calibration token reached their experts "
+        f"({zeroed[0]}{', …' if len(zeroed) > 1 else ''}); use more calibration rows or --calibrate-all-experts"
+    ]
+
+
+def _keep_recipe_loadable(path: Path, recipe: str) -> None:
+    """Replace a saved recipe that yaml.safe_load refuses by the text that was run.
+
+    llmcompressor 0.14 writes GPTQ's `actorder` as a Python object, which makes the checkpoint's recipe unsafe to load.
+    """
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        path.write_text(recipe, encoding="utf-8")
+    except FileNotFoundError:
+        return

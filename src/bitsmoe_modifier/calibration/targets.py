@@ -1,0 +1,203 @@
+"""Which modules a recipe means, and every reason to refuse them before calibration starts.
+
+This module and `modifier` are the only ones that know llm-compressor's classes.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from compressed_tensors.offload import disable_offloading
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from torch import nn
+
+from ..errors import CalibrationError, RecipeError
+from ..method.gating import gating_of
+from ..method.numerics import all_finite
+from ..method.quantize import DenseExperts, QuantizerSettings
+from ..runtime.experts import BitsMoEExperts
+from ..storage.layout import ExpertsLayout
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> dict[str, LinearExperts2D]:
+    """Experts modules that the recipe targets, by name, in model order.
+
+    Raises:
+        RecipeError: when none is matched, or the model's experts are already quantized, or of a kind that the format
+            cannot hold; naming the model's family.
+    """
+    matched = dict(match_named_modules(model, list(targets), list(ignore)))
+    packed = [name for name, module in matched.items() if isinstance(module, BitsMoEExperts)]
+    if packed:
+        raise RecipeError(f"the experts of {_some(packed)} are already packed; start from the unquantized model")
+    found = {name: module for name, module in matched.items() if isinstance(module, LinearExperts2D)}
+    if not found:
+        present = [name for name, module in model.named_modules() if isinstance(module, LinearExperts2D)]
+        if present:
+            raise RecipeError(
+                f"targets {list(targets)} minus ignore {list(ignore)} match none of the model's MoE layers "
+                f"({_some(present)}); drop `targets` to quantize them all"
+            )
+        raise RecipeError(_unsupported(model))
+    _check_gates(model, {name: module.has_gate for name, module in found.items()})
+    return found
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules of a model as transformers builds it, on any device, by name: for checks before weights are read.
+
+    Raises:
+        RecipeError: when the family is one that cannot be quantized.
+    """
+    found = dict(get_non_linearized_moes(model))
+    if not found:
+        raise RecipeError(_unsupported(model))
+    _check_gates(model, {name: LinearExperts2D.get_linear_experts_cls(type(m)).has_gate for name, m in found.items()})
+    return found
+
+
+def _check_gates(model: nn.Module, has_gate: dict[str, bool]) -> None:
+    ungated = [name for name, gated in has_gate.items() if not gated]
+    if ungated:
+        raise RecipeError(
+            f"{_family(model)} is not supported: its experts ({_some(ungated)}) have no gate projection, which the "
+            "bitsmoe format needs; use another modifier for them"
+        )
+
+
+def _family(model: nn.Module) -> str:
+    return f"{type(model).__name__} (model_type {model.config.model_type})"
+
+
+def _unsupported(model: nn.Module) -> str:
+    """Why a model without one experts module that could be linearized cannot be quantized."""
+    kinds = ((name, type(module).__name__) for name, module in model.named_modules())
+    foreign = [(name, kind) for name, kind in kinds if re.search(r"(Experts|MoE)$", kind)]
+    if not foreign:
+        return f"{_family(model)} has no mixture-of-experts layer; BitsMoEModifier quantizes routed experts only"
+    name, kind = foreign[-1]
+    return (
+        f"{_family(model)} is not supported: its experts class {kind} (e.g. {name}) does not follow transformers' "
+        "common experts interface, so llm-compressor cannot linearize it; docs/models.md lists the families that work"
+    )
+
+
+def check_unclaimed(experts: Iterable[tuple[str, LinearExperts2D]]) -> None:
+    """Refuse experts that another modifier of the recipe, or an earlier quantization, has claimed.
+
+    Raises:
+        RecipeError: with the pattern to add to the other modifier's ``ignore``.
+    """
+    claimed = [
+        f"{name}.{child}"
+        for name, module in experts
+        for child, linear in module.named_modules()
+        if getattr(linear, "quantization_scheme", None) is not None
+    ]
+    if claimed:
+        raise RecipeError(
+            f"{len(claimed)} expert projections ({_some(claimed)}) are already quantized or claimed by another "
+            r"modifier; add 're:.*\.experts\.\d+\..*' to that modifier's `ignore`, or start from an unquantized model"
+        )
+
+
+def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSettings, num_dense: int = 0) -> None:
+    """Check that one layer can be quantized as asked: gating, sizes, budget, finite weights.
+
+    Args:
+        num_dense: experts that the recipe keeps dense.
+
+    Raises:
+        RecipeError, CalibrationError: naming the layer, the offender and the remedy.
+    """
+    try:
+        gating_of(module)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
+    hidden, width = module[0].down_proj.weight.shape
+    dense_share = num_dense / module.num_experts
+    dense_bits = 8 * module[0].down_proj.weight.element_size()
+    check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
+    with torch.no_grad(), disable_offloading():
+        for expert in range(module.num_experts):
+            for projection in _PROJECTIONS:
+                for kind, tensor in getattr(module[expert], projection).named_parameters():
+                    if not bool(all_finite(tensor)):
+                        raise CalibrationError(
+                            f"{name}: the {projection} {kind} of expert {expert} holds NaN or infinity; "
+                            "check the base model"
+                        )
+
+
+def check_sizes(
+    name: str,
+    num_experts: int,
+    hidden: int,
+    width: int,
+    settings: QuantizerSettings,
+    dense_share: float = 0.0,
+    dense_bits: int = 16,
+) -> None:
+    """Check group size, block size and budget against one layer's sizes.
+
+    Args:
+        dense_share: share of the experts that is kept dense.
+        dense_bits: bits of a weight of those.
+
+    Raises:
+        RecipeError: naming the field and values that would do.
+    """
+    if width % settings.group_size:
+        fitting = [g for g in range(8, 257, 8) if width % g == 0]
+        advice = f"set group_size to one of {fitting}" if fitting else "add the layer to `ignore`"
+        raise RecipeError(
+            f"{name}: group_size {settings.group_size} does not divide the expert size I = {width}; {advice}"
+        )
+    block = settings.resolve_block_size(hidden)
+    if hidden % block:
+        fitting = [b for b in (8, 16, 32, 64, 128) if hidden % b == 0]
+        advice = f"set block_size to one of {fitting}" if fitting else "add the layer to `ignore`"
+        raise RecipeError(f"{name}: block_size {block} does not divide the hidden size H = {hidden}; {advice}")
+    coded = least_bits(num_experts, hidden, width, settings)
+    least = coded * (1 - dense_share) + dense_bits * dense_share
+    if settings.bits < least:
+        raise RecipeError(
+            f"{name}: bits {settings.bits} is below {least:.3f}, what its bases, steps, narrowest widths and super "
+            "experts cost; raise `bits`, lower `basis_bits`, add 0 to `widths`, or set input_basis and output_basis to "
+            "none"
+        )
+
+
+def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> float:
+    """Bits per weight at the narrowest width, steps of every unit counted: forced bases, steps, widths, codes."""
+    basis_group = settings.resolve_basis_group(hidden)
+    forced = sum(choice == "spectral" for choice in (settings.input_basis, settings.output_basis))
+    per_entry = settings.basis_bits + (0 if settings.basis_bits == 16 else 16 / basis_group)
+    layout = ExpertsLayout(
+        num_experts, hidden, width, hidden, hidden, settings.resolve_block_size(hidden), settings.group_size, 0, 0, 8
+    )
+    units = num_experts * (2 * layout.units_in + layout.units_out)
+    fixed = forced * hidden**2 * per_entry + 8 * units
+    return fixed / layout.dense_elements + 16 / settings.group_size + min(settings.widths)
+
+
+def dense_experts(module: LinearExperts2D) -> DenseExperts:
+    """Stack the Linears of a linearized experts module; call under ``disable_offloading`` for offloaded models."""
+    experts = [module[e] for e in range(module.num_experts)]
+    with torch.no_grad():
+        gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts])
+        down = torch.stack([e.down_proj.weight for e in experts])
+        in_bias = out_bias = None
+        if experts[0].gate_proj.bias is not None:
+            in_bias = torch.stack([torch.cat([e.gate_proj.bias, e.up_proj.bias]) for e in experts])
+            out_bias = torch.stack([e.down_proj.bias for e in experts])
+    return DenseExperts(gate_up, down, gating_of(module), in_bias, out_bias)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,115 @@
+"""Packed experts back to dense weights, for tools that do not know the format.
+
+The checkpoint is loaded as it is, every packed module is decoded into the fused experts of the unquantized
+architecture, and transformers saves those under the names that the architecture's own checkpoints use.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import CheckpointError
+from ..runtime.experts import BitsMoEExperts
+from ..storage.folders import check_new_folder, written_whole
+
+
+def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the unquantized model that a checkpoint stands for; nothing appears under ``out`` unless all was written.
+
+    The whole dense model has to fit in memory. What other compressed-tensors formats packed (GPTQ on attention, say)
+    is decompressed too.
+
+    Args:
+        checkpoint: folder of a checkpoint with packed experts.
+        out: folder to create; an empty one is replaced.
+        dtype: of the weights that are decoded; the others keep theirs.
+
+    Raises:
+        CheckpointError: when the checkpoint has no packed experts or is damaged.
+        BitsMoEError: when ``out`` holds something.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_new_folder(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
+    if not packed:
+        raise CheckpointError(f"{checkpoint} has no experts packed by BitsMoE; there is nothing to decode")
+    dense = _empty_dense(model)
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(tuple(f"{p}." for p in packed))
+    }
+    for name, module in tqdm(packed.items(), desc="Decoding"):
+        weights = fused_weights(module, dense.get_submodule(name), dtype)
+        state.update({f"{name}.{leaf}": tensor for leaf, tensor in weights.items()})
+    for name, weight in _decompressed(model, dtype).items():
+        state = {key: tensor for key, tensor in state.items() if not _is_packed_part(key, name)}
+        state[f"{name}.weight"] = weight
+    dense.load_state_dict(state, assign=True)
+    dense.tie_weights()
+    with written_whole(out) as folder:
+        dense.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+
+
+def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The parameters of transformers' fused experts module that the packed ones stand for.
+
+    Args:
+        experts: packed.
+        fused: the module that it replaced, on any device; says how its class lays them out.
+        dtype: of the result.
+
+    Returns:
+        By parameter name: ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``, their last two axes
+        exchanged where the class is transposed; with biases, ``gate_up_proj_bias`` and ``down_proj_bias``.
+    """
+    gate_up, down = experts.dense_weights()
+    interleaved = not getattr(fused, "is_concatenated", True)
+    found = {"gate_up_proj": _interleave(gate_up) if interleaved else gate_up, "down_proj": down}
+    if getattr(fused, "is_transposed", False):
+        found = {name: tensor.transpose(1, 2) for name, tensor in found.items()}
+    if experts.spec.has_bias:
+        bias = experts.in_bias.detach()
+        found["gate_up_proj_bias"] = _interleave(bias) if interleaved else bias
+        found["down_proj_bias"] = experts.out_bias.detach()
+    return {name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
+
+
+def _interleave(rows: torch.Tensor) -> torch.Tensor:
+    """Gate and up rows alternating: ``[E, 2I, …]`` from gate rows before up rows."""
+    gate, up = rows.chunk(2, 1)
+    return torch.stack([gate, up], 2).flatten(1, 2)
+
+
+def _empty_dense(model: Any) -> Any:
+    """The unquantized architecture of a loaded model, on the meta device."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _decompressed(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights of the Linears that other compressed-tensors formats packed, by module name."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    weights = {}
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or isinstance(module, BitsMoEExperts) or getattr(module, "weight_packed", None) is None:
+            continue
+        parameters = {leaf: tensor.detach() for leaf, tensor in module.named_parameters(recurse=False)}
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        weights[name] = compressor.decompress(parameters, scheme)["weight"].to(dtype)
+    return weights
+
+
+def _is_packed_part(key: str, module: str) -> bool:
+    return key.startswith(f"{module}.weight_") or key == f"{module}.weight"

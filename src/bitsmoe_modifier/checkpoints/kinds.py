@@ -1,0 +1,32 @@
+"""Which kind of byte the experts' tensors are, in checkpoints of this format and of compressed-tensors' others."""
+
+from pathlib import Path
+
+from ..storage.sizes import is_expert, tensor_sizes
+
+#: kind -> what the last part of a tensor's name may be
+KINDS = {
+    "codes": ("codes_in", "codes_out", "weight_packed"),
+    "steps": ("steps_in", "steps_out", "weight_scale", "weight_zero_point"),
+    "bases": ("basis_in", "basis_in_step", "basis_out", "basis_out_step"),
+    "widths": ("widths_in", "widths_out"),
+    "dense experts": ("dense_ids", "dense_in", "dense_out"),
+    "biases": ("in_bias", "out_bias", "bias"),
+    "unpacked weights": ("weight",),
+}
+_KIND_OF = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
+
+
+def kind_of(leaf: str) -> str:
+    """The kind of a tensor by the last part of its name; "other" for headers, shapes and checksums."""
+    return _KIND_OF.get(leaf, "other")
+
+
+def expert_kinds(folder: Path) -> dict[str, int]:
+    """Bytes by kind of everything a checkpoint stores for its routed experts."""
+    kinds: dict[str, int] = {}
+    for name, size in tensor_sizes(folder).items():
+        if is_expert(name):
+            kind = kind_of(name.rpartition(".")[2])
+            kinds[kind] = kinds.get(kind, 0) + size.nbytes
+    return kinds

@@ -1,0 +1,172 @@
+"""What quantizing a model will take, from its sizes alone: memory, disk, time, size of the result. Pure numbers.
+
+The terms of a layer's memory are those of docs/method.md#memory. Symbols: E, k, H, I as there, T calibration tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..method.layer import PART_ELEMENTS, QuantizerSettings
+
+#: Resident memory of a Python process with torch, transformers and llm-compressor imported, before any model.
+_LIBRARIES = 700 * 2**20
+#: Tensors of a part's size that rounding holds at once: weights, target, codes, errors, moments, their factors, …
+_PART_TENSORS = 12
+#: Of the machine's speed in large matrix products, what the quantizer reaches on average.
+_EFFICIENCY = 0.25
+#: Float operations per element, candidate width and step tried, of the search for steps.
+_SEARCH = 60
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's routed experts."""
+
+    name: str
+    experts: int
+    hidden: int
+    width: int
+
+    @property
+    def weights(self) -> int:
+        """``3 E I H``."""
+        return 3 * self.experts * self.width * self.hidden
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense model as config.json and the headers of its files describe it.
+
+    Attributes:
+        layers: the MoE layers to quantize.
+        stored_bytes: of all its tensors.
+        expert_bytes: stored, of the routed experts of ``layers``.
+        parameters: elements of all tensors.
+        decoder_layers: number of decoder layers.
+        choices: experts per token, k.
+    """
+
+    layers: tuple[LayerShape, ...]
+    stored_bytes: int
+    expert_bytes: int
+    parameters: int
+    decoder_layers: int
+    choices: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model is going to be quantized.
+
+    Attributes:
+        tokens: calibration tokens, T.
+        itemsize: bytes of a number that the model computes in.
+        accelerator: whether layers are quantized in an accelerator's memory, and the model waits in the CPU's.
+        survey: whether a survey of the model comes first (``scope: global``).
+    """
+
+    tokens: int
+    itemsize: int
+    accelerator: bool = False
+    survey: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        cpu, accelerator: bytes at the peak, by what they are for.
+        result_bytes: the checkpoint.
+        operations: float operations.
+    """
+
+    cpu: dict[str, int]
+    accelerator: dict[str, int]
+    result_bytes: int
+    operations: float
+
+    @property
+    def cpu_bytes(self) -> int:
+        """Peak memory of the process."""
+        return sum(self.cpu.values())
+
+    @property
+    def accelerator_bytes(self) -> int:
+        """Peak memory on the accelerator."""
+        return sum(self.accelerator.values())
+
+    def seconds(self, rate: float) -> float:
+        """Time at ``rate`` float operations per second in large matrix products."""
+        return self.operations / (rate * _EFFICIENCY)
+
+
+def plan_run(model: ModelShape, settings: QuantizerSettings, run: Run) -> Plan:
+    """Add up what a run takes."""
+    largest = max(model.layers, key=lambda layer: layer.weights)
+    layer = _layer_memory(largest, model, settings, run)
+    weights = {"model": model.parameters * run.itemsize}
+    states = {"hidden states between layers": 2 * run.tokens * largest.hidden * run.itemsize}
+    survey = _survey_memory(model, run) if run.survey else {}
+    packed = sum(shape.weights for shape in model.layers)
+    if run.accelerator:
+        cpu = {"libraries": _LIBRARIES, **weights, **states, **survey}
+        accelerator = {"decoder layer": largest.weights * run.itemsize, **layer}
+    else:
+        cpu, accelerator = {"libraries": _LIBRARIES, **weights, **states, **survey, **layer}, {}
+    return Plan(
+        cpu=cpu,
+        accelerator=accelerator,
+        result_bytes=model.stored_bytes - model.expert_bytes + round(packed * settings.bits / 8),
+        operations=sum(_operations(shape, model, settings, run) for shape in model.layers)
+        + 2 * model.parameters * run.tokens * (4 if run.survey else 2) * _active_share(model),
+    )
+
+
+def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSettings, run: Run) -> dict[str, int]:
+    """Bytes that one layer's quantization needs beside the model (docs/method.md#memory)."""
+    size = shape.experts * shape.width * shape.hidden
+    part = min(2 * size, max(PART_ELEMENTS, 2 * shape.width * shape.hidden))
+    parts = {
+        "layer: inputs": run.tokens * (shape.hidden * run.itemsize + 12 * model.choices)
+        + 8 * run.tokens * shape.hidden,
+        "layer: weights": 3 * size * run.itemsize,
+        "layer: codes": 3 * size,
+        "layer: a part in float32": _PART_TENSORS * 4 * part,
+    }
+    if settings.error_feedback:
+        parts["layer: moments"] = 16 * shape.experts * shape.width**2
+    return parts
+
+
+def _survey_memory(model: ModelShape, run: Run) -> dict[str, int]:
+    hidden = model.layers[0].hidden
+    return {
+        "survey": 16 * len(model.layers) * hidden**2
+        + min(run.tokens, 4096) * model.decoder_layers * hidden * run.itemsize
+    }
+
+
+def _active_share(model: ModelShape) -> float:
+    """Share of the parameters that a token's forward pass multiplies with."""
+    routed = sum(layer.weights for layer in model.layers)
+    active = sum(layer.weights * model.choices / layer.experts for layer in model.layers)
+    return (model.parameters - routed + active) / model.parameters
+
+
+def _operations(shape: LayerShape, model: ModelShape, settings: QuantizerSettings, run: Run) -> float:
+    """Float operations of one layer's quantization."""
+    e, h, i, pairs = shape.experts, shape.hidden, shape.width, run.tokens * model.choices
+    statistics = 2 * run.tokens * h**2 + 12 * pairs * h * i
+    bases = 2 * 25 * h**3 + 6 * e * i * h**2 * 2
+    search = _SEARCH * shape.weights * len(settings.widths) * 2
+    total = statistics + bases + search
+    if settings.error_feedback:
+        moments = 2 * pairs * (h**2 + i**2) + e * (h**3 + i**3)
+        total += moments + (1 + settings.refine_passes) * 2 * e * (2 * i * h**2 + h * i**2)
+    return total * (1.5 if run.survey else 1.0)
+
+
+def table(parts: dict[str, int]) -> Sequence[str]:
+    """Lines of a breakdown, largest first."""
+    return [f"    {name:<32}{n / 1e9:8.2f} GB" for name, n in sorted(parts.items(), key=lambda item: -item[1])]

@@ -1,0 +1,225 @@
+"""One checkpoint at a time, in this process: what `bitsmoe quantize` and `bitsmoe eval` do."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..calibration.oneshot import Offload, QuantizeSettings, quantize
+from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_resume
+from ..checkpoints.card import write_card
+from ..checkpoints.export import export_dense
+from ..checkpoints.plan import check_machine, working_memory
+from ..errors import BitsMoEError
+from ..evaluation.accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
+from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
+from ..evaluation.reference import record
+from ..logs import set_up_logging
+from ..method.distributed import torchrun_job
+from ..sources.model import find_model, load_tokenizer, open_dense
+from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
+from ..storage.folders import check_new_folder
+from ..storage.sizes import checkpoint_bytes, expert_bytes, tensor_sizes
+from .arms import sizes_of, stored_dtype, use_device
+from .runner import DTYPES, resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that both commands know, with the command line's names (see `CompareSettings`)."""
+
+    samples: int = 128
+    seq_len: int = 256
+    seed: int = 0
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+    pipeline: str = "independent"
+    calibrate_all_experts: bool = False
+    text_column: str = "text"
+    tasks: tuple[str, ...] = ()
+    task_items: int = 0
+    preflight: bool = True
+    resume_dir: str | None = None
+    offload_dir: str | None = None
+    verbose: bool = False
+
+
+def quantize_one(
+    model: str, recipe: str, stage: str | None, calibration: str, out: Path, options: Options
+) -> dict[str, Any] | None:
+    """Quantize a model by one stage of a recipe and save it; under torchrun, with the job's other processes.
+
+    Args:
+        model, recipe, calibration: as the command line takes them.
+        stage: name of the stage; None where the recipe has only one.
+        out: checkpoint folder to create; it may exist if it is empty.
+        options: the rest.
+
+    Returns:
+        Sizes, time, memory and warnings, named as in report.json; None on all processes but the first.
+
+    Raises:
+        BitsMoEError: when the inputs cannot be used, before any long work.
+    """
+    _check_writable(out)
+    chosen = one_stage(recipe, stage)
+    device = use_device(resolve_device(options.device))
+    dense = open_dense(model)
+    dtype = resolve_dtype(options.dtype, str(device), dense.folder)
+    if options.offload_dir is not None:
+        dtype = _offloaded_dtype(options.dtype, dense.folder)
+    text = read_text(calibration, options.text_column, options.samples * options.seq_len)
+    tokens = tokenize(text, load_tokenizer(dense.folder))
+    rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
+    set_up_logging(options.verbose)
+    check_stage(chosen)
+    batch = chosen.calibration_batch(options.batch_size)
+    settings = QuantizeSettings(batch, dtype, options.pipeline, options.calibrate_all_experts, options.seed)
+    text_run = chosen.text if options.resume_dir is None else with_resume(chosen, options.resume_dir)
+    run = rows.numel(), dtype, str(device)
+    with torchrun_job(str(device)) as ranks, _offload(options.offload_dir, chosen, dense.folder, *run) as offload:
+        if options.preflight:
+            waiting = None if offload is None else offload.folder
+            ranks.compute(lambda: check_machine([chosen], dense.folder, out, *run, waiting))
+        if offload is not None:
+            settings = replace(settings, dtype=None, offload=offload)
+        made = quantize(dense.folder, text_run, rows, out, settings)
+        if not ranks.first:
+            return None
+    write_card(out, model, chosen.text, dense.expert_elements)
+    return {
+        **sizes_of(out, dense.expert_elements),
+        "load_seconds": made.load_seconds,
+        "quantize_seconds": made.seconds,
+        "save_seconds": made.save_seconds,
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "warnings": list(made.warnings),
+    }
+
+
+def _offloaded_dtype(wanted: str, folder: Path) -> torch.dtype:
+    """The dtype that a model is stored in, which it computes in when its weights wait on disk."""
+    stored = stored_dtype(folder)
+    if wanted not in ("auto", str(stored).removeprefix("torch.")):
+        raise BitsMoEError(f"--offload-dir: the model computes in {stored} then, as it is stored; leave out --dtype")
+    return stored
+
+
+@contextmanager
+def _offload(
+    parent: str | None, stage: Stage, model: Path, tokens: int, dtype: torch.dtype, device: str
+) -> Iterator[Offload | None]:
+    """A temporary folder in ``parent`` for weights, and what quantization needs of memory beside them."""
+    if parent is None:
+        yield None
+        return
+    _check_writable(Path(parent) / "weights")
+    with tempfile.TemporaryDirectory(dir=parent, prefix="weights-") as folder:
+        yield Offload(Path(folder), working_memory(stage, model, tokens, dtype, device))
+
+
+def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, options: Options) -> dict[str, Any]:
+    """Measure one checkpoint against the unquantized model.
+
+    Returns:
+        ``reference`` and ``checkpoint``: their figures, named as in report.json.
+
+    Raises:
+        BitsMoEError: when the inputs cannot be used.
+    """
+    folder = find_model(checkpoint)
+    dense = open_dense(model)
+    device = use_device(resolve_device(options.device))
+    dtype = resolve_dtype(options.dtype, str(device), dense.folder)
+    text = read_text(eval_text, options.text_column, eval_rows * options.seq_len or None)
+    rows = evaluation_rows(tokenize(text, load_tokenizer(dense.folder)), options.seq_len, eval_rows, text.source)
+    sizes = tensor_sizes(folder)
+    set_up_logging(options.verbose)
+    import bitsmoe_modifier  # noqa: F401 - registers the loader
+
+    check_tasks(options.tasks)
+    accuracy = []
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load_model(str(dense.folder), dtype, device)
+        reference = record(loaded, rows, options.batch_size, Path(scratch))
+        accuracy.append(_accuracy(loaded, dense.folder, options))
+        own = evaluate_reference(rows, reference.to(device), options.batch_size)
+        loaded = load_model(str(folder), dtype, device)
+        figures = evaluate(loaded, rows, reference, options.batch_size)
+        accuracy.append(_accuracy(loaded, folder, options))
+    return {
+        "reference": {
+            "name": "unquantized",
+            "measured_bits_per_expert_weight": dense.expert_bits,
+            "checkpoint_bytes": dense.checkpoint_bytes,
+            **asdict(own),
+            "accuracy": compare_accuracy(accuracy[0], {}),
+        },
+        "checkpoint": {
+            "name": folder.name,
+            "measured_bits_per_expert_weight": 8 * expert_bytes(sizes) / dense.expert_elements,
+            "checkpoint_bytes": checkpoint_bytes(folder),
+            **asdict(figures),
+            "accuracy": compare_accuracy(accuracy[1], accuracy[0]),
+        },
+    }
+
+
+def _accuracy(model: Any, folder: Path, options: Options) -> Accuracy:
+    if not options.tasks:
+        return {}
+    return measure_tasks(model, load_tokenizer(folder), options.tasks, options.batch_size, options.task_items or None)
+
+
+def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int, verbose: bool) -> None:
+    """Write what a checkpoint with packed experts stands for in a form that other tools read.
+
+    Args:
+        checkpoint: folder or hub name.
+        out: folder to create.
+        to: "dense", or "w4": experts rounded once more, to compressed-tensors' packed 4-bit Linears.
+        dtype: of the dense weights, a key of `DTYPES`.
+        group_size: weights per scale of "w4".
+        verbose: let the libraries speak.
+
+    Raises:
+        BitsMoEError: when the checkpoint or the folder cannot be used.
+    """
+    _check_writable(out)
+    folder = find_model(checkpoint)
+    set_up_logging(verbose)
+    import bitsmoe_modifier  # noqa: F401 - registers the loader
+
+    if to == "dense":
+        export_dense(folder, out, DTYPES[dtype])
+        return
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        export_dense(folder, Path(scratch) / "dense", DTYPES[dtype])
+        recipe = _experts_w4(group_size)
+        settings = QuantizeSettings(pipeline="datafree")
+        quantize(Path(scratch) / "dense", recipe, torch.zeros(0, 1, dtype=torch.int64), out, settings)
+
+
+def _experts_w4(group_size: int) -> str:
+    """The shipped recipe of this name with another group size, as YAML."""
+    content = yaml.safe_load(find_recipe("experts_w4").read_text(encoding="utf-8"))
+    modifier = content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    modifier["config_groups"]["experts"]["weights"]["group_size"] = group_size
+    return yaml.safe_dump(content)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse an output folder that holds something, or that cannot be written, before the work."""
+    check_new_folder(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent):
+            pass
+    except OSError as error:
+        raise BitsMoEError(f"{out.parent} cannot be written ({error.strerror}); give another --out") from None

@@ -1,0 +1,87 @@
+"""Measure a checkpoint against the recorded predictions of the unquantized model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ..errors import CheckpointError
+from ..loading.decoding import load_decoded, misread_experts
+from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
+from .reference import Reference
+
+
+def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A checkpoint of any kind, for evaluation: through ``AutoModelForCausalLM``, as a user would load it.
+
+    Where transformers would read packed experts wrongly they are decoded by `decoding` instead.
+
+    Raises:
+        CheckpointError: when transformers found no weights for experts, and made some up.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if misread_experts(Path(path)):
+        return load_decoded(Path(path), dtype).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
+    if missing:
+        raise CheckpointError(f"{path}: transformers found no weights for {missing[0]} and {len(missing) - 1} others")
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, rows: torch.Tensor, reference: Reference, batch_size: int, desc: str = "Evaluating"
+) -> Summary:
+    """Perplexity of ``model`` on the rows, and how far its predictions are from the reference's.
+
+    In memory at a time: the logits of one batch, and float32 log-probabilities of 64 MB worth of positions.
+
+    Args:
+        model: a causal language model of transformers.
+        rows: int64 ``[n, T]``, the first rows of those that the reference was recorded on.
+        reference: recorded predictions.
+        batch_size: rows per forward pass.
+        desc: title of the progress bar.
+    """
+    device = model.device
+    reference = reference.to(device)
+    parts: list[TokenMetrics] = []
+    with tqdm(total=len(rows), desc=desc, unit="row") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1].flatten(0, 1)
+            target = batch[:, 1:].flatten().to(device)
+            at = slice(start, start + len(batch))
+            for part in chunks(len(target), reference.vocabulary):
+                theirs = reference.logits(at, part).to(device)
+                parts.append(token_metrics(logits[part], theirs, target[part]))
+            bar.update(len(batch))
+    return summarize(_joined(parts, len(rows)))
+
+
+@torch.no_grad()
+def evaluate_reference(rows: torch.Tensor, reference: Reference, batch_size: int) -> Summary:
+    """The reference's own figures, from what was recorded: no forward pass, and by definition no divergence."""
+    parts = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="Reference's perplexity"):
+        batch = rows[start : start + batch_size]
+        target = batch[:, 1:].flatten()
+        for part in chunks(len(target), reference.vocabulary):
+            logits = reference.logits(slice(start, start + len(batch)), part).float()
+            parts.append(cross_entropy(logits, target[part].to(logits.device), reduction="none").cpu())
+    nll = torch.cat(parts).view(len(rows), -1)
+    return summarize(TokenMetrics(nll, torch.zeros_like(nll), torch.ones_like(nll, dtype=torch.bool)))
+
+
+def _joined(parts: list[TokenMetrics], rows: int) -> TokenMetrics:
+    """Consecutive positions put together as ``[rows, positions]``."""
+    return TokenMetrics(
+        nll=torch.cat([p.nll for p in parts]).view(rows, -1),
+        kld=torch.cat([p.kld for p in parts]).view(rows, -1),
+        agree=torch.cat([p.agree for p in parts]).view(rows, -1),
+    )

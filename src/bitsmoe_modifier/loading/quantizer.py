@@ -1,0 +1,258 @@
+"""Loading through transformers: ``AutoModelForCausalLM.from_pretrained`` reads checkpoints with packed experts.
+
+transformers builds the model on the meta device and hands it to the quantizer of the checkpoint's method before any
+weight is read. `BitsMoEHfQuantizer` takes the place of the stock compressed-tensors one there (other checkpoints pass
+through it unchanged), replaces every experts module by an empty `BitsMoEExperts` of the sizes that the files' headers
+state, and lets the stock loader fill them: dense experts are never allocated. Importing this module installs it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from ..errors import CheckpointError
+from ..method.gating import gating_of
+from ..runtime.experts import BitsMoEExperts
+from ..storage.layout import TENSOR_NAMES, ExpertsLayout, PackedExperts, check_content, check_structure
+from ..storage.shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
+from . import format as bitsmoe_format
+from .fit import check_fits
+
+_LINEAR_SUFFIXES = (".weight_packed", ".weight_scale")
+
+
+class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
+    """The stock compressed-tensors quantizer, which also loads packed experts."""
+
+    #: whether the checkpoint has experts that another compressed-tensors format packs as Linears
+    _packed_linears = False
+
+    def _schemes(self) -> list[Any]:
+        return bitsmoe_format.bitsmoe_schemes(self.quantization_config.quantization_config)
+
+    @contextmanager
+    def _other_groups_only(self) -> Iterator[None]:
+        """Hide the groups of packed experts from the stock class's methods."""
+        whole: Any = self.quantization_config.quantization_config
+        ours = self._schemes()
+        others = {name: scheme for name, scheme in whole.config_groups.items() if scheme not in ours}
+        hidden = whole.model_copy(update={"config_groups": others})
+        self.quantization_config.quantization_config = self.compressor.quantization_config = hidden
+        try:
+            yield
+        finally:
+            self.quantization_config.quantization_config = self.compressor.quantization_config = whole
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Check a folder's list of files: no other call comes between reading config.json and opening files."""
+        folder = Path(getattr(config, "name_or_path", None) or "")
+        if self._schemes() and (folder / "config.json").is_file():
+            checkpoint_files(folder)
+        return super().update_tp_plan(config)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self._schemes():
+            super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+            return
+        if not checkpoint_files:
+            raise CheckpointError("packed experts are loaded from safetensors files, not from a state dict")
+        if self.quantization_config.dequantize and self.quantization_config.is_quantization_compressed:
+            raise CheckpointError(
+                "experts packed as bitsmoe run packed: load without `dequantize=True` / `run_compressed=False` "
+                "(for dense weights use BitsMoEExperts.dense_weights)"
+            )
+        # set for a model that was saved after its Linears had been decompressed; it would make the loaded model forget
+        # its quantization_config, and a checkpoint saved from it would not say that its experts are packed
+        self.quantization_config.dequantize = False
+        found = scan(checkpoint_files)
+        self._packed_linears = any(".experts." in key and key.endswith(_LINEAR_SUFFIXES) for key in found)
+        with self._other_groups_only():  # compressed-tensors 0.17 fails on targets that are not Linear
+            super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+        whole: Any = self.quantization_config.quantization_config
+        if len(self._schemes()) == len(whole.config_groups):
+            # the hook would find nothing to decompress, but mark the configuration as decompressed
+            self.compressor.remove_decompression_hook(model)
+        self._replace_experts(model, packed_modules(found))
+        check_fits(model, found)
+
+    def _replace_experts(self, model: PreTrainedModel, stored: dict[str, dict[str, Stored]]) -> None:
+        """Put an empty `BitsMoEExperts` in the place of every experts module that the checkpoint stores packed."""
+        schemes = {name: scheme for scheme in self._schemes() for name in _matches(model, scheme.targets)}
+        tensors = _by_module_name(model, schemes, stored)
+        for name in sorted(schemes.keys() - tensors.keys()):
+            raise CheckpointError(
+                f"{name}: config.json says that its experts are packed, but no file holds tensors of it; "
+                "the checkpoint is incomplete, fetch it again"
+            )
+        for name in sorted(tensors.keys() - schemes.keys()):
+            raise CheckpointError(
+                f"{file_names(tensors[name].values())}: holds packed experts {name}, which config.json or the model "
+                "does not have; config.json and the files do not belong together"
+            )
+        for name, scheme in schemes.items():
+            replaced = model.get_submodule(name)
+            experts = _placeholder(tensors[name], replaced, name)
+            bitsmoe_format.attach(experts, scheme)
+            model.set_submodule(name, experts)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
+        for name, experts in tqdm(packed.items(), desc="Checking packed experts", disable=not packed):
+            experts.requires_grad_(False)
+            _check_loaded(experts, name)
+        _finish_casting(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Let the stock class decompress experts that other groups pack as Linears, and leave ours out of it.
+
+        The stock method rewrites every experts converter for packed Linears, also where no such tensors exist; the
+        converters of experts that stayed dense would then find nothing.
+        """
+        if not self._schemes():
+            return super().update_weight_conversions(weight_conversions)
+        if not self._packed_linears:
+            return HfQuantizer.update_weight_conversions(self, weight_conversions)
+        with self._other_groups_only():  # the stock method takes the first group that names experts for all experts
+            return super().update_weight_conversions(weight_conversions)
+
+
+def install() -> None:
+    """Make transformers read compressed-tensors checkpoints through `BitsMoEHfQuantizer`."""
+    AUTO_QUANTIZER_MAPPING["compressed-tensors"] = BitsMoEHfQuantizer
+
+
+def _finish_casting(model: PreTrainedModel) -> None:
+    """Give what the files hold in fewer bits than the model was asked for its dtype.
+
+    With a quantizer, transformers 5.17 does not cast the tensors that it renames while loading, such as Mixtral's
+    routers, and the first forward fails on two dtypes.
+    """
+    for module in model.modules():
+        if isinstance(module, BitsMoEExperts) or getattr(module, "quantization_scheme", None) is not None:
+            continue
+        for parameter in module.parameters(recurse=False):
+            narrow = parameter.is_floating_point() and parameter.dtype.itemsize <= model.dtype.itemsize
+            if narrow and parameter.dtype != model.dtype:
+                parameter.data = parameter.data.to(model.dtype)
+
+
+def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
+    """(E, H, I) of one of transformers' experts modules, on any device.
+
+    Either fused ones, or the list of MLPs that transformers makes of Llama 4's when a checkpoint is quantized.
+
+    Raises:
+        CheckpointError: when the module is neither.
+    """
+    if isinstance(experts, nn.ModuleList) and all(hasattr(expert, "down_proj") for expert in experts):
+        return len(experts), *experts[0].down_proj.weight.shape
+    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor) or gate_up.ndim != 3:
+        raise CheckpointError(
+            f"the experts class {type(experts).__name__} has no fused gate_up_proj and down_proj; "
+            "packed experts cannot take its place; docs/models.md lists the families that they can"
+        )
+    hidden, intermediate = down.shape[1:]
+    if gate_up.shape[1:] != (2 * intermediate, hidden):  # stored [E, H, 2I] and [E, I, H]
+        hidden, intermediate = intermediate, hidden
+    return gate_up.shape[0], hidden, intermediate
+
+
+def _matches(model: nn.Module, targets: list[str]) -> list[str]:
+    """Names of the outermost modules that the targets match."""
+    from compressed_tensors.utils import match_named_modules
+
+    names: list[str] = []
+    for name, _ in match_named_modules(model, targets):  # parents come before their children
+        if not names or not name.startswith(f"{names[-1]}."):
+            names.append(name)
+    return names
+
+
+def _by_module_name(
+    model: PreTrainedModel, expected: Mapping[str, Any], stored: dict[str, dict[str, Stored]]
+) -> dict[str, dict[str, Stored]]:
+    """Rename the checkpoint's module names to the model's, as transformers will rename the tensors."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    known = {f"{name}.layout": True for name in expected}
+    renamed = {}
+    for prefix, tensors in stored.items():
+        key, _ = rename_source_key(f"{prefix}.layout", renamings, [], model.base_model_prefix, known)
+        name = key.removesuffix(".layout") if f"{prefix}.layout" not in known else prefix
+        renamed[name] = {leaf: part for leaf, part in tensors.items() if not _is_moved(prefix, leaf, renamings)}
+    return renamed
+
+
+def _is_moved(prefix: str, leaf: str, renamings: list[WeightRenaming]) -> bool:
+    """Whether a tensor beside packed ones is another module's (a router's bias is stored under its experts' name)."""
+    if leaf in TENSOR_NAMES:
+        return False
+    own, moved = (rename_source_key(f"{prefix}.{end}", renamings, [])[0] for end in ("layout", leaf))
+    return not moved.startswith(own.removesuffix("layout"))
+
+
+def _placeholder(stored: dict[str, Stored], replaced: nn.Module, name: str) -> BitsMoEExperts:
+    """An empty `BitsMoEExperts` for the stored tensors, which must fit each other and the module that it replaces."""
+    layout, tensors = read_structure(stored, name)
+    _check_sizes(layout, replaced, f"{file_names(stored.values())}: {name}")
+    packed = PackedExperts(**{leaf: _empty(value) for leaf, value in tensors.items()})
+    return BitsMoEExperts(packed, gating_of(replaced)).to("meta")
+
+
+def _empty(value: torch.Tensor | tuple[torch.dtype, tuple[int, ...]]) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.empty(value[1], dtype=value[0], device="meta")
+
+
+def _check_sizes(layout: ExpertsLayout, replaced: nn.Module, where: str) -> None:
+    """Compare the stored header with the module that config.json describes."""
+    stored = {
+        "num_experts": layout.num_experts,
+        "hidden_size": layout.hidden_size,
+        "intermediate_size": layout.intermediate_size,
+        "has_bias": bool(layout.has_bias),
+    }
+    model = (*experts_sizes(replaced), bool(getattr(replaced, "has_bias", False)))
+    for (field, value), expected in zip(stored.items(), model, strict=True):
+        if value != expected:
+            raise CheckpointError(
+                f"{where}.layout: {field} is {value}, config.json makes it {expected}; they do not belong together"
+            )
+
+
+def _check_loaded(experts: BitsMoEExperts, name: str) -> None:
+    """Check what was loaded into a placeholder, wherever a device map put it."""
+    expected = experts.spec
+    if hasattr(experts, "_hf_hook"):  # offloaded by accelerate: the tensors are present inside this context only
+        from accelerate.utils import align_module_device
+
+        with align_module_device(experts, torch.device("cpu")):
+            packed = experts.packed
+            _check_packed(packed, expected, name)
+    else:
+        _check_packed(experts.packed, expected, name)
+
+
+def _check_packed(packed: PackedExperts, expected: ExpertsLayout, name: str) -> None:
+    for leaf, tensor in packed.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name}.{leaf}: was not loaded; the checkpoint is incomplete, fetch it again")
+    if check_structure(dict(packed.items()), name) != expected:
+        raise CheckpointError(f"{name}.layout: changed while loading; the files are being written to")
+    check_content(packed, name)
+
+
+install()

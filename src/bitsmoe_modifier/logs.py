@@ -1,0 +1,48 @@
+"""What the libraries say while they work: quiet by default, everything on request."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+from . import messages
+
+#: warnings that say nothing about the result; the experts are linearized by every oneshot
+_EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
+#: loggers that warn about the libraries' own affairs: deprecations, targets of experts that are fused while loading
+_INTERNAL = ("torch.fx", "compressed_tensors")
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Route the libraries' messages to stderr: warnings that matter, or with ``verbose`` all of them.
+
+    Imports llmcompressor's logger, which otherwise configures itself for stdout as soon as it is imported.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=UserWarning, module="transformers|compressed_tensors|torch")
+    import transformers
+    from compressed_tensors.offload import dispatch
+    from llmcompressor.entrypoints import utils  # its own configuration comes first, ours replaces it
+    from loguru import logger
+
+    utils.configure_distributed_logger = lambda *_: None  # oneshot would turn back to stdout in a torchrun job
+    if messages.mode() != "text":
+        dispatch.tqdm = lambda items, **_: items  # the one bar that ignores TQDM_DISABLE
+    logger.remove()
+    sink = _as_message if messages.mode() == "json" else sys.stderr
+    level = "INFO" if verbose else "ERROR" if messages.mode() == "quiet" else "WARNING"
+    logger.add(sink, level=level, filter=None if verbose else _worth_saying)
+    transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    for name in _INTERNAL:
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def _as_message(text: Any) -> None:
+    record = text.record
+    messages.say("log", record["message"], level=record["level"].name, logger=record["name"])
+
+
+def _worth_saying(record: Any) -> bool:
+    return not (record["level"].name == "WARNING" and (record["name"] or "").startswith(_EXPECTED))

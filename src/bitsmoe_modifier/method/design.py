@@ -1,0 +1,452 @@
+"""What a layer will be stored as, before any weight is rounded: shared bases, and a bit-width for every unit.
+
+    plan = plan_layer(experts, tokens, settings)   # statistics, candidate bases, cost tables
+    design = plan.choose(budget)                   # the allocation under a budget
+
+A plan holds neither experts nor tokens, so that global allocation can keep those of all layers (`LayerPlan.curve`), and
+a design all that is needed of the statistics to round by it: calibration's second pass measures second moments only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch.nn.functional import embedding_bag
+
+from ..errors import CalibrationError, RecipeError
+from .allocation import Allocation, allocate, hull_curve
+from .costs import SideCosts, side_costs, unit_cost
+from .distributed import Ranks
+from .layer import BasisChoice, DenseExperts, QuantizerSettings
+from .numerics import collected, note
+from .spectral import SharedBasis, input_directions, output_directions, round_and_refit
+from .statistics import LayerStatistics, RoutedTokens, collect_statistics, prior_share, shrink
+
+#: An expert is super when its largest output norm exceeds this many times the median expert's.
+_SUPER_RATIO = 20.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """One side (input or output) of a layer in one basis.
+
+    Attributes:
+        basis: the rounded basis, None where the side keeps its own channels.
+        costs: distortion per unit and width.
+        weight: importance of the elements along I, ``[matrices, I]``.
+        rank: directions.
+    """
+
+    basis: SharedBasis | None
+    costs: SideCosts
+    weight: torch.Tensor
+    rank: int
+
+    @property
+    def bits_per_direction(self) -> int:
+        """Stored bits of one row of an input basis."""
+        if self.basis is None:
+            return 0
+        return sum(8 * t[0].nbytes for t in (self.basis.stored, self.basis.step) if t is not None)
+
+    @property
+    def basis_bits(self) -> int:
+        """Stored bits of the basis, its tensors' checksums included."""
+        if self.basis is None:
+            return 0
+        tensors = [t for t in (self.basis.stored, self.basis.step) if t is not None]
+        return sum(8 * t.nbytes + 64 for t in tensors)
+
+
+@dataclass(frozen=True)
+class SideDesign:
+    """One side as it will be stored.
+
+    Attributes:
+        basis: None where the side keeps its own channels.
+        widths: of every unit, uint8 ``[2E, units]`` (gate and up of each expert) or ``[E, units]`` (down).
+        weight: importance of the elements along I, ``[matrices, I]``.
+        energy: what dropping each unit of directions would lose, summed over the matrices, in the unit of the layer's
+            squared output error; empty where width 0 is not allowed.
+    """
+
+    basis: SharedBasis | None
+    widths: torch.Tensor
+    weight: torch.Tensor
+    energy: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerDesign:
+    """A layer as it will be stored.
+
+    Attributes:
+        inputs, outputs: the sides.
+        block_size: directions per unit.
+        slope_ratio, mass: of the `LayerStatistics` that the design was made from.
+        dense_ids: super experts, kept dense.
+        predicted_distortion: what the cost tables say of the allocation.
+        allocation_gap: upper bound on its distance from the optimum.
+        solver: which solver ran.
+        warnings: recoverable numerical trouble, in words for the user.
+    """
+
+    inputs: SideDesign
+    outputs: SideDesign
+    block_size: int
+    slope_ratio: torch.Tensor
+    mass: torch.Tensor
+    dense_ids: tuple[int, ...]
+    predicted_distortion: float
+    allocation_gap: float
+    solver: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer measured and decomposed, before any bit is spent.
+
+    Attributes:
+        settings: how to quantize.
+        shape: (E, H, I).
+        inputs, outputs: the candidates of each side (with and without a basis, as the settings allow).
+        block_size: directions per unit.
+        constant_bits: stored bits that neither the bases nor the allocation change: header, checksums, dense experts,
+            biases.
+        slope_ratio, mass: of the layer's `LayerStatistics`.
+        dense_ids: super experts, kept dense.
+        warnings: recoverable numerical trouble, in words for the user.
+    """
+
+    settings: QuantizerSettings
+    shape: tuple[int, int, int]
+    inputs: tuple[SidePlan, ...]
+    outputs: tuple[SidePlan, ...]
+    block_size: int
+    constant_bits: int
+    slope_ratio: torch.Tensor
+    mass: torch.Tensor
+    dense_ids: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def fixed_bits(self, inputs: SidePlan, outputs: SidePlan) -> int:
+        """Stored bits that do not depend on the allocation: `constant_bits`, bases and the units' widths."""
+        units = self.shape[0] * (2 * inputs.rank + outputs.rank) // self.block_size
+        return self.constant_bits + inputs.basis_bits + outputs.basis_bits + 8 * units
+
+    def curve(self, points: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Least distortion against stored bits, over both sides' candidate bases.
+
+        Returns:
+            (bits ``[points]`` rising, distortion ``[points]`` not rising).
+        """
+        cost = self._unit_costs()
+        corners = []
+        for inputs in self.inputs:
+            for outputs in self.outputs:
+                spent, distortion = hull_curve(self._table(inputs, outputs), cost)
+                corners.append((spent + self.fixed_bits(inputs, outputs), distortion))
+        bits = np.linspace(min(c[0][0] for c in corners), max(c[0][-1] for c in corners), points)
+        return bits, np.min([np.interp(bits, *c, left=np.inf) for c in corners], axis=0)
+
+    def choose(self, budget_bits: float) -> LayerDesign:
+        """The pair of bases with the least predicted distortion under the budget, and its allocation.
+
+        Raises:
+            RecipeError: when the budget does not even pay what every option stores regardless of width.
+        """
+        best: tuple[SidePlan, SidePlan, Allocation] | None = None
+        cost, least = self._unit_costs(), np.inf
+        for inputs in self.inputs:
+            for outputs in self.outputs:
+                table, fixed = self._table(inputs, outputs), self.fixed_bits(inputs, outputs)
+                least = min(least, fixed + len(table) * cost[0])
+                if budget_bits < fixed + len(table) * cost[0]:
+                    continue
+                solved = allocate(table, cost, budget_bits - fixed, self.settings.solver)
+                if best is None or solved.distortion < best[2].distortion:
+                    best = (inputs, outputs, solved)
+        if best is None:
+            weights = 3 * self.shape[0] * self.shape[1] * self.shape[2]
+            raise RecipeError(
+                f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this "
+                "layer's bases, widths, dense experts and narrowest codes take; raise `bits`, lower `basis_bits`, set "
+                "the bases to none or add 0 to `widths`"
+            )
+        inputs, outputs, solved = best
+        return self._design(inputs, outputs, self._without_idle(inputs, outputs, solved, budget_bits))
+
+    def _without_idle(
+        self, inputs: SidePlan, outputs: SidePlan, allocation: Allocation, budget_bits: float
+    ) -> Allocation:
+        """The allocation once more, with the bits of the last input directions if no expert uses them (R < H).
+
+        They are not stored, neither their rows of the basis nor their widths; the other units get what that saves.
+        """
+        num_experts = self.shape[0]
+        cut, units = 2 * num_experts * inputs.rank // self.block_size, inputs.rank // self.block_size
+        idle = 0 if inputs.basis is None else idle_units(self._widths(allocation.choice[:cut]).view(-1, units))
+        if not idle:
+            return allocation
+        saved = idle * (self.block_size * inputs.bits_per_direction + 8 * 2 * num_experts)
+        kept = np.ones(len(allocation.choice), dtype=bool)
+        kept[:cut] = np.tile(np.arange(units) < units - idle, 2 * num_experts)
+        table = self._table(inputs, outputs)
+        budget = budget_bits - self.fixed_bits(inputs, outputs) + saved
+        solved = allocate(table[kept], self._unit_costs(), budget, self.settings.solver)
+        choice = allocation.choice.copy()
+        choice[kept] = solved.choice
+        return replace(solved, choice=choice, distortion=solved.distortion + float(table[~kept, 0].sum()))
+
+    def _widths(self, choice: np.ndarray) -> torch.Tensor:
+        """Widths, uint8, of chosen columns of the cost tables."""
+        return torch.tensor(self.inputs[0].costs.widths, dtype=torch.uint8)[torch.from_numpy(choice)]
+
+    def _design(self, inputs: SidePlan, outputs: SidePlan, allocation: Allocation) -> LayerDesign:
+        num_experts = self.shape[0]
+        widths = self._widths(allocation.choice)
+        cut = 2 * num_experts * inputs.rank // self.block_size
+        widths_in, widths_out = widths[:cut].view(2 * num_experts, -1), widths[cut:].view(num_experts, -1)
+        for expert in self.dense_ids:
+            # takes back what was bought from a budget that exceeds every need
+            widths_in[2 * expert : 2 * expert + 2] = 0
+            widths_out[expert] = 0
+        return LayerDesign(
+            SideDesign(inputs.basis, widths_in, inputs.weight, _energy(inputs.costs)),
+            SideDesign(outputs.basis, widths_out, outputs.weight, _energy(outputs.costs)),
+            self.block_size,
+            self.slope_ratio,
+            self.mass,
+            self.dense_ids,
+            allocation.distortion,
+            allocation.gap,
+            allocation.solver,
+            self.warnings,
+        )
+
+    def _unit_costs(self) -> np.ndarray:
+        widths = self.inputs[0].costs.widths
+        return np.array(
+            [unit_cost(w, self.block_size, self.shape[2], self.settings.group_size) for w in widths], dtype=np.float64
+        )
+
+    def _table(self, inputs: SidePlan, outputs: SidePlan) -> np.ndarray:
+        table = torch.cat([s.costs.distortion.flatten(0, 1) for s in (inputs, outputs)]).numpy()
+        if not self.dense_ids:
+            return table
+        # A dense expert's units lose nothing at width 0, so no solver buys them more while another unit gains by it.
+        table = table.copy()
+        matrices = torch.zeros(self.shape[0], dtype=torch.bool)
+        matrices[list(self.dense_ids)] = True
+        units_in, units_out = inputs.costs.distortion.shape[1], outputs.costs.distortion.shape[1]
+        mask = torch.cat([matrices.repeat_interleave(2 * units_in), matrices.repeat_interleave(units_out)])
+        table[mask.numpy()] = 0.0
+        return table
+
+
+def _energy(costs: SideCosts) -> tuple[float, ...]:
+    return tuple(costs.distortion[:, :, 0].sum(0).tolist()) if costs.widths[0] == 0 else ()
+
+
+def idle_units(widths: torch.Tensor) -> int:
+    """How many of the last units no matrix uses, of ``widths [matrices, units]``; one is always kept."""
+    used = widths.amax(0).nonzero()
+    return widths.shape[1] - 1 - (int(used[-1]) if len(used) else 0)
+
+
+def moved(value: T, device: torch.device | str) -> T:
+    """A (nested) dataclass or tuple with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def plan_layer(
+    experts: DenseExperts,
+    tokens: RoutedTokens,
+    settings: QuantizerSettings,
+    metric: torch.Tensor | None = None,
+    dense_ids: Sequence[int] | Literal["auto"] = (),
+    ranks: Ranks | None = None,
+) -> LayerPlan:
+    """Measure a layer, build its candidate bases and cost tables (method.md sections 1 to 3).
+
+    Args:
+        experts: dense experts on the device to work on.
+        tokens: their routed calibration tokens, on the same device.
+        settings: how to quantize.
+        metric: ``[H, H]`` loss curvature in the layer's output, None for squared output error.
+        dense_ids: experts to keep dense; "auto" finds those with an outlying down-projection output.
+        ranks: the processes that plan the layer together, all with the same arguments; None for this one alone.
+
+    Raises:
+        CalibrationError: NaN or infinity in weights or activations, naming the expert.
+    """
+    ranks = ranks or Ranks.alone()
+    experts.check_finite()
+    statistics = collect_statistics(
+        tokens, experts.gate_up, experts.down, experts.gating, experts.in_bias, metric, ranks, dense_ids == "auto"
+    )
+    if dense_ids == "auto":
+        dense_ids = super_experts(statistics)
+    if dense_ids and 0 not in settings.widths:
+        raise RecipeError("super_experts store no codes, which takes width 0; add 0 to `widths`")
+    block_size = settings.resolve_block_size(experts.down.shape[1])
+    warnings: list[str] = []
+    with collected(warnings):
+        inputs = _candidates(
+            settings.input_basis,
+            lambda spectral: _plan_input(experts, tokens, statistics, settings, block_size, spectral, ranks),
+        )
+        outputs = _candidates(
+            settings.output_basis,
+            lambda spectral: _plan_output(experts, statistics, settings, block_size, spectral, metric, ranks),
+        )
+    num_experts, hidden, width = experts.down.shape
+    return LayerPlan(
+        settings,
+        (num_experts, hidden, width),
+        inputs,
+        outputs,
+        block_size,
+        _constant_bits(experts, len(dense_ids)),
+        statistics.slope_ratio,
+        statistics.mass,
+        tuple(dense_ids),
+        tuple(warnings),
+    )
+
+
+def _constant_bits(experts: DenseExperts, num_dense: int) -> int:
+    """Header, dense experts with their ids, biases, and a checksum of 64 bits per tensor outside the bases."""
+    _, hidden, width = experts.down.shape
+    dense = num_dense * (3 * hidden * width * experts.down.element_size() * 8 + 32)
+    bias = sum(t.nbytes * 8 for t in (experts.in_bias, experts.out_bias) if t is not None)
+    tensors = 7 + 3 * bool(num_dense) + 2 * (experts.in_bias is not None)
+    return 16 * 32 + 64 * tensors + dense + bias
+
+
+def super_experts(statistics: LayerStatistics) -> tuple[int, ...]:
+    """Experts whose largest output norm stands out of the layer's: at most one in 32, all above 20 medians."""
+    peak = statistics.peak_output
+    routed = peak[peak > 0]
+    if not len(routed):
+        return ()
+    limit = _SUPER_RATIO * float(routed.median())
+    found = [int(e) for e in peak.argsort(descending=True) if float(peak[e]) > limit]
+    return tuple(sorted(found[: max(1, len(peak) // 32)]))
+
+
+def _candidates(choice: BasisChoice, plan: Callable[[bool], SidePlan]) -> tuple[SidePlan, ...]:
+    """Plans of a side with and without a basis, as the choice allows; "auto" goes on without one that fails.
+
+    Raises:
+        CalibrationError: when no candidate has finite costs.
+    """
+    plans = []
+    if choice != "none":
+        try:
+            plans.append(plan(True))
+        except RecipeError as error:
+            if choice == "spectral":
+                raise
+            note(str(error))
+    if choice != "spectral":
+        plans.append(plan(False))
+    finite = tuple(side for side in plans if bool(torch.isfinite(side.costs.distortion).all()))
+    if not finite:
+        raise CalibrationError(
+            "the squares of its rounding errors overflow; check the base model for outlying weights, and the "
+            "calibration text"
+        )
+    return finite
+
+
+def _plan_input(
+    experts: DenseExperts,
+    tokens: RoutedTokens,
+    statistics: LayerStatistics,
+    settings: QuantizerSettings,
+    block_size: int,
+    spectral: bool,
+    ranks: Ranks,
+) -> SidePlan:
+    num_experts, hidden, length = experts.down.shape
+    basis, inverse = None, None
+    if spectral:
+        moment, importance = statistics.input_moment, statistics.row_importance
+        b = input_directions(moment, experts.gate_up, importance, hidden, settings.dampening_frac, ranks)
+        group = settings.resolve_basis_group(hidden)
+        basis, inverse = _decided(lambda: round_and_refit(b, settings.basis_bits, group, moment, "in"), b.device, ranks)
+    weight = statistics.row_importance.view(2 * num_experts, length)
+    gain = direction_gain(tokens, statistics, basis).repeat_interleave(2, dim=0)
+    mine = ranks.mine(num_experts)
+    factors = (experts.in_factors(part, inverse) for part in experts.parts(mine))
+    own = range(2 * mine.start, 2 * mine.stop)
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, own, ranks)
+    return SidePlan(basis, costs, weight, gain.shape[1])
+
+
+def _decided(make: Callable[[], T], device: torch.device, ranks: Ranks) -> T:
+    """What the first process makes, on all of them: eigenvectors, and whether a basis can be inverted, may depend on
+    the machine, and processes that went on differently would wait for each other for ever."""
+    if ranks.size == 1:
+        return make()
+    return moved(ranks.compute(lambda: moved(make(), "cpu")), device)
+
+
+def _plan_output(
+    experts: DenseExperts,
+    statistics: LayerStatistics,
+    settings: QuantizerSettings,
+    block_size: int,
+    spectral: bool,
+    metric: torch.Tensor | None,
+    ranks: Ranks,
+) -> SidePlan:
+    num_experts, hidden, _ = experts.down.shape
+    basis, inverse = None, None
+    if spectral:
+        u = output_directions(statistics.down_output_moment, hidden, metric)
+        group = settings.resolve_basis_group(hidden)
+        basis, inverse = _decided(lambda: round_and_refit(u, settings.basis_bits, group, None, "out"), u.device, ranks)
+    coupling = output_coupling(basis, metric, hidden, experts.down.device)
+    gain = coupling.diagonal().expand(num_experts, -1)
+    weight = statistics.down_moment_diagonal
+    mine = ranks.mine(num_experts)
+    factors = (experts.out_factors(part, inverse).transpose(1, 2) for part in experts.parts(mine))
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, mine, ranks)
+    return SidePlan(basis, costs, weight, gain.shape[1])
+
+
+def output_coupling(
+    basis: SharedBasis | None, metric: torch.Tensor | None, hidden: int, device: torch.device | str
+) -> torch.Tensor:
+    """Uᵀ M U: how errors of two output directions act together in the loss, float32 ``[R', R']``."""
+    metric = torch.eye(hidden, device=device) if metric is None else metric
+    return metric if basis is None else basis.matrix.T @ metric @ basis.matrix
+
+
+def direction_gain(tokens: RoutedTokens, statistics: LayerStatistics, basis: SharedBasis | None) -> torch.Tensor:
+    """diag(B C[e] Bᵀ) of every expert with the prior's share, boosted, float32 ``[E, R]``."""
+    h2 = project(tokens.x, basis).square()
+    starts = torch.tensor((0, *tokens.counts[:-1]), device=h2.device).cumsum(0)
+    gain = embedding_bag(tokens.token, h2, starts, mode="sum", per_sample_weights=tokens.weight)
+    total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    share = prior_share(tokens.counts, tokens.x.shape[1], h2.device)
+    return shrink(gain, gain.sum(0) / total, statistics.mass, share) * statistics.boost[:, None]
+
+
+def project(x: torch.Tensor, basis: SharedBasis | None) -> torch.Tensor:
+    """h = B x of every token, float32 ``[T, R]``."""
+    wide = x.to(torch.float32)
+    return wide if basis is None else wide @ basis.matrix.T

@@ -1,0 +1,115 @@
+"""A layer's unquantized experts and the settings that decide how they are quantized."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import CalibrationError
+from .allocation import Solver
+from .gating import Gating
+from .numerics import all_finite
+
+#: Elements of weights or moments that are worked on at once: bounds the float32 temporaries to some gigabytes.
+PART_ELEMENTS = 1 << 26
+
+BasisChoice = Literal["auto", "spectral", "none"]
+
+
+@dataclass(frozen=True)
+class QuantizerSettings:
+    """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users."""
+
+    bits: float = 2.0
+    widths: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
+    block_size: int | None = None
+    group_size: int = 128
+    basis_bits: int = 4
+    input_basis: BasisChoice = "auto"
+    output_basis: BasisChoice = "auto"
+    error_feedback: bool = True
+    compensation: bool = True
+    refine_passes: int = 1
+    solver: Solver = "auto"
+    dampening_frac: float = 0.01
+
+    def resolve_block_size(self, rank: int) -> int:
+        """The block size for ``rank`` directions: as set, or the power of two in 16..128 nearest ``rank / 16``."""
+        if self.block_size is not None:
+            return self.block_size
+        size = 128
+        while size > 16 and (size > rank // 16 or rank % size):
+            size //= 2
+        return size if rank % size == 0 else 8
+
+    def resolve_basis_group(self, columns: int) -> int:
+        """Elements of a basis row per step: the largest of 128, 64, … 8 that divides ``columns``."""
+        return next((g for g in (128, 64, 32, 16, 8) if columns % g == 0), columns)
+
+
+@dataclass(frozen=True)
+class DenseExperts:
+    """The unquantized experts of a layer.
+
+    Attributes:
+        gate_up: ``[E, 2I, H]``, gate rows first.
+        down: ``[E, H, I]``.
+        gating: elementwise function between them.
+        in_bias, out_bias: ``[E, 2I]``, ``[E, H]`` or None.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gating: Gating
+    in_bias: torch.Tensor | None = None
+    out_bias: torch.Tensor | None = None
+
+    def parts(self, experts: range) -> list[slice]:
+        """Consecutive experts of some, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
+        size = max(1, PART_ELEMENTS // max(self.gate_up[0].numel(), self.down.shape[1] ** 2))
+        return [slice(at, min(at + size, experts.stop)) for at in range(experts.start, experts.stop, size)]
+
+    def in_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:
+        """A of a part's gate and up matrices in turn, float32 ``[2n, I, R]``.
+
+        Args:
+            part: experts.
+            inverse: ``[H, R]`` of the basis (`spectral.refit_inverse`), None for the hidden channels themselves.
+        """
+        factor = self.gate_up[part].to(torch.float32)
+        factor = factor if inverse is None else factor @ inverse.to(torch.float32)
+        return factor.reshape(2 * len(factor), self.down.shape[2], -1)
+
+    def out_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:
+        """F of a part, float32 ``[n, R', I]``; ``inverse [R', H]`` as in `in_factors`."""
+        factor = self.down[part].to(torch.float32)
+        return factor if inverse is None else inverse.to(torch.float32) @ factor
+
+    @property
+    def elements(self) -> int:
+        """Weights, biases not counted."""
+        return self.gate_up.numel() + self.down.numel()
+
+    def activations(self, expert: int, x: torch.Tensor, gate_up: torch.Tensor | None = None) -> torch.Tensor:
+        """z of one expert, float32 ``[T, I]``.
+
+        Args:
+            expert: which.
+            x: float32 ``[T, H]``, or ``[T, R]`` in a basis's coordinates.
+            gate_up: ``[2I, H]`` or ``[2I, R]`` to use in place of the expert's own.
+        """
+        weight = self.gate_up[expert].to(torch.float32) if gate_up is None else gate_up
+        bias = None if self.in_bias is None else self.in_bias[expert].to(torch.float32)
+        gate, up = torch.nn.functional.linear(x, weight, bias).chunk(2, dim=1)
+        return self.gating(gate, up)
+
+    def check_finite(self) -> None:
+        """Raise CalibrationError naming the first expert with NaN or infinity in its weights."""
+        for name in ("gate_up", "down", "in_bias", "out_bias"):
+            tensor = getattr(self, name)
+            bad = [] if tensor is None else (~torch.stack([all_finite(one) for one in tensor])).nonzero().tolist()
+            if bad:
+                expert = bad[0][0]
+                raise CalibrationError(
+                    f"expert {expert}: its {name} weights hold NaN or infinity; check the base model"
+                )

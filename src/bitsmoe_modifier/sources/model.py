@@ -1,0 +1,107 @@
+"""The model that a comparison starts from: where it is, whether it can be quantized, its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, RecipeError
+from ..storage.shards import read_json
+from ..storage.sizes import checkpoint_bytes, expert_elements, tensor_sizes
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """An unquantized mixture-of-experts model on disk.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        model_type: of its config.json.
+        expert_elements: weights of its routed experts.
+        expert_bits: bits per expert weight as stored.
+        checkpoint_bytes: bytes of its safetensors files.
+    """
+
+    name: str
+    folder: Path
+    model_type: str
+    expert_elements: int
+    expert_bits: float
+    checkpoint_bytes: int
+
+
+def find_model(model: str) -> Path:
+    """A local checkpoint folder, or the snapshot of a hub model (downloaded where needed).
+
+    Raises:
+        CheckpointError: when it is neither.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{model} has no config.json; give the folder of a saved model")
+        return path
+    if path.is_absolute() or path.exists() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model}: no such model folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{model} is neither a folder nor a model that can be downloaded: {error}") from error
+
+
+def open_dense(model: str) -> DenseModel:
+    """Find a model and check that it is an unquantized mixture of experts.
+
+    Raises:
+        CheckpointError: when there is no such model, or its files are damaged.
+        RecipeError: when it is quantized already, or has no routed experts.
+    """
+    folder = find_model(model)
+    config = read_config(folder)
+    scheme = config.get("quantization_config")
+    if scheme is not None:
+        method = scheme.get("format") or scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+        raise RecipeError(f"{model} is quantized already ({method}); give the unquantized model that it was made from")
+    sizes = tensor_sizes(folder)
+    elements = expert_elements(sizes)
+    if elements == 0:
+        raise RecipeError(
+            f"{model} (model_type {config.get('model_type')}) has no routed experts (no tensor under '.experts.'); "
+            "give a mixture-of-experts model"
+        )
+    stored = sum(s.nbytes for name, s in sizes.items() if ".experts." in name and not name.endswith("bias"))
+    return DenseModel(
+        name=model,
+        folder=folder,
+        model_type=str(config.get("model_type")),
+        expert_elements=elements,
+        expert_bits=8 * stored / elements,
+        checkpoint_bytes=checkpoint_bytes(folder),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+        CheckpointError: when it is missing or not JSON.
+    """
+    return read_json(folder / "config.json")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: when it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"{folder}: its tokenizer cannot be loaded ({error}); copy the tokenizer files to it"
+        raise CheckpointError(problem) from error

@@ -1,0 +1,121 @@
+"""The report says what the numbers say."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from bitsmoe_modifier.comparison.report import markdown, write_report
+from bitsmoe_modifier.evaluation.columns import table
+from bitsmoe_modifier.pages.verdicts import headline, next_larger, verdict
+from entries import FAILED, GPTQ, REFERENCE, arm, ours, report
+
+# ------------------------------------------------------------------------------------------------- sentences
+
+
+def test_verdict_of_a_win():
+    said = verdict(ours("bitsmoe_2_0", 2.0, 0.0040), GPTQ[1])
+    assert said == (
+        "bitsmoe_2_0 (2.00 bits per expert weight) has a KL divergence 60 % lower than gptq_w3 (3.13 bits): "
+        "4.00 against 10.10 × 10⁻³ nats."
+    )
+
+
+def test_verdict_of_a_miss():
+    said = verdict(ours("bitsmoe_2_0", 2.0, 0.0106), GPTQ[1])
+    assert said == (
+        "bitsmoe_2_0 (2.00 bits per expert weight) misses gptq_w3 (3.13 bits) by 5.0 % in KL divergence: "
+        "10.60 against 10.10 × 10⁻³ nats."
+    )
+
+
+def test_verdict_of_a_tie():
+    assert "the same KL divergence" in verdict(ours("x", 2.0, 0.0101), GPTQ[1])
+
+
+@pytest.mark.parametrize(("stderr", "unsure"), [(1e-5, False), (5e-4, True)])
+def test_verdict_says_when_the_difference_is_within_the_error(stderr, unsure):
+    said = verdict(ours("x", 2.0, 0.0100, kld_stderr=stderr), GPTQ[1] | {"kld_stderr": stderr})
+    assert ("within the sampling error" in said) is unsure
+
+
+def test_headline_compares_two_bits_with_gptq_at_three():
+    arms = [*GPTQ, ours("bitsmoe_1_6", 1.6, 0.02), ours("bitsmoe_2_0", 2.0, 0.004)]
+    assert headline(arms).startswith("bitsmoe_2_0 (2.00")
+    assert "gptq_w3" in headline(arms)
+
+
+def test_headline_without_that_pair_takes_the_next_larger():
+    arms = [GPTQ[0], GPTQ[2], ours("mine", 2.5, 0.004)]
+    assert "misses gptq_w4" in headline(arms)
+
+
+@pytest.mark.parametrize("arms", [[], GPTQ, [ours("a", 2.0, 0.1)]], ids=["none", "one-method", "other-method"])
+def test_headline_without_a_pair_says_so(arms):
+    assert "nothing to compare" in headline(arms)
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [(1.6, "gptq_w2"), (2.125, "gptq_w2"), (2.133, "gptq_w2"), (2.2, "gptq_w3"), (4.5, "gptq_w4")],
+)
+def test_next_larger(bits, expected):
+    assert next_larger(ours("x", bits, 0.1), GPTQ)["name"] == expected
+
+
+def test_a_gptq_attention_beside_bitsmoe_is_not_a_gptq_arm():
+    both = ours("both", 2.0, 0.004) | {"modifiers": ["GPTQModifier", "BitsMoEModifier"]}
+    assert headline([both, GPTQ[1]]).startswith("both")
+
+
+# --------------------------------------------------------------------------------------------------- table
+
+
+def test_the_best_of_every_column_is_bold():
+    lines = table(REFERENCE, [*GPTQ, ours("bitsmoe_2_0", 2.0, 0.004)]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(cells) == 7
+    column = {title: [row[i] for row in cells[2:]] for i, title in enumerate(cells[0])}
+    assert column["model"] == ["unquantized", "gptq_w2", "gptq_w3", "gptq_w4", "bitsmoe_2_0"]
+    assert column["bits per expert weight"] == ["16.000", "2.129", "3.129", "4.129", "**2.000**"]
+    assert column["KLD × 1000"] == ["0.00", "55.00", "10.10", "**3.00**", "4.00"]
+    assert column["same top token, %"] == ["100.00", "94.50", "98.99", "**99.70**", "99.60"]
+    assert column["nominal bits"] == ["–", "2", "3", "4", "2"]
+    # equal values are all best
+    assert column["quantize, s"] == ["–", *["**10**"] * 4]
+
+
+# ------------------------------------------------------------------------------------------------ document
+
+
+def test_markdown_holds_the_headline_failures_and_warnings():
+    warned = GPTQ[0] | {"warnings": ["3 expert projections were set to zero"]}
+    text = markdown(report([warned, GPTQ[1], ours("bitsmoe_2_0", 2.0, 0.004), FAILED]), "report.svg")
+    assert text.startswith("# Quantization of bookmoe\n\n**bitsmoe_2_0 (2.00 bits")
+    assert "- broken: ValueError: no (log: logs/broken.log)" in text
+    assert "- gptq_w2: 3 expert projections were set to zero" in text
+    assert "![" in text
+    assert "](report.svg)" in text
+    assert "128 rows of 256 tokens from c.txt" in text
+    assert "run again in bfloat16" in text
+
+
+def test_markdown_of_failures_only():
+    text = markdown(report([FAILED]), None)
+    assert "nothing to compare" in text
+    assert "![" not in text
+
+
+def test_write_report_leaves_four_files_and_nothing_half(tmp_path: Path):
+    made = report([*GPTQ, ours("bitsmoe_2_0", 2.0, 0.004), arm("rtn", 2.1, 0.2, kind="QuantizationModifier")])
+    before = copy.deepcopy(made)
+    write_report(made, tmp_path)
+    assert made == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "report.svg"]
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(made))
+
+
+def test_write_report_without_a_measured_arm_draws_nothing(tmp_path: Path):
+    write_report(report([]), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
