@@ -31,7 +31,7 @@ from layers import (
     stored_layer,
 )
 
-from bitsmoe_modifier.storage.layout import PackedExperts
+from bitsmoe_modifier.storage.packed import PackedExperts
 
 OTHERS = ("bf16", "plain-4", "plain-2", "decode")
 

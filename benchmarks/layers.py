@@ -17,7 +17,8 @@ from bitsmoe_kernels.reference import decode_bases, decode_expert_factors, moe_r
 from bitsmoe_kernels.synthetic import random_experts
 
 from bitsmoe_modifier.method.gating import Gating
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts
+from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.packed import PackedExperts
 
 GATING = Gating()
 #: A call: (x, ids, weights) to the layer's output.

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier.storage.layout import decode_basis
+from bitsmoe_modifier.storage.factors import decode_basis
 
 from .digits import digit_values, product
 from .launch import BASIS_TOKENS, basis_stages, capability, on

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from bitsmoe_modifier.errors import CheckpointError
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts
+from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.packed import PackedExperts
 
 _BLOCKS = (16, 32, 64, 128)
 _GROUPS = (32, 64, 128)

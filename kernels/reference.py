@@ -3,7 +3,9 @@
 import torch
 
 from bitsmoe_modifier.method.gating import Gating
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, decode_basis, decode_factor, index_units
+from bitsmoe_modifier.storage.factors import decode_basis, decode_factor
+from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
+from bitsmoe_modifier.storage.packed import PackedExperts
 
 
 def decode_expert_factors(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tensor]:

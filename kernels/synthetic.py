@@ -2,7 +2,8 @@
 
 import torch
 
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, index_units
+from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
+from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import levels
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, pack_basis, pack_factor
+from bitsmoe_modifier.storage.factors import pack_basis, pack_factor
+from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import WIDTHS, code_values, levels
 
 

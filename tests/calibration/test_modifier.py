@@ -291,8 +291,8 @@ def test_super_experts_raise_the_least_bits() -> None:
 
 
 def test_choices_per_token_of_any_config() -> None:
-    from bitsmoe_modifier.calibration.modifier import _choices_per_token
+    from bitsmoe_modifier.calibration.capture import choices_per_token
 
     for fields, expected in (({"num_experts_per_tok": 8}, 8), ({"moe_topk": 6}, 6), ({}, 1)):
         config = SimpleNamespace(get_text_config=lambda fields=fields: SimpleNamespace(**fields))
-        assert _choices_per_token(SimpleNamespace(config=config)) == expected
+        assert choices_per_token(SimpleNamespace(config=config)) == expected

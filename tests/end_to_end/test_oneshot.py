@@ -16,7 +16,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier
-from bitsmoe_modifier.storage.layout import ExpertsLayout, check_content, check_structure
+from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.packed import check_content, check_structure
 from helpers import ARCHITECTURES, calibration, experts_names, load, logits, packed_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

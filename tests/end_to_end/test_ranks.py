@@ -12,7 +12,7 @@ from quantize_once import FIELDS
 from safetensors.torch import load_file
 
 from bitsmoe_modifier.comparison.arms import stored_dtype
-from bitsmoe_modifier.storage.layout import PackedExperts
+from bitsmoe_modifier.storage.packed import PackedExperts
 from helpers import experts_names, load, packed_modules
 from tiny_text import save_tiny, write_text
 

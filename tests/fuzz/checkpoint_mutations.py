@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitsmoe_modifier.storage.layout import TENSOR_NAMES, PackedExperts
+from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts
 
 Mutation = Callable[[random.Random, Path], None]
 

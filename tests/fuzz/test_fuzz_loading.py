@@ -16,7 +16,7 @@ from loading_oracle import campaign, finding, limited_memory
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_modifier import CheckpointError
-from bitsmoe_modifier.storage.layout import TENSOR_NAMES
+from bitsmoe_modifier.storage.packed import TENSOR_NAMES
 from helpers import pack_randomly, save, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -170,7 +170,7 @@ def test_the_oracle_sees() -> None:
         torch.empty(1 << 34, dtype=torch.uint8).fill_(1)
     assert finding(caught.value) == "allocates without bound"
     assert finding(CheckpointError("")) is not None
-    from bitsmoe_modifier.storage.layout import decode_basis
+    from bitsmoe_modifier.storage.factors import decode_basis
 
     with pytest.raises(AttributeError) as caught:
         decode_basis(None, None, 16, 8)

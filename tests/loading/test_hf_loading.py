@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 from bitsmoe_modifier import CheckpointError
 from bitsmoe_modifier.loading import quantizer as hf
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
-from bitsmoe_modifier.storage.layout import TENSOR_NAMES, PackedExperts
+from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts
 from helpers import ARCHITECTURES, experts_names, logits, pack_randomly, random_layer, save, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

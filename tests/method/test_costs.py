@@ -8,7 +8,8 @@ import torch
 from bitsmoe_modifier.method import costs as costs_module
 from bitsmoe_modifier.method.costs import SideCosts, chosen_steps, side_costs, unit_cost
 from bitsmoe_modifier.method.rounding import encode, search_step, to_step
-from bitsmoe_modifier.storage.layout import ExpertsLayout, decode_factor, index_units, pack_factor
+from bitsmoe_modifier.storage.factors import decode_factor, pack_factor
+from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
 from bitsmoe_modifier.storage.planes import WIDTHS
 
 MATRICES, LENGTH, DIRECTIONS, BLOCK, GROUP = 4, 48, 32, 16, 16

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bitsmoe_modifier import CalibrationError
 from bitsmoe_modifier.calibration.fingerprint import rows_digest
 from bitsmoe_modifier.comparison.processes import start_context
-from bitsmoe_modifier.method.design import plan_layer
+from bitsmoe_modifier.method.candidates import plan_layer
 from bitsmoe_modifier.method.distributed import Ranks, check_shares, share
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings

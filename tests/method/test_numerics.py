@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmoe_modifier.errors import CalibrationError
-from bitsmoe_modifier.method.design import plan_layer
+from bitsmoe_modifier.method.candidates import plan_layer
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
 from bitsmoe_modifier.method.numerics import all_finite, collected, note
@@ -18,7 +18,7 @@ from bitsmoe_modifier.method.rounding import feedback_factor
 from bitsmoe_modifier.method.spectral import symmetric_sqrt
 from bitsmoe_modifier.method.statistics import RoutedTokens
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
-from bitsmoe_modifier.storage.layout import PackedExperts, check_content, check_structure
+from bitsmoe_modifier.storage.packed import PackedExperts, check_content, check_structure
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, CHOICES = 4, 32, 32, 128, 2
 SETTINGS = QuantizerSettings(bits=3.0, group_size=16, block_size=8, solver="lagrangian")

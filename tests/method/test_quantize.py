@@ -12,14 +12,16 @@ import torch
 from bitsmoe_modifier.errors import CalibrationError, RecipeError
 from bitsmoe_modifier.method import design, quantize
 from bitsmoe_modifier.method import layer as layer_module
+from bitsmoe_modifier.method.candidates import plan_layer, super_experts
 from bitsmoe_modifier.method.costs import chosen_steps, unit_cost
-from bitsmoe_modifier.method.design import LayerPlan, plan_layer, super_experts
+from bitsmoe_modifier.method.design import LayerPlan
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
 from bitsmoe_modifier.method.quantize import LayerReport, quantize_layer
 from bitsmoe_modifier.method.statistics import RoutedTokens, collect_statistics
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, check_content, check_structure
+from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.packed import PackedExperts, check_content, check_structure
 
 CLAMPED = Gating("silu", limit=1.5, alpha=1.702, up_shift=1.0)
 BASES = ("auto", "spectral", "none")

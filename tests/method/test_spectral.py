@@ -15,7 +15,7 @@ from bitsmoe_modifier.method.spectral import (
     round_basis,
     symmetric_sqrt,
 )
-from bitsmoe_modifier.storage.layout import decode_basis
+from bitsmoe_modifier.storage.factors import decode_basis
 
 
 def refit_with_notes(*args: object) -> tuple[SharedBasis, torch.Tensor, list[str]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CalibrationError
-from bitsmoe_modifier.method.design import direction_gain
+from bitsmoe_modifier.method.candidates import direction_gain
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts
 from bitsmoe_modifier.method.spectral import SharedBasis

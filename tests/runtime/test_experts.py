@@ -13,7 +13,7 @@ import torch
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.runtime import decoded, experts
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
-from bitsmoe_modifier.storage.layout import TENSOR_NAMES, PackedExperts
+from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts
 from helpers import RandomLayer, random_layer
 
 LAYERS = {

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bitsmoe_modifier.runtime.packed_product import index_planes, packed_product
-from bitsmoe_modifier.storage.layout import ExpertsLayout, decode_factor, index_units
+from bitsmoe_modifier.storage.factors import decode_factor
+from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
 from bitsmoe_modifier.storage.planes import WIDTHS
 from helpers import random_layer
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.serving.loading import LayerLoader, Part, local_experts
-from bitsmoe_modifier.storage.layout import PackedExperts
+from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.sharding import shard
 from helpers import random_layer
 

@@ -8,20 +8,9 @@ import torch
 from test_planes import DIGITS, random_codes, write_planes
 
 from bitsmoe_modifier.errors import CheckpointError
-from bitsmoe_modifier.storage.layout import (
-    BASIS_BITS,
-    FORMAT_VERSION,
-    TENSOR_NAMES,
-    ExpertsLayout,
-    PackedExperts,
-    check_content,
-    check_structure,
-    decode_basis,
-    decode_factor,
-    index_units,
-    pack_basis,
-    pack_factor,
-)
+from bitsmoe_modifier.storage.factors import decode_basis, decode_factor, pack_basis, pack_factor
+from bitsmoe_modifier.storage.layout import BASIS_BITS, FORMAT_VERSION, ExpertsLayout, index_units
+from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_structure
 from bitsmoe_modifier.storage.planes import WIDTHS
 from helpers import random_layer, with_tensors
 

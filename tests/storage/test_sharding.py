@@ -6,7 +6,9 @@ import torch
 from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
-from bitsmoe_modifier.storage.layout import ExpertsLayout, PackedExperts, check_structure, decode_factor, index_units
+from bitsmoe_modifier.storage.factors import decode_factor
+from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
+from bitsmoe_modifier.storage.packed import PackedExperts, check_structure
 from bitsmoe_modifier.storage.sharding import shard
 from helpers import RandomLayer, random_layer
 

@@ -1,7 +1,6 @@
 """`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -14,27 +13,33 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from tqdm import tqdm
 
-from ..errors import BitsMoEError, CalibrationError, RecipeError
+from ..errors import CalibrationError, RecipeError
 from ..loading.format import attach, make_scheme
-from ..method.design import LayerDesign, LayerPlan, moved, plan_layer
+from ..method.candidates import plan_layer
+from ..method.design import LayerDesign, LayerPlan, moved
 from ..method.distributed import Ranks, check_shares
 from ..method.gating import gating_of
 from ..method.layer import DenseExperts, QuantizerSettings
 from ..method.quantize import LayerReport, quantize_layer
 from ..method.statistics import RoutedTokens
 from ..runtime.experts import BitsMoEExperts
-from ..storage.layout import PackedExperts
+from ..storage.packed import PackedExperts
 from ..storage.planes import WIDTHS
 from . import patches, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
+from .capture import (
+    check_calibration,
+    choices_per_token,
+    count_tokens,
+    expert_weights,
+    log_layer,
+    naming_layer,
+    routed_tokens,
+)
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
 from .resume import ResumeFolder
 from .survey import Curve, Inputs, experts_inputs, share_budget, survey_layers
 from .targets import check_experts, check_unclaimed, dense_experts, find_experts
-
-#: Calibration tokens per expert, on average, below which a run is refused / warned about.
-_LEAST_TOKENS_PER_EXPERT = 1
-_GOOD_TOKENS_PER_EXPERT = 64
 
 
 class BitsMoEModifier(Modifier):
@@ -174,11 +179,11 @@ class BitsMoEModifier(Modifier):
         check_unclaimed(experts.items())
         self._check_super_experts(experts)
         self._ranks = Ranks()
-        tokens = sum(self._ranks.everyones(_count_tokens(state.data.calib if state.data is not None else None)))
+        tokens = sum(self._ranks.everyones(count_tokens(state.data.calib if state.data is not None else None)))
         for name, module in tqdm(experts.items(), desc="Checking experts"):
             listed = self._dense_ids(name)
             check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
-            _check_calibration(name, module.num_experts, tokens, _choices_per_token(state.model))
+            check_calibration(name, module.num_experts, tokens, choices_per_token(state.model))
         self._names = {module: name for name, module in experts.items()}
         self._sequential_targets = kwargs.get("sequential_targets")
         self._scheme = make_scheme(experts, self.group_size)
@@ -234,21 +239,21 @@ class BitsMoEModifier(Modifier):
         def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
             name = self._names[module]
             self._metrics[name] = metric.cpu()
-            with _named(name):
-                tokens = _tokens(module, self._ranks.collect(inputs))
+            with naming_layer(name):
+                tokens = routed_tokens(module, self._ranks.collect(inputs))
                 plans[name] = moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
                 return plans[name].curve()
 
         surveys = survey_layers(
             state.model, state.data.calib, self._names, curve_of, self._sequential_targets, self._ranks
         )
-        weights = {name: sum(p.numel() for p in _weights(module)) for module, name in self._names.items()}
+        weights = {name: sum(p.numel() for p in expert_weights(module)) for module, name in self._names.items()}
 
         def choose() -> dict[str, LayerDesign]:
             designs = {}
             for name, budget in share_budget(surveys, self.bits * sum(weights.values())).items():
                 logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
-                with _named(name):
+                with naming_layer(name):
                     designs[name] = plans.pop(name).choose(budget)
             return designs
 
@@ -265,7 +270,7 @@ class BitsMoEModifier(Modifier):
         for module in modules:
             name = self._names.get(module)
             if name is not None and (module in self._inputs or name in self._finished):
-                with _named(name), torch.no_grad(), disable_offloading():
+                with naming_layer(name), torch.no_grad(), disable_offloading():
                     replacement = self._replacement(module, name, self._inputs.pop(module, []))
                 # the rows go through it batch by batch, on to the next layer
                 replacement.keep_decoded(True)
@@ -292,7 +297,7 @@ class BitsMoEModifier(Modifier):
 
     def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """Pack one layer from its captured inputs, by the survey's design or by one of its own."""
-        experts, tokens = dense_experts(module), _tokens(module, inputs)
+        experts, tokens = dense_experts(module), routed_tokens(module, inputs)
         metric = self._metrics.get(name)
         metric = None if metric is None else metric.to(tokens.x.device)
         design = self._designs.get(name)
@@ -302,7 +307,7 @@ class BitsMoEModifier(Modifier):
         here = moved(design, tokens.x.device)
         packed, report = quantize_layer(experts, tokens, here, self.settings, metric, self._ranks)
         if self._ranks.first:
-            _log(name, report)
+            log_layer(name, report)
         return packed, report
 
     def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
@@ -350,67 +355,3 @@ class BitsMoEModifier(Modifier):
             return "auto"
         listed = () if isinstance(self.super_experts, str) else self.super_experts
         return tuple(sorted({int(e.rpartition(".")[2]) for e in listed if e.rpartition(".")[0] == name}))
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the layer's name in front of errors from the pure modules, which know no names."""
-    try:
-        yield
-    except BitsMoEError as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
-def _tokens(module: LinearExperts2D, inputs: list[Inputs]) -> RoutedTokens:
-    """A layer's routed calibration tokens."""
-    x, index, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
-    return RoutedTokens.from_router(x, index, weight, module.num_experts)
-
-
-def _weights(module: LinearExperts2D) -> list[torch.Tensor]:
-    """Weight matrices of a linearized experts module."""
-    return [p for n, p in module.named_parameters() if n.endswith("_proj.weight")]
-
-
-def _choices_per_token(model: torch.nn.Module) -> int:
-    """k of the model's router, 1 where the config does not tell."""
-    config = model.config.get_text_config()
-    return next(
-        (k for key in ("num_experts_per_tok", "top_k_experts", "moe_topk") if (k := getattr(config, key, None))), 1
-    )
-
-
-def _count_tokens(calibration: Any) -> int:
-    """Calibration tokens in a dataloader.
-
-    Raises:
-        CalibrationError: when there is no dataloader or it is empty.
-    """
-    total = 0 if calibration is None else sum(batch["input_ids"].numel() for batch in calibration)
-    if not total:
-        raise CalibrationError("there is no calibration data; pass `dataset` to oneshot")
-    return total
-
-
-def _check_calibration(name: str, num_experts: int, tokens: int, choices: int) -> None:
-    share = tokens * choices / num_experts
-    if share < _LEAST_TOKENS_PER_EXPERT:
-        raise CalibrationError(
-            f"{name}: {tokens} calibration tokens are less than {_LEAST_TOKENS_PER_EXPERT} per expert for its "
-            f"{num_experts} experts; calibrate with at least {_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens"
-        )
-    if share < _GOOD_TOKENS_PER_EXPERT:
-        logger.warning(
-            f"{name}: {share:.0f} calibration tokens per expert are few; "
-            f"{_GOOD_TOKENS_PER_EXPERT * num_experts // choices} tokens or more give better experts"
-        )
-
-
-def _log(name: str, report: LayerReport) -> None:
-    logger.info(
-        f"{name}: {report.bits:.3f} bits per weight, bases {report.input_basis_bits}/{report.output_basis_bits} bits, "
-        f"relative output error {report.relative_output_error:.2e}"
-        + (f", dense experts {list(report.dense_experts)}" if report.dense_experts else "")
-    )
-    for warning in report.warnings:
-        logger.warning(f"{name}: {warning}")

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, RecipeError
 from ..method.design import LayerDesign, SideDesign
 from ..method.quantize import LayerReport
 from ..method.spectral import SharedBasis
-from ..storage.layout import PackedExperts, check_content, check_structure
+from ..storage.packed import PackedExperts, check_content, check_structure
 from ..storage.records import differences, write_tensors, write_text
 from ..storage.shards import read_json
 

@@ -12,7 +12,8 @@ import torch
 from ..calibration.oneshot import REPORT_NAME
 from ..errors import CheckpointError
 from ..sources.model import read_config
-from ..storage.layout import TENSOR_NAMES, ExpertsLayout
+from ..storage.layout import ExpertsLayout
+from ..storage.packed import TENSOR_NAMES
 from ..storage.shards import Stored, checkpoint_files, packed_modules, read_json, read_structure, scan
 from ..storage.sizes import checkpoint_bytes, expert_bytes, is_expert, tensor_sizes
 

@@ -71,7 +71,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
     from compressed_tensors.utils import match_named_modules
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..calibration.modifier import _choices_per_token
+    from ..calibration.capture import choices_per_token
     from ..calibration.targets import check_sizes, fused_experts
     from ..loading.quantizer import experts_sizes
 
@@ -96,7 +96,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
         expert_bytes=round(sum(layer.weights for layer in layers) * _bytes_per_weight(headers.sizes)),
         parameters=elements,
         decoder_layers=config.get_text_config().num_hidden_layers,
-        choices=_choices_per_token(model),
+        choices=choices_per_token(model),
     )
 
 

@@ -25,7 +25,7 @@ from compressed_tensors.quantization import (
 
 from ..errors import CheckpointError
 from ..runtime.experts import BitsMoEExperts
-from ..storage.layout import TENSOR_NAMES
+from ..storage.packed import TENSOR_NAMES
 
 #: Name of the format in config.json.
 FORMAT = "bitsmoe"

@@ -24,7 +24,8 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from ..errors import CheckpointError
 from ..method.gating import gating_of
 from ..runtime.experts import BitsMoEExperts
-from ..storage.layout import TENSOR_NAMES, ExpertsLayout, PackedExperts, check_content, check_structure
+from ..storage.layout import ExpertsLayout
+from ..storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_structure
 from ..storage.shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
 from . import format as bitsmoe_format
 from .fit import check_fits

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 import torch
 
-from ..storage.layout import PackedExperts
+from ..storage.packed import PackedExperts
 
 #: Below the second, fp16 has less than 6 bits of precision left.
 _FP16_MAX, _FP16_COARSE = 65504.0, 2.0**-19

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import RecipeError
-from ..storage.layout import decode_basis, pack_basis
+from ..storage.factors import decode_basis, pack_basis
 from ..storage.planes import levels
 from .distributed import Ranks
 from .numerics import note

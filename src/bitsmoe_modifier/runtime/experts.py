@@ -17,15 +17,9 @@ from torch import nn
 
 from ..devices import kernels_wanted
 from ..method.gating import Gating
-from ..storage.layout import (
-    TENSOR_NAMES,
-    ExpertsLayout,
-    PackedExperts,
-    UnitIndex,
-    decode_basis,
-    decode_factor,
-    index_units,
-)
+from ..storage.factors import decode_basis, decode_factor
+from ..storage.layout import ExpertsLayout, UnitIndex, index_units
+from ..storage.packed import TENSOR_NAMES, PackedExperts
 from .decoded import DecodedCache
 from .packed_product import PlaneIndex, index_planes, packed_product
 from .sorted_rows import routing_of

@@ -7,7 +7,7 @@ import regex
 import torch
 
 from ..errors import CheckpointError
-from ..storage.layout import TENSOR_NAMES
+from ..storage.packed import TENSOR_NAMES
 from .claims import METHOD, is_bitsmoe, matches, split_groups
 from .method import BitsMoEMethod
 from .vllm_api import (

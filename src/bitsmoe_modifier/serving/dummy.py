@@ -3,7 +3,8 @@
 import torch
 
 from ..method.quantize import QuantizerSettings
-from ..storage.layout import ExpertsLayout, PackedExperts
+from ..storage.layout import ExpertsLayout
+from ..storage.packed import PackedExperts
 
 #: Width of every unit, and bits of both bases: about what 2 bits per weight come to.
 _WIDTH, _BASIS_BITS = 2, 4

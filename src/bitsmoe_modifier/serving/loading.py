@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError
-from ..storage.layout import TENSOR_NAMES, ExpertsLayout, PackedExperts, check_content, check_structure
+from ..storage.layout import ExpertsLayout
+from ..storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_structure
 from ..storage.sharding import shard
 
 

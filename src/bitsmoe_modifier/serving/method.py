@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..errors import CheckpointError
 from ..runtime.experts import BitsMoEExperts
-from ..storage.layout import TENSOR_NAMES, PackedExperts
+from ..storage.packed import TENSOR_NAMES, PackedExperts
 from .gating import gating_of_layer
 from .loading import LayerLoader, Part, local_experts
 from .vllm_api import (

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .layout import ExpertsLayout, PackedExperts
+from .layout import ExpertsLayout
+from .packed import PackedExperts
 
 
 def shard(

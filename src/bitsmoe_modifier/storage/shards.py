@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .layout import TENSOR_NAMES, ExpertsLayout, check_structure
+from .layout import ExpertsLayout
+from .packed import TENSOR_NAMES, check_structure
 
 _DTYPES = {
     "BOOL": torch.bool,

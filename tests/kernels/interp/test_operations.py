@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmoe_modifier.method.gating import Gating
-from bitsmoe_modifier.storage.layout import ExpertsLayout, decode_basis
+from bitsmoe_modifier.storage.factors import decode_basis
+from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.planes import WIDTHS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

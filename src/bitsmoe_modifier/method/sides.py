@@ -1,0 +1,237 @@
+"""Rounding of one side of a layer: gate and up, or down (method.md section 5)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .candidates import output_coupling
+from .costs import chosen_steps
+from .design import LayerDesign
+from .distributed import Ranks
+from .layer import DenseExperts, QuantizerSettings
+from .rounding import damp_, decode, encode, feedback_factor, refine, refit_row_steps, round_with_feedback
+from .spectral import refit_inverse
+from .statistics import RoutedTokens, down_moments, expert_moments, prior_share, second_moment, shrink
+
+#: Groups of output directions, each absorbing in the loss what those before it lost. More gain little.
+_ROW_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """What every step of a layer's rounding works with: the arguments of `quantize_layer`, and its inputs.
+
+    Attributes:
+        h: the inputs in the coordinates of the input basis, float32 ``[T, R]``.
+    """
+
+    experts: DenseExperts
+    tokens: RoutedTokens
+    design: LayerDesign
+    settings: QuantizerSettings
+    metric: torch.Tensor | None
+    ranks: Ranks
+    h: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RoundedSide:
+    """One side's factors, rounded.
+
+    Attributes:
+        codes: uint8 ``[matrices, I, directions]``.
+        steps: float32 ``[matrices, groups, directions]``.
+        widths: uint8 ``[matrices, units]``.
+        block_size: directions per unit.
+    """
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+    widths: torch.Tensor
+    block_size: int
+
+    @classmethod
+    def empty(
+        cls, widths: torch.Tensor, block_size: int, length: int, group_size: int, device: torch.device
+    ) -> "RoundedSide":
+        """To be filled part by part."""
+        directions = widths.shape[1] * block_size
+        codes = torch.zeros(len(widths), length, directions, dtype=torch.uint8, device=device)
+        steps = torch.ones(len(widths), length // group_size, directions, device=device)
+        return cls(codes, steps, widths, block_size)
+
+    def gather(self, ranks: Ranks, num_experts: int) -> None:
+        """Fill in, on the first process, the experts that the others rounded."""
+        for tensor in (self.codes, self.steps):
+            ranks.gather_rows(tensor.unflatten(0, (num_experts, -1)))
+
+    def levels(self, matrices: slice) -> torch.Tensor:
+        """``2**b - 1`` of every direction of some matrices, float32 ``[n, directions]``."""
+        widths = self.widths[matrices].to(self.codes.device, torch.float32)
+        return (2.0**widths - 1).repeat_interleave(self.block_size, dim=1)
+
+    def decoded(self, matrices: slice) -> torch.Tensor:
+        """Values of some matrices, float32 ``[n, I, directions]``."""
+        return _decoded(self.codes[matrices].to(torch.float32), self.steps[matrices], self.levels(matrices))
+
+
+def _decoded(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """`decode` of codes ``[matrices, I, directions]``, steps ``[matrices, groups, directions]``, levels without I."""
+    return decode(codes.unflatten(1, (step.shape[1], -1)), step[:, :, None], level[:, None, None]).flatten(1, 2)
+
+
+def _encoded(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """`encode` to uint8 of weights ``[matrices, I, directions]``; steps and levels as in `_decoded`."""
+    codes = encode(w.unflatten(1, (step.shape[1], -1)), step[:, :, None], level[:, None, None])
+    return codes.flatten(1, 2).to(torch.uint8)
+
+
+def expert_gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:
+    """The rounded gate and up of one expert, float32 ``[2I, R]``."""
+    return inputs.decoded(slice(2 * expert, 2 * expert + 2)).flatten(0, 1)
+
+
+def round_input(layer: LayerTask) -> RoundedSide:
+    """Gate, then up, of every expert under the second moment of its inputs.
+
+    Up absorbs what gate lost: an error δ of gate i costs least when up i is off by ``-slope_ratio_i δ``. Of several
+    processes each rounds its share of the experts here, as in `round_output`.
+    """
+    experts, tokens, design, settings, h = layer.experts, layer.tokens, layer.design, layer.settings, layer.h
+    side, rank, length = design.inputs, h.shape[1], experts.down.shape[2]
+    inverse = None if side.basis is None else refit_inverse(side.basis, None, "in")
+    share = prior_share(tokens.counts, rank, h.device)
+    common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
+    for part in experts.parts(layer.ranks.mine(len(tokens.counts))):
+        matrices = slice(2 * part.start, 2 * part.stop)
+        factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
+        steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
+        if not settings.error_feedback:
+            rounded.codes[matrices] = _encoded(factor, steps, level)
+            rounded.steps[matrices] = steps
+            continue
+        ids = range(part.start, part.stop)
+        moments = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, rank)
+        moments = damp_(shrink(moments, common, design.mass[part], share[part]), settings.dampening_frac)
+        # the coarsest columns first, so that finer ones absorb their errors; gate and up share an order and a factor
+        order = torch.argsort(level[0::2] + level[1::2], dim=1, stable=True)
+        feedback = feedback_factor(moments, order)
+        target = factor[0::2]
+        for half in (0, 1):
+            limits, rho = level[half::2, None], weight[half::2]
+            codes, step = round_with_feedback(target, feedback, steps[half::2], limits, order, rho)
+            for _ in range(settings.refine_passes):
+                codes, step = refine(target, moments, codes, step, limits, rho)
+            rounded.codes[matrices][half::2] = codes.to(torch.uint8)
+            rounded.steps[matrices][half::2] = step
+            if half == 0:
+                lost = target - _decoded(codes, step, level[half::2])
+                target = factor[1::2]
+                if settings.compensation:
+                    target = target + design.slope_ratio[part, :, None] * lost
+    return rounded
+
+
+def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
+    """Down of every expert under the second moment of the activations that the rounded gate and up make.
+
+    Down absorbs twice: first what gate and up lost, as far as it is linear in the activations that are left
+    (`_compensated`); then, group of output directions by group, what the groups before it lost, as far as the loss sees
+    it in the same place (`output_coupling`).
+    """
+    experts, tokens, design, settings, h = layer.experts, layer.tokens, layer.design, layer.settings, layer.h
+    side, (_, hidden, length) = design.outputs, experts.down.shape
+    inverse = None if side.basis is None else refit_inverse(side.basis, None, "out")
+    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
+    coupling = None
+    if settings.compensation and not (side.basis is None and layer.metric is None):
+        coupling = output_coupling(side.basis, layer.metric, hidden, h.device)
+        coupling = damp_(coupling.clone(), settings.dampening_frac)
+    mine = layer.ranks.mine(len(tokens.counts))
+    if settings.error_feedback:
+        moments, lost = down_moments(experts, tokens, h, lambda expert: expert_gate_up(inputs, expert), mine)
+        total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        own = slice(mine.start, mine.stop)
+        share = prior_share(tokens.counts, length, h.device)[own]
+        moments = shrink(moments, layer.ranks.total(moments.sum(0)) / total, design.mass[own], share)
+        damp_(moments, settings.dampening_frac)
+        lost *= (1 - share)[:, None, None]
+    for part in experts.parts(mine):
+        at = slice(part.start - mine.start, part.stop - mine.start)
+        factor, level = experts.out_factors(part, inverse), rounded.levels(part)
+        columns = factor.transpose(1, 2)
+        steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
+        if settings.error_feedback:
+            if settings.compensation:
+                factor = _compensated(factor, moments[at], lost[at])
+            # rows are directions here, so that the columns to round are those along I
+            rows = steps.transpose(1, 2), level[:, :, None]
+            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, settings.refine_passes, coupling)
+            codes, steps = codes.transpose(1, 2).to(torch.uint8), rows_steps.transpose(1, 2)
+        else:
+            codes = _encoded(columns, steps, level)
+        rounded.codes[part], rounded.steps[part] = codes, steps
+    return rounded
+
+
+def _compensated(factor: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
+    """F with what it must make of ẑ to come nearest F z: ``F + F E[(z - ẑ) ẑᵀ] E[ẑ ẑᵀ]⁻¹``, per expert.
+
+    Args:
+        factor: ``[E, R', I]``; moments: E[ẑ ẑᵀ], damped, and lost: E[(z - ẑ) ẑᵀ], ``[E, I, I]``, at equal mass.
+    """
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    response, info = torch.linalg.solve_ex(moments / mean, (lost / mean).transpose(1, 2))
+    # an expert whose moments cannot be solved keeps its weights
+    usable = (info == 0) & torch.isfinite(response).flatten(1).all(1)
+    return factor + factor @ torch.where(usable[:, None, None], response, 0.0).transpose(1, 2)
+
+
+def _round_row_blocks(
+    w: torch.Tensor,
+    moments: torch.Tensor,
+    steps: torch.Tensor,
+    level: torch.Tensor,
+    refine_passes: int,
+    coupling: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round ``w [E, R', I]`` with feedback along its columns and, with a coupling, from block to block of its rows.
+
+    Args:
+        w: target.
+        moments: ``[E, I, I]``, damped; steps: ``[E, R', groups]``; level: ``[E, R', 1]``.
+        refine_passes: of `refine`, each after the steps were refitted.
+        coupling: ``[R', R']``, damped, or None for rows that the loss sees apart.
+
+    Returns:
+        (codes ``[E, R', I]``, steps ``[E, R', groups]``).
+    """
+    rows = w.shape[1]
+    order = torch.argsort(moments.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    feedback = feedback_factor(moments, order)
+    # every n-th row, so that neighbours, which are most alike, stand in different blocks
+    apart = 1 if coupling is None else _ROW_BLOCKS
+    blocks = [torch.arange(first, rows, apart, device=w.device) for first in range(apart)]
+    done = blocks[0][:0]
+    codes, steps, lost = torch.empty_like(w), steps.clone(), torch.zeros_like(w)
+    factor = None if coupling is None else feedback_factor(coupling[None], torch.cat(blocks)[None])[0]
+    for block in blocks:
+        target, limits, step = w[:, block], level[:, block], steps[:, block]
+        if factor is not None and len(done):
+            response = factor[: len(done), len(done) : len(done) + len(block)]
+            target = target + torch.einsum("jb,eji->ebi", response, lost[:, done])
+        found, _ = round_with_feedback(target, feedback, _per_row(step, w.shape[2]), limits, order)
+        for _ in range(refine_passes):
+            step = refit_row_steps(target, moments, found, step, limits)
+            found, _ = refine(target, moments, found, _per_row(step, w.shape[2]), limits)
+        codes[:, block], steps[:, block] = found, step
+        # what later rows absorb is measured against the weights, not against the target
+        lost[:, block] = w[:, block] - decode(found, _per_row(step, w.shape[2]), limits)
+        done = torch.cat([done, block])
+    return codes, steps
+
+
+def _per_row(step: torch.Tensor, length: int) -> torch.Tensor:
+    """Steps ``[E, rows, groups]`` to one per element, ``[E, rows, I]``."""
+    return step.repeat_interleave(length // step.shape[2], dim=2)
