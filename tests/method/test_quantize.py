@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CalibrationError, RecipeError
-from bitsmoe_modifier.method import design, quantize
+from bitsmoe_modifier.method import candidates, design, quantize, sides
 from bitsmoe_modifier.method import layer as layer_module
 from bitsmoe_modifier.method.candidates import plan_layer, super_experts
 from bitsmoe_modifier.method.costs import chosen_steps, unit_cost
@@ -257,7 +257,7 @@ def test_compensated_factors_are_the_least_squares() -> None:
     left = z + 0.3 * torch.randn(2, 500, 24, generator=gen) * z.abs()
     factor = torch.randn(2, 10, 24, generator=gen)
     moments, lost = left.transpose(1, 2) @ left, (z - left).transpose(1, 2) @ left
-    got = quantize._compensated(factor, moments, lost)
+    got = sides._compensated(factor, moments, lost)
     expected = torch.linalg.lstsq(left.double(), (z @ factor.transpose(1, 2)).double()).solution.transpose(1, 2)
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
 
@@ -265,7 +265,7 @@ def test_compensated_factors_are_the_least_squares() -> None:
 def test_experts_whose_moments_say_nothing_keep_their_weights() -> None:
     factor = torch.randn(3, 8, 16)
     nothing = torch.zeros(3, 16, 16)
-    assert torch.equal(quantize._compensated(factor, nothing, nothing), factor)
+    assert torch.equal(sides._compensated(factor, nothing, nothing), factor)
 
 
 def test_rows_absorb_what_rows_before_them_lost() -> None:
@@ -278,8 +278,8 @@ def test_rows_absorb_what_rows_before_them_lost() -> None:
     steps, level = (torch.full((48, 32, 1), value, dtype=torch.float64) for value in (0.5, 3.0))
 
     def cost(coupled: torch.Tensor | None) -> float:
-        codes, step = quantize._round_row_blocks(w, moments, steps, level, 1, coupled)
-        error = w - quantize.decode(codes, step.repeat_interleave(16, 2), level)
+        codes, step = sides._round_row_blocks(w, moments, steps, level, 1, coupled)
+        error = w - sides.decode(codes, step.repeat_interleave(16, 2), level)
         return float(torch.einsum("eik,ij,ejk->", error, coupling, error))
 
     assert cost(coupling) < cost(None)
@@ -420,7 +420,7 @@ def test_auto_goes_on_without_a_basis_that_cannot_be_inverted(monkeypatch: pytes
         raise RecipeError(f"the {args[-1]}put basis cannot be inverted")
 
     layer = make_layer()
-    monkeypatch.setattr(design, "round_and_refit", fail)
+    monkeypatch.setattr(candidates, "round_and_refit", fail)
     _, report = layer.run(settings())
     assert (report.input_basis_bits, report.output_basis_bits) == (0, 0)
     assert any("cannot be inverted" in warning for warning in report.warnings)
