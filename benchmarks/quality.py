@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from bitsmoe_modifier.cli import demo_asset
+from bitsmoe_modifier.sources.demo import demo_asset
 from bitsmoe_modifier.comparison.runner import CompareSettings, compare
 
 _EXPERTS = r"re:.*[.]experts[.]\d+[.](gate|up|down)_proj$"

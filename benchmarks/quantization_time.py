@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_modifier import BitsMoEModifier
-from bitsmoe_modifier.cli import demo_asset
+from bitsmoe_modifier.sources.demo import demo_asset
 from synthetic import save_model
 
 

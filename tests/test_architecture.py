@@ -23,7 +23,7 @@ ROOMS = (
     "comparison",
     "serving",
 )
-FRONT = ("completion", "cli", "__main__", "__init__")
+FRONT = ("cli", "__main__", "__init__")
 ORDER = {name: level for level, name in enumerate((*BASE, *ROOMS, *FRONT))}
 FRAMEWORKS = ("transformers", "compressed_tensors", "llmcompressor", "vllm", "lm_eval", "datasets", "huggingface_hub")
 

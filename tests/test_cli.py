@@ -1,49 +1,108 @@
 """The command line: options, exit codes, one-line errors, and that help costs nothing."""
 
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
-from bitsmoe_modifier import cli, messages
+from bitsmoe_modifier import __version__, messages
 from bitsmoe_modifier.calibration.recipe import Stage, with_resume
-from bitsmoe_modifier.cli import build_parser, demo_asset, main
+from bitsmoe_modifier.cli import main
+from bitsmoe_modifier.cli.app import app
 from bitsmoe_modifier.errors import BitsMoEError, RecipeError
+from bitsmoe_modifier.sources.demo import demo_asset
 from helpers import pack_randomly, save, tiny_model
 from tiny_text import save_tiny, write_text
 
+COMMANDS = {command.name: command for command in app.registered_commands}
 
-@pytest.mark.parametrize(
-    "command", [[], ["quantize"], ["compare"], ["eval"], ["inspect"], ["export"]], ids=lambda c: "".join(c)
-)
-def test_help_lists_the_options(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--help"])
-    assert ended.value.code == 0
-    assert "usage: bitsmoe" in capsys.readouterr().out
+
+@pytest.fixture(autouse=True)
+def _speak_as_before() -> Iterator[None]:
+    """Commands choose how the process speaks; the next test shall not inherit it."""
+    yield
+    messages.configure("text")
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: bitsmoe [OPTIONS] COMMAND")
+    assert list(COMMANDS) == ["quantize", "plan", "compare", "eval", "inspect", "export", "import"]
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_options_in_groups(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: bitsmoe {command} [OPTIONS]")
+    assert "\nOptions:\n" in out
+    assert "--log-json" in out.split("\nMessages:\n")[1]
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from bitsmoe_modifier.cli import build_parser; build_parser(); print(*sys.modules)"
+    code = "import sys; from bitsmoe_modifier.cli import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "transformers", "llmcompressor", "compressed_tensors", "matplotlib", "datasets"}
+    heavy = {"torch", "transformers", "llmcompressor", "compressed_tensors", "matplotlib", "datasets", "rich", "scipy"}
     assert not heavy & set(done.stdout.split())
 
 
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "bitsmoe_modifier", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["compare", "--samples", "many"], ["quantize"], ["inspect"], ["eval", "x", "--dtype", "int2"]],
-    ids=["no-command", "no-number", "no-out", "no-folder", "no-dtype"],
+    ("arguments", "said"),
+    [
+        ([], "Usage: bitsmoe"),
+        (["compare", "--samples", "many"], "'--samples'"),
+        (["quantize"], "Missing option '--out'"),
+        (["inspect"], "Missing argument 'DIR'"),
+        (["eval", "x", "--dtype", "int2"], "'--dtype'"),
+        (["inspect", "x", "--quiet", "--log-json"], "--quiet and --log-json exclude each other"),
+        (["quantise"], "Did you mean 'quantize'?"),
+        (["compare", "--sample", "3"], "--samples"),
+    ],
+    ids=["no-command", "no-number", "no-out", "no-folder", "no-dtype", "both", "command-typo", "option-typo"],
 )
-def test_wrong_usage_ends_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert "usage: bitsmoe" in capsys.readouterr().err
+def test_wrong_usage_ends_with_2_and_says_what_was_meant(arguments, said, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Usage: bitsmoe" in captured.out + captured.err
+    assert said in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("bitsmoe comp", ["compare"]),
+        ("bitsmoe compare --ar", ["--arms"]),
+        ("bitsmoe compare --dtype b", ["bfloat16"]),
+        ("bitsmoe inspect --fresh", []),
+    ],
+)
+def test_words_are_completed(words, expected, monkeypatch, capsys):
+    monkeypatch.setenv("_BITSMOE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_be_told(shell, monkeypatch, capsys):
+    monkeypatch.setenv("_BITSMOE_COMPLETE", f"source_{shell}")
+    assert main([]) == 0
+    assert f"complete_{shell}" in capsys.readouterr().out
 
 
 def test_our_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
@@ -88,16 +147,19 @@ def test_the_messages_of_a_comparison(capsys):
     messages.configure("text")
 
 
-@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "inspect", "export", "completion"])
-def test_every_command_shows_examples_that_parse(command):
-    parser = build_parser()
-    (commands,) = (action for action in parser._actions if hasattr(action, "choices") and action.choices)
-    examples = [line.strip() for line in commands.choices[command].epilog.splitlines() if "bitsmoe " in line]
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_examples_that_parse(name):
+    examples = [line.strip() for line in COMMANDS[name].epilog.splitlines() if "bitsmoe" in line]
     assert examples
+    group = typer.main.get_command(app)
     for line in examples:
-        words = line.split("  ")[0].removeprefix("source <(").split(" > ")[0].rstrip(")").split()
-        assert words[0] == "bitsmoe"
-        assert parser.parse_args(words[1:]).command == command
+        words = shlex.split(line.split("  ")[0])
+        words = words[words.index("-m") + 1 :] if words[0] == "torchrun" else words
+        assert words[0].startswith("bitsmoe")
+        assert words[1] == name
+        with group.make_context("bitsmoe", words[1:]) as context:
+            _, command, rest = group.resolve_command(context, words[1:])
+            command.make_context(name, rest, parent=context)
 
 
 def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
@@ -141,11 +203,19 @@ def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_the_demo_is_the_default(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "demo_asset", lambda name: f"demo/{name}")
-    args = build_parser().parse_args(["compare"])
-    assert args.model is None
-    assert cli._given(args.model, "docmoe") == "demo/docmoe"
-    assert args.recipe == "ab_gptq_bitsmoe"
+    from bitsmoe_modifier.comparison import runner
+
+    seen = {}
+    report = {"reference": {"name": "unquantized"}, "arms": [{"name": "a", "error": "no"}]}
+    monkeypatch.setattr(runner, "compare", lambda settings, command: seen.update(settings=settings) or report)
+    assert main(["compare"]) == 1
+    assert seen["settings"] == runner.CompareSettings(
+        model=demo_asset("docmoe"),
+        recipe="ab_gptq_bitsmoe",
+        calibration=demo_asset("docmoe_calibration.txt"),
+        eval_text=demo_asset("docmoe_heldout.txt"),
+        out="bitsmoe-report",
+    ), "and the defaults of the command line are those of the settings"
 
 
 def test_a_missing_demo_is_explained():

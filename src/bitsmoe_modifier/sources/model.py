@@ -49,7 +49,8 @@ def find_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{model} is neither a folder nor a model that can be downloaded: {error}") from error
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{model} is neither a folder nor a model that can be downloaded: {first}") from error
 
 
 def open_dense(model: str) -> DenseModel:

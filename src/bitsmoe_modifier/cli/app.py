@@ -1,0 +1,93 @@
+"""What all commands have in common: how they are shown, how they speak, and how they end."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from .. import __version__, messages
+from ..errors import BitsMoEError
+
+app = typer.Typer(
+    help="Quantize the experts of mixture-of-experts models, and measure what it costs.",
+    epilog="Without options, compare runs on the small model that comes with the package.",
+    rich_markup_mode=None,  # plain text: a third of the time, and examples that can be copied
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _bitsmoe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+class Command(TyperCommand):
+    """A command: its options in groups, its errors in one line."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """One section of the help for every ``rich_help_panel``, which typer shows with rich only."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if param.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(param, "rich_help_panel", None) or default, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it as its options about messages and the job of torchrun want."""
+        chosen = [name for name in ("verbose", "quiet", "log_json") if ctx.params[name]]
+        if len(chosen) > 1:
+            ctx.fail(" and ".join(f"--{name.replace('_', '-')}" for name in chosen) + " exclude each other")
+        together = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a torchrun job; its first process speaks for all
+        silent = ctx.params["quiet"] or (together and os.environ.get("RANK") != "0")
+        messages.configure("quiet" if silent else "json" if ctx.params["log_json"] else "text")
+        os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # while importing; then `logs.set_up_logging`
+        if messages.mode() != "text":
+            os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, so before anything else
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, with the processes of a run
+        try:
+            if together and ctx.info_name != "quantize":
+                raise BitsMoEError("only `quantize` runs in several processes; start this command without torchrun")
+            return super().invoke(ctx)
+        except BitsMoEError as error:
+            if ctx.params["verbose"]:
+                traceback.print_exc()
+            messages.say("error", f"bitsmoe {ctx.info_name}: {error}")
+            sys.exit(2)
+        except KeyboardInterrupt:
+            messages.say("error", f"bitsmoe {ctx.info_name}: interrupted")
+            sys.exit(130)
+
+
+def command(name: str, summary: str, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command to the command line.
+
+    Args:
+        name: what one types after ``bitsmoe``.
+        summary: its line in the list of commands; the function's docstring explains it.
+        examples: shown after the options; whole command lines, perhaps two blanks and a remark.
+    """
+    shown = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)  # \b: click keeps the lines as they are
+    return app.command(name, cls=Command, short_help=summary, epilog=shown)

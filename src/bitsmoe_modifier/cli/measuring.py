@@ -1,0 +1,158 @@
+"""``bitsmoe compare`` and ``bitsmoe eval``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import options as o
+from .app import command
+
+
+@command(
+    "compare",
+    "Quantize by every stage of a recipe, and compare.",
+    "bitsmoe compare                                                  the demo model, five runs",
+    "bitsmoe compare --tasks continuations --out REPORT               accuracy too",
+    "bitsmoe compare --model DIR --recipe ab_all --arms gptq_w3,bitsmoe_2_0 --calibration FILE --eval-text FILE",
+)
+def compare(
+    context: typer.Context,
+    model: o.ModelOption = None,
+    recipe: Annotated[
+        str,
+        typer.Option(metavar="FILE|NAME", help="Recipe file, or name of a shipped recipe; each stage is one run."),
+    ] = "ab_gptq_bitsmoe",
+    arms: Annotated[str, typer.Option(metavar="NAME,…", help="Run only these stages.", show_default="all")] = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.")] = "bitsmoe-report",
+    no_preflight: o.NoPreflight = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what an earlier run in DIR finished.")] = False,
+    text_column: o.TextColumn = "text",
+    seq_len: o.SeqLen = 256,
+    batch_size: o.BatchSize = 16,
+    device: o.Device = "auto",
+    dtype: o.DtypeOption = "auto",
+    calibration: o.Calibration = None,
+    samples: o.Samples = 128,
+    seed: o.Seed = 0,
+    calibrate_all_experts: o.AllExperts = False,
+    pipeline: o.PipelineOption = "independent",
+    eval_text: o.EvalText = None,
+    eval_rows: o.EvalRows = 256,
+    tasks: o.Tasks = "",
+    task_items: o.TaskItems = 0,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+    log_json: o.LogJson = False,
+) -> None:
+    """Quantize a model by every stage of a recipe, and measure each result against the unquantized model.
+
+    Each stage runs in its own process, from the unquantized model and with the same calibration rows. Every saved
+    checkpoint is loaded again and measured. The result is report.json, report.md and report.html. A rerun with the
+    same inputs uses what is finished.
+    """
+    from ..comparison.runner import CompareSettings
+    from ..comparison.runner import compare as run
+    from ..evaluation.columns import table
+    from ..pages.verdicts import headline
+    from ..sources.demo import demo_asset
+
+    settings = CompareSettings(
+        model=model or demo_asset("docmoe"),
+        recipe=recipe,
+        calibration=calibration or demo_asset("docmoe_calibration.txt"),
+        eval_text=eval_text or demo_asset("docmoe_heldout.txt"),
+        out=out,
+        arms=list(o.names(arms)) or None,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        eval_rows=eval_rows,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        pipeline=pipeline,
+        calibrate_all_experts=calibrate_all_experts,
+        tasks=o.names(tasks),
+        task_items=task_items,
+        text_column=text_column,
+        preflight=not no_preflight,
+        fresh=fresh,
+        verbose=verbose,
+    )
+    report = run(settings, context.obj)
+    done = [arm for arm in report["arms"] if "error" not in arm]
+    print(f"\n{table(report['reference'], done)}\n\n{headline(done)}\n\n{Path(out) / 'report.html'}")
+    if len(done) < len(report["arms"]):
+        raise typer.Exit(1)
+
+
+@command(
+    "eval",
+    "Measure a checkpoint against the unquantized model.",
+    "bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --eval-text held_out.txt --seq-len 2048",
+    "bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --tasks arc_easy,hellaswag --task-items 500",
+)
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of the quantized model.")],
+    model: o.ModelOption = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")
+    ] = None,
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What runs it; vllm measures --tasks only, in an environment with vLLM and lm-eval."),
+    ] = "transformers",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,…", help="vLLM's engine arguments, e.g. tensor_parallel_size=2.", show_default=False
+        ),
+    ] = "",
+    text_column: o.TextColumn = "text",
+    seq_len: o.SeqLen = 256,
+    batch_size: o.BatchSize = 16,
+    device: o.Device = "auto",
+    dtype: o.DtypeOption = "auto",
+    eval_text: o.EvalText = None,
+    eval_rows: o.EvalRows = 256,
+    tasks: o.Tasks = "",
+    task_items: o.TaskItems = 0,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+    log_json: o.LogJson = False,
+) -> None:
+    """Perplexity of a checkpoint, and how far its predictions are from the unquantized model's."""
+    figures: dict[str, Any]
+    if backend == "vllm":
+        from ..serving.evaluation import evaluate_served, table
+
+        figures = evaluate_served(checkpoint, o.names(tasks), task_items, dtype, engine)
+        print(f"\n{table(figures)}")
+    else:
+        from ..comparison.single import Options, evaluate_one
+        from ..evaluation.columns import table as all_columns
+        from ..sources.demo import demo_asset
+
+        figures = evaluate_one(
+            checkpoint=checkpoint,
+            model=model or demo_asset("docmoe"),
+            eval_text=eval_text or demo_asset("docmoe_heldout.txt"),
+            eval_rows=eval_rows,
+            options=Options(
+                seq_len=seq_len,
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+                text_column=text_column,
+                tasks=o.names(tasks),
+                task_items=task_items,
+                verbose=verbose,
+            ),
+        )
+        print(f"\n{all_columns(figures['reference'], [figures['checkpoint']])}")
+    if json_file:
+        from ..storage.records import write_text
+
+        write_text(Path(json_file), json.dumps(figures, indent=2))

@@ -1,0 +1,122 @@
+"""Options that several commands know: their names, types, and what the help says of them."""
+
+from typing import Annotated, Literal
+
+import typer
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
+Pipeline = Literal["independent", "sequential", "basic", "datafree"]
+
+_CALIBRATION = "Calibration"
+_EVALUATION = "Evaluation"
+_MESSAGES = "Messages"
+
+
+def names(value: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(name for name in value.split(",") if name)
+
+
+# ---------------------------------------------------------------------------------------- the model and the recipe
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR|ID", help="Folder or hub name.", show_default="the embedded demo model"),
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", metavar="FILE|NAME", help="Recipe file, or name of a shipped recipe.")
+]
+StageOption = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="Which stage of the recipe, where it has several."),
+]
+NewFolder = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to create.", show_default=False)]
+NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Run even if memory or disk seem too small for it.")]
+
+# --------------------------------------------------------------------------------------------------- how to compute
+
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …", show_default="cuda where there is one"),
+]
+DtypeOption = Annotated[
+    DtypeOrAuto,
+    typer.Option(
+        "--dtype", help="What the model computes in.", show_default="float32 on a CPU, the model's own elsewhere"
+    ),
+]
+
+# ---------------------------------------------------------------------------------------------------- the two texts
+
+TextColumn = Annotated[str, typer.Option("--text-column", metavar="NAME", help="Column of tables and datasets.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", help="Tokens per row.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|DATASET",
+        help="Text file, table (.jsonl, .csv, .parquet) or dataset NAME[:CONFIG][@SPLIT].",
+        show_default="the demo's text",
+        rich_help_panel=_CALIBRATION,
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", metavar="N", help="Calibration rows.", rich_help_panel=_CALIBRATION)]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Which rows of the text.", rich_help_panel=_CALIBRATION)]
+AllExperts = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate-all-experts",
+        help="Send every token through every expert (not for BitsMoE).",
+        rich_help_panel=_CALIBRATION,
+    ),
+]
+PipelineOption = Annotated[
+    Pipeline, typer.Option("--pipeline", help="llm-compressor's pipeline.", rich_help_panel=_CALIBRATION)
+]
+EvalText = Annotated[
+    str | None,
+    typer.Option(
+        "--eval-text",
+        metavar="FILE|DATASET",
+        help="Held-out text.",
+        show_default="the demo's",
+        rich_help_panel=_EVALUATION,
+    ),
+]
+EvalRows = Annotated[
+    int,
+    typer.Option("--eval-rows", metavar="N", help="Rows at most; 0: the whole text.", rich_help_panel=_EVALUATION),
+]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks",
+        metavar="NAME,…",
+        help="Accuracy on lm-eval tasks: any installed one, `continuations` (comes with the package), an lm-eval YAML "
+        "file, or a .jsonl file of {context, endings, label}.",
+        show_default=False,
+        rich_help_panel=_EVALUATION,
+    ),
+]
+TaskItems = Annotated[
+    int,
+    typer.Option("--task-items", metavar="N", help="Items per task at most; 0: all.", rich_help_panel=_EVALUATION),
+]
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", help="Show all messages of the libraries, and tracebacks.", rich_help_panel=_MESSAGES),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Only the result and errors, no progress.", rich_help_panel=_MESSAGES)
+]
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json", help="Progress, messages and errors as JSON lines on stderr.", rich_help_panel=_MESSAGES
+    ),
+]
