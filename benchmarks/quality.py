@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from bitsmoe_modifier.sources.demo import demo_asset
 from bitsmoe_modifier.comparison.runner import CompareSettings, compare
+from bitsmoe_modifier.sources.demo import demo_asset
 
 _EXPERTS = r"re:.*[.]experts[.]\d+[.](gate|up|down)_proj$"
 
