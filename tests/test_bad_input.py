@@ -91,6 +91,17 @@ def test_no_layer_matched(model: PreTrainedModel, out: Path, fields: dict[str, l
     assert "drop `targets`" in said
 
 
+# ------------------------------------------------------------------------------- what could not be saved at the end
+
+
+def test_generation_config_that_saving_refuses_is_refused_before_calibration(model: PreTrainedModel, out: Path) -> None:
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    said = refused(model, out)
+    assert said.startswith("RecipeError: the model could not be saved afterwards: ")
+    assert "temperature" in said
+    assert "mend model.config and model.generation_config" in said
+
+
 # ----------------------------------------------------------------------------- quantized or claimed by others
 
 

@@ -23,6 +23,7 @@ from ..method.layer import DenseExperts, QuantizerSettings
 from ..method.quantize import LayerReport, quantize_layer
 from ..method.statistics import RoutedTokens
 from ..runtime.experts import BitsMoEExperts
+from ..sources.companions import unsavable
 from ..storage.packed import PackedExperts
 from ..storage.planes import WIDTHS
 from . import patches, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
@@ -175,6 +176,11 @@ class BitsMoEModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the layers and refuse what cannot work, before calibration."""
+        problem = unsavable(state.model)
+        if problem:
+            raise RecipeError(
+                f"the model could not be saved afterwards: {problem}; mend model.config and model.generation_config"
+            )
         experts = find_experts(state.model, self.targets, self.ignore)
         check_unclaimed(experts.items())
         self._check_super_experts(experts)
@@ -329,6 +335,8 @@ class BitsMoEModifier(Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Raise if a layer was never reached; make what stays dense ready to be saved."""
         self._progress.close()
+        if self._resume is not None:
+            self._resume.close()
         if self._names:
             raise CalibrationError(
                 f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "

@@ -7,6 +7,7 @@ the checkpoint and count GPTQ's scales at 4 bytes instead of 2.
 
 import gc
 import json
+import os
 import resource
 import sys
 import time
@@ -18,8 +19,9 @@ import torch
 import yaml
 from torch import nn
 
+from ..sources.companions import copy_companions, let_save
 from ..sources.text import dataloader
-from ..storage.folders import check_new_folder, written_whole
+from ..storage.folders import OutputFolder, check_new_folder, resolved
 from .fingerprint import fingerprint, rows_digest
 
 #: in a checkpoint's folder: what it was made of, and what was noted about every layer; `bitsmoe inspect` shows it
@@ -79,9 +81,12 @@ class QuantizeRecord:
 
 
 def quantize(
-    model_folder: Path, recipe: str, rows: torch.Tensor, out: Path, settings: QuantizeSettings
+    model_folder: Path, recipe: str, rows: torch.Tensor, out: Path | OutputFolder, settings: QuantizeSettings
 ) -> QuantizeRecord:
     """Quantize a model by a recipe and save it; nothing appears under ``out`` unless all of it was written.
+
+    What saving could refuse of the model's settings is checked before anything is computed. When saving fails, what was
+    written stays, and the error names it.
 
     Several processes (`distributed.torchrun_job`) call it together with the same arguments; the first one writes.
 
@@ -89,16 +94,26 @@ def quantize(
         model_folder: the dense model.
         recipe: YAML text with one stage.
         rows: calibration tokens, int64 ``[n, T]``.
-        out: folder to create; an empty one is replaced.
+        out: folder to create, or to fill if it is empty; an `OutputFolder` that was entered, where the caller holds it.
         settings: how to run.
 
     Raises:
-        BitsMoEError: when ``out`` holds something, before anything is computed.
+        BitsMoEError: when ``out`` holds something, or another run is writing it, before anything is computed.
     """
-    check_new_folder(out)
+    if isinstance(out, OutputFolder):
+        return _quantize(model_folder, recipe, rows, out, settings)
+    if int(os.environ.get("RANK", "0")):
+        check_new_folder(resolved(out))
+        return _quantize(model_folder, recipe, rows, OutputFolder(out), settings)
+    with OutputFolder(out) as output:
+        return _quantize(model_folder, recipe, rows, output, settings)
+
+
+def _quantize(
+    model_folder: Path, recipe: str, rows: torch.Tensor, output: OutputFolder, settings: QuantizeSettings
+) -> QuantizeRecord:
     from compressed_tensors.distributed import is_source_process
     from llmcompressor import oneshot
-    from transformers import AutoTokenizer
 
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
@@ -106,6 +121,7 @@ def quantize(
 
     started = time.perf_counter()
     model = _load(model_folder, settings.offload)
+    let_save(model)
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
@@ -125,11 +141,11 @@ def quantize(
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
     restore_dtypes(model, stored, stored_dtype)
     if not is_source_process():
-        model.save_pretrained(out)  # takes part in what the first process writes, and writes nothing
+        model.save_pretrained(output.path)  # takes part in what the first process writes, and writes nothing
     else:
-        with written_whole(out) as temporary:
+        with output.written() as temporary:
             model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(model_folder).save_pretrained(temporary)
+            copy_companions(model_folder, temporary)
             _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
             if reports:
                 noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}

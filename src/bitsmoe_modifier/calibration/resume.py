@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, RecipeError
+from ..errors import BitsMoEError, CheckpointError, RecipeError
 from ..method.design import LayerDesign, SideDesign
 from ..method.quantize import LayerReport
 from ..method.spectral import SharedBasis
+from ..storage.locks import keep_locked, release
 from ..storage.packed import PackedExperts, check_content, check_structure
 from ..storage.records import differences, write_tensors, write_text
 from ..storage.shards import read_json
 
-_RECORD, _SURVEY = "fingerprint.json", "survey"
+_RECORD, _SURVEY, _LOCK = "fingerprint.json", "survey", ".lock"
 #: how many of the differing entries a refusal names
 _NAMED = 6
 
@@ -48,6 +49,7 @@ class ResumeFolder:
         record = self.folder / _RECORD
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            keep_locked(self.folder / _LOCK, f"resume_dir: another run is using {folder}; give another folder")
             if record.exists():
                 self._compare(read_json(record), made_of)
             elif any(not path.name.startswith(".") for path in self.folder.iterdir()):
@@ -67,9 +69,17 @@ class ResumeFolder:
                 "another folder"
             )
 
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        release(self.folder / _LOCK)
+
     def keep_layer(self, name: str, packed: PackedExperts, report: LayerReport) -> None:
-        """Keep a finished layer."""
-        write_tensors(self._file(name), dict(packed.items()), {"report": json.dumps(asdict(report))})
+        """Keep a finished layer.
+
+        Raises:
+            BitsMoEError: when its file cannot be written.
+        """
+        self._write(name, dict(packed.items()), {"report": json.dumps(asdict(report))})
 
     def has_layer(self, name: str) -> bool:
         """Whether the layer was finished."""
@@ -89,13 +99,17 @@ class ResumeFolder:
         return packed, LayerReport(**_frozen(json.loads(metadata["report"])))
 
     def keep_survey(self, metrics: Mapping[str, torch.Tensor], designs: Mapping[str, LayerDesign]) -> None:
-        """Keep the result of the survey: every layer's metric and design, to the last bit."""
+        """Keep the result of the survey: every layer's metric and design, to the last bit.
+
+        Raises:
+            BitsMoEError: when its file cannot be written.
+        """
         tensors = {f"{name} metric": metric for name, metric in metrics.items()}
         notes = {}
         for name, design in designs.items():
             found, notes[name] = _taken_apart(design)
             tensors.update({f"{name} {key}": tensor.contiguous() for key, tensor in found.items()})
-        write_tensors(self._file(_SURVEY), tensors, {"notes": json.dumps(notes)})
+        self._write(_SURVEY, tensors, {"notes": json.dumps(notes)})
 
     def survey(self) -> tuple[dict[str, torch.Tensor], dict[str, LayerDesign]] | None:
         """What `keep_survey` kept, on the CPU; None where the survey was not finished."""
@@ -109,6 +123,15 @@ class ResumeFolder:
         notes = json.loads(metadata["notes"])
         designs = {name: _put_together(tensors, _frozen(notes[name])) for name, tensors in layers.items()}
         return {name: tensors["metric"] for name, tensors in layers.items()}, designs
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        try:
+            write_tensors(self._file(name), tensors, metadata)
+        except (OSError, SafetensorError) as error:
+            raise BitsMoEError(
+                f"{self._file(name)} could not be written ({error}); what was finished before is kept: make room in "
+                f"{self.folder} and run the same command again"
+            ) from error
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

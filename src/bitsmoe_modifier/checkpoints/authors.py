@@ -21,14 +21,14 @@ but not stored exactly in packed form by format version 1.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..storage.folders import check_new_folder, written_whole
+from ..sources.companions import copy_companions
+from ..storage.folders import OutputFolder
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
 
 _STAGE, _TILE, _MICRO = 16, 128, 32
@@ -36,8 +36,6 @@ _WIDTHS = (1, 2, 3, 4, 6, 8, 16)
 _MATRICES = ("gate", "up", "down")
 _BASES = ("shared_vh_gate_proj", "shared_vh_up_proj", "shared_u_down")
 _PARTS = ("payload", "rank_idx", "tile_meta", "slab_meta", "scale", "s")
-#: files that are taken along as they are
-_COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "generation_config", "chat_template")
 #: buffers that repeat what the others say
 _REDUNDANT = ("segments", "original_indices", "original_rank", "groupsize", "packed_expert_mask")
 
@@ -118,9 +116,13 @@ def import_authors(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloa
         CheckpointError: naming what is missing, damaged or unknown.
         BitsMoEError: when ``out`` holds something.
     """
+    with OutputFolder(out) as output:
+        _import(checkpoint, output, dtype)
+
+
+def _import(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    check_new_folder(out)
     config = read_json(checkpoint / "config.json")
     found = scan(map(str, checkpoint_files(checkpoint)))
     layers = sorted({key.removesuffix(f".{_BASES[0]}") for key in found if key.endswith(f".{_BASES[0]}")})
@@ -140,13 +142,11 @@ def import_authors(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloa
                 f"{key}: unknown tensor among the experts; this layout is newer than what is read here"
             )
         dense[key] = stored.read()
-    with written_whole(out) as folder:
+    with output.written() as folder:
         save_torch_state_dict(dense, folder)
         plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
         (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
-        for file in checkpoint.iterdir():
-            if file.name.startswith(_COMPANIONS):
-                shutil.copy(file, folder)
+        copy_companions(checkpoint, folder)
 
 
 def _decode_layer(found: dict[str, Stored], layer: str) -> tuple[dict[str, torch.Tensor], set[str]]:

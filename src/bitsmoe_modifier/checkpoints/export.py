@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..runtime.experts import BitsMoEExperts
-from ..storage.folders import check_new_folder, written_whole
+from ..sources.companions import copy_companions, let_save
+from ..storage.folders import OutputFolder
 
 
 def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -32,9 +33,13 @@ def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat1
         CheckpointError: when the checkpoint has no packed experts or is damaged.
         BitsMoEError: when ``out`` holds something.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with OutputFolder(out) as output:
+        _export(checkpoint, output, dtype)
 
-    check_new_folder(out)
+
+def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
     if not packed:
@@ -53,9 +58,10 @@ def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat1
         state[f"{name}.weight"] = weight
     dense.load_state_dict(state, assign=True)
     dense.tie_weights()
-    with written_whole(out) as folder:
+    let_save(dense)
+    with output.written() as folder:
         dense.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        copy_companions(checkpoint, folder)
 
 
 def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

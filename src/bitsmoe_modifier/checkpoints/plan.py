@@ -14,6 +14,7 @@ import torch
 from ..calibration.recipe import Stage, check_stage, one_stage
 from ..errors import BitsMoEError, RecipeError
 from ..sources.model import find_model
+from ..storage.folders import existing_parent
 from ..storage.sizes import TensorSize, tensor_sizes
 from .planning import LayerShape, ModelShape, Plan, Run, plan_run, table
 
@@ -267,7 +268,7 @@ def _check_fits(
     Raises:
         BitsMoEError: with what is needed, what there is, and the remedies.
     """
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    parent = existing_parent(out)
     needed, free = sum(plan.result_bytes for _, plan in plans), shutil.disk_usage(parent).free
     if needed > free:
         raise _refusal(f"the checkpoints need {_gb(needed)} of disk, {parent} has {_gb(free)}", "give another --out")

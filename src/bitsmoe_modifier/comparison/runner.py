@@ -19,6 +19,7 @@ from ..evaluation.accuracy import Accuracy, compare_accuracy
 from ..pages.verdicts import LEGEND, how_measured
 from ..sources.model import DenseModel, load_tokenizer, open_dense, read_config
 from ..sources.text import Text, calibration_rows, evaluation_rows, read_text, tokenize
+from ..storage.folders import resolved
 from .arms import Job, check_inputs, run_arm, run_reference, run_tasks
 from .processes import Failure, Status, run_in_process, start_context
 from .report import write_report
@@ -88,6 +89,11 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work. An arm that fails is an entry of the report.
     """
+    with Workspace(resolved(settings.out)).alone():
+        return _compare(settings, command)
+
+
+def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     device = resolve_device(settings.device)
     if settings.batch_size < 1:
         raise BitsMoEError(f"--batch-size {settings.batch_size} must be 1 or more")
@@ -105,7 +111,7 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
     held_out = evaluation_rows(tokenize(evaluation, tokenizer), settings.seq_len, settings.eval_rows, evaluation.source)
 
     inputs = _inputs(settings, model, calibration, evaluation, len(held_out), device, dtype)
-    workspace = Workspace(Path(settings.out))
+    workspace = Workspace(resolved(settings.out))
     workspace.prepare(inputs, settings.fresh)
     workspace.save_rows(rows, held_out)
     job = Job(

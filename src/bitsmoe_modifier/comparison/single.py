@@ -1,5 +1,6 @@
 """One checkpoint at a time, in this process: what `bitsmoe quantize` and `bitsmoe eval` do."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from .. import messages
 from ..calibration.oneshot import Offload, QuantizeSettings, quantize
 from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_resume
 from ..checkpoints.card import write_card
@@ -23,7 +25,7 @@ from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
 from ..sources.model import find_model, load_tokenizer, open_dense
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
-from ..storage.folders import check_new_folder
+from ..storage.folders import OutputFolder, check_new_folder, existing_parent, resolved
 from ..storage.sizes import checkpoint_bytes, expert_bytes, tensor_sizes
 from .arms import sizes_of, stored_dtype, use_device
 from .runner import DTYPES, resolve_device, resolve_dtype
@@ -67,7 +69,16 @@ def quantize_one(
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work.
     """
-    _check_writable(out)
+    if int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
+        return _quantize_one(model, recipe, stage, calibration, OutputFolder(out), options)
+    with OutputFolder(out) as output:
+        return _quantize_one(model, recipe, stage, calibration, output, options)
+
+
+def _quantize_one(
+    model: str, recipe: str, stage: str | None, calibration: str, output: OutputFolder, options: Options
+) -> dict[str, Any] | None:
+    out = output.path
     chosen = one_stage(recipe, stage)
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
@@ -89,10 +100,14 @@ def quantize_one(
             ranks.compute(lambda: check_machine([chosen], dense.folder, out, *run, waiting))
         if offload is not None:
             settings = replace(settings, dtype=None, offload=offload)
-        made = quantize(dense.folder, text_run, rows, out, settings)
+        with _pointing_at(options.resume_dir, output):
+            made = quantize(dense.folder, text_run, rows, output, settings)
         if not ranks.first:
             return None
-    write_card(out, model, chosen.text, dense.expert_elements)
+    try:
+        write_card(out, model, chosen.text, dense.expert_elements)
+    except OSError as error:  # the checkpoint is there
+        messages.say("warning", f"{out}: its README.md could not be written ({error})")
     return {
         **sizes_of(out, dense.expert_elements),
         "load_seconds": made.load_seconds,
@@ -101,6 +116,18 @@ def quantize_one(
         "peak_memory_bytes": made.peak_memory_bytes,
         "warnings": list(made.warnings),
     }
+
+
+@contextmanager
+def _pointing_at(resume_dir: str | None, output: OutputFolder) -> Iterator[None]:
+    """Say, where saving failed, that the layers are kept."""
+    try:
+        yield
+    except BitsMoEError as error:
+        if resume_dir is None or not output.failed:
+            raise
+        message = f"{error}; the finished layers are kept: the same command finishes from {resume_dir}"
+        raise BitsMoEError(message) from error
 
 
 def _offloaded_dtype(wanted: str, folder: Path) -> torch.dtype:
@@ -119,8 +146,12 @@ def _offload(
     if parent is None:
         yield None
         return
-    _check_writable(Path(parent) / "weights")
-    with tempfile.TemporaryDirectory(dir=parent, prefix="weights-") as folder:
+    try:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        waiting = tempfile.TemporaryDirectory(dir=parent, prefix="weights-")
+    except OSError as error:
+        raise BitsMoEError(f"{parent} cannot be written ({error.strerror}); give another --offload-dir") from None
+    with waiting as folder:
         yield Offload(Path(folder), working_memory(stage, model, tokens, dtype, device))
 
 
@@ -191,7 +222,7 @@ def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int,
     Raises:
         BitsMoEError: when the checkpoint or the folder cannot be used.
     """
-    _check_writable(out)
+    check_new_folder(resolved(out))
     folder = find_model(checkpoint)
     set_up_logging(verbose)
     import bitsmoe_modifier  # noqa: F401 - registers the loader
@@ -199,11 +230,11 @@ def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int,
     if to == "dense":
         export_dense(folder, out, DTYPES[dtype])
         return
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with OutputFolder(out) as output, tempfile.TemporaryDirectory(dir=existing_parent(out.parent)) as scratch:
         export_dense(folder, Path(scratch) / "dense", DTYPES[dtype])
         recipe = _experts_w4(group_size)
         settings = QuantizeSettings(pipeline="datafree")
-        quantize(Path(scratch) / "dense", recipe, torch.zeros(0, 1, dtype=torch.int64), out, settings)
+        quantize(Path(scratch) / "dense", recipe, torch.zeros(0, 1, dtype=torch.int64), output, settings)
 
 
 def _experts_w4(group_size: int) -> str:
@@ -212,14 +243,3 @@ def _experts_w4(group_size: int) -> str:
     modifier = content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
     modifier["config_groups"]["experts"]["weights"]["group_size"] = group_size
     return yaml.safe_dump(content)
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse an output folder that holds something, or that cannot be written, before the work."""
-    check_new_folder(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent):
-            pass
-    except OSError as error:
-        raise BitsMoEError(f"{out.parent} cannot be written ({error.strerror}); give another --out") from None

@@ -11,7 +11,8 @@ work/results/NAME.json                 the figures of every finished arm, used a
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import BitsMoEError
+from ..storage.folders import is_occupied, resolved
+from ..storage.locks import locked
 from ..storage.records import differences, write_text
 
 
@@ -37,6 +40,26 @@ class Workspace:
         """Log file of an arm or of another process."""
         return self.folder / "logs" / f"{name}.log"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Refuse other comparisons in this folder while the block runs.
+
+        Raises:
+            BitsMoEError: when one is running, or the folder cannot be written.
+        """
+        refusal = f"another comparison is running in {self.folder}; wait for it, or give another --out"
+        folder = resolved(self.folder)
+        with ExitStack() as held:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder.parent / f".{folder.name}.lock", refusal))
+            except OSError:  # a mount point, perhaps, below a folder that is not ours
+                try:
+                    held.enter_context(locked(folder / ".lock", refusal))
+                except OSError as error:
+                    raise BitsMoEError(f"{folder} cannot be written ({error.strerror}); give another --out") from None
+            yield
+
     def prepare(self, inputs: Mapping[str, Any], fresh: bool) -> None:
         """Create the folder, or check that an existing one was made from the same inputs.
 
@@ -50,7 +73,7 @@ class Workspace:
         record = self.folder / "work" / "inputs.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise BitsMoEError(f"{self.folder} is a file; give a folder for --out")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if is_occupied(self.folder):
             if not record.exists():
                 raise BitsMoEError(f"{self.folder} is not empty and no earlier comparison; give another --out")
             changed = differences(json.loads(record.read_text()), json.loads(json.dumps(inputs)))

@@ -23,10 +23,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write under a temporary name, wait for the disk, then rename."""
     temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except Exception:
+        temporary.unlink(missing_ok=True)  # half a file only takes the room that is missing
+        raise
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:
