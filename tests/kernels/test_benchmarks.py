@@ -17,9 +17,10 @@ DEMO = Path(__file__).parents[2] / "src/bitsmoe_modifier/assets/docmoe"
         ("decode.py", "--shape tiny --batch 1,3 --repeats 1 --device cpu", 10),
         ("decode.py", "--shape qwen3-30b-a3b --bytes", 9),
         ("prefill.py", "--shape tiny --tokens 8 --repeats 1 --device cpu", 5),
+        ("cpu_decode.py", "--shape tiny --batch 1,20 --repeats 1", 5),
         ("generate.py", f"{DEMO} {DEMO} --new-tokens 3 --prompt-tokens 4 --repeats 1 --device cpu", 7),
     ],
-    ids=["decode", "decode-bytes", "prefill", "generate"],
+    ids=["decode", "decode-bytes", "prefill", "cpu-decode", "generate"],
 )
 def test_benchmark_prints_its_table(script, arguments, columns):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}

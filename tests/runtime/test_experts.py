@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.method.gating import Gating
-from bitsmoe_modifier.runtime import decoded, experts
+from bitsmoe_modifier.runtime import decoded, experts, native_product
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts
 from helpers import RandomLayer, random_layer
@@ -89,9 +89,13 @@ _TOLERANCE = {torch.float64: 1e-14, torch.float32: 8 * 2**-23, torch.bfloat16: 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [9, 3], ids=["decoded", "packed"])  # more than `FEW_PAIRS` pairs, and fewer
+# more than `FEW_PAIRS` pairs, and fewer; and more where products are compiled
+@pytest.mark.parametrize(("tokens", "per_expert"), [(9, 0), (3, 0), (9, 16)], ids=["decoded", "packed", "compiled"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_forward_equals_dense_experts(kind: str, tokens: int, dtype: torch.dtype) -> None:
+def test_forward_equals_dense_experts(
+    kind: str, tokens: int, per_expert: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "FEW_PER_EXPERT", per_expert)
     layer = random_layer(**LAYERS[kind])
     x, ids, p = _inputs(layer, tokens, dtype)
     y = BitsMoEExperts(layer.packed, Gating())(x, ids, p)
@@ -164,6 +168,7 @@ def test_routing_may_have_other_dtypes_and_strides() -> None:
 
 def test_chunks_and_cache_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small machine that decodes one expert at a time and keeps none computes the same bits."""
+    monkeypatch.setattr(experts, "FEW_PER_EXPERT", 0)
     layer = random_layer(num_experts=6)
     x, ids, p = _inputs(layer, 20, torch.float32, choices=3)
     module = BitsMoEExperts(layer.packed, Gating())
@@ -177,7 +182,8 @@ def test_chunks_and_cache_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
     assert small._cache.nbytes == 0
 
 
-def test_few_pairs_leave_no_decoded_expert_behind() -> None:
+def test_few_pairs_leave_no_decoded_expert_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "FEW_PER_EXPERT", 0)
     layer = random_layer(num_experts=8, basis_bits=(0, 0))
     module = BitsMoEExperts(layer.packed, Gating())
     x, ids, p = _inputs(layer, 8, torch.float32)
@@ -189,6 +195,7 @@ def test_few_pairs_leave_no_decoded_expert_behind() -> None:
 
 
 def test_everything_decoded_can_be_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "FEW_PER_EXPERT", 0)
     monkeypatch.setattr(decoded, "CACHE_BYTES", 0)
     layer = random_layer(num_experts=6)
     module = BitsMoEExperts(layer.packed, Gating())
@@ -217,6 +224,7 @@ def test_decodes_only_active_experts_in_bounded_chunks(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(module, "_decode", spy)
     monkeypatch.setattr(experts, "FEW_PAIRS", 0)
+    monkeypatch.setattr(experts, "FEW_PER_EXPERT", 0)
     two_experts = 2 * 4 * 48 * (2 * 64 + 64)
     monkeypatch.setattr(experts, "CHUNK_BYTES", two_experts)
     x = torch.randn(3, 64)
@@ -309,8 +317,9 @@ def test_copies_start_with_an_empty_cache(duplicate: Callable[[BitsMoEExperts], 
 
 
 @pytest.mark.parametrize("tokens", [9, 4], ids=["decoded", "packed"])
-def test_serves_every_autograd_mode(tokens: int) -> None:
+def test_serves_every_autograd_mode(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What inference decoded must not be an inference tensor, which a later backward could not use."""
+    monkeypatch.setattr(native_product, "native_library", lambda source: None)  # which has no gradient, and other bits
     layer = random_layer(dense=(1,))
     module = BitsMoEExperts(layer.packed, Gating())
     x, ids, p = _inputs(layer, tokens, torch.float32)

@@ -1,10 +1,10 @@
 """`BitsMoEExperts`: the module that stands in for a layer's routed experts and runs on the stored tensors.
 
 The forward is the one of docs/method.md: ``h = B x`` once per token, per active expert ``a = A[e] h``,
-``z = gating(a_gate, a_up)``, ``t += p_e F[e] z``, and ``y = U t`` once. In plain PyTorch a decoding step's few
-pairs are multiplied straight from the stored codes (`packed_product`); for more of them the experts that the batch
-reaches are decoded, a bounded number at a time, and those used last are kept (`decoded`). On CUDA the same computation
-runs in the Triton kernels of `bitsmoe_kernels`, unless BITSMOE_FORCE_PLAIN=1 is set.
+``z = gating(a_gate, a_up)``, ``t += p_e F[e] z``, and ``y = U t`` once. On a CPU a decoding step's few
+pairs are multiplied straight from the stored codes (`native_product`, `packed_product`); for more of them the experts
+that the batch reaches are decoded, a bounded number at a time, and those used last are kept (`decoded`). On CUDA the
+same computation runs in the Triton kernels of `bitsmoe_kernels`, unless BITSMOE_FORCE_PLAIN=1 is set.
 """
 
 import logging
@@ -21,7 +21,8 @@ from ..storage.factors import decode_basis, decode_factor
 from ..storage.layout import ExpertsLayout, UnitIndex, index_units
 from ..storage.packed import TENSOR_NAMES, PackedExperts
 from .decoded import DecodedCache
-from .packed_product import PlaneIndex, index_planes, packed_product
+from .native_product import fastest_product, is_compiled
+from .packed_product import PlaneIndex, index_planes
 from .sorted_rows import routing_of
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ CHUNK_BYTES = 64 * 2**20
 
 #: (token, choice) pairs up to which decoding whole experts costs more than it saves: few of them share an expert.
 FEW_PAIRS = 16
+
+#: The same per expert reached, where products are compiled: decoding an expert takes as long as some 30 of them.
+FEW_PER_EXPERT = 16
 
 
 class BitsMoEExperts(nn.Module):
@@ -311,8 +315,7 @@ class BitsMoEExperts(nn.Module):
         y = t if basis_out is None else p.new_zeros(tokens, spec.hidden_size)
 
         packed = {e: span for e, span in spans.items() if e not in dense}
-        # on a GPU the packed sums would depend on the order in which threads finish
-        if packed and len(pairs) <= FEW_PAIRS and not x.is_cuda:
+        if packed and self._runs_packed(x, len(pairs), len(packed)):
             experts, rows = _in_turn(packed)
             index = token[rows]
             t.index_add_(0, index, self._run_packed(experts, h[index]) * p[rows])  # one row after the other
@@ -330,6 +333,14 @@ class BitsMoEExperts(nn.Module):
             y = y + F.linear(t.to(dtype), basis_out)
         return y.to(dtype)
 
+    def _runs_packed(self, x: torch.Tensor, pairs: int, reached: int) -> bool:
+        """Whether so many pairs on so many experts are multiplied from the codes, and no expert is decoded."""
+        if x.is_cuda:  # there the packed sums would depend on the order in which threads finish
+            return False
+        return pairs <= FEW_PAIRS or (
+            pairs <= FEW_PER_EXPERT * reached and not self._cache.whole and is_compiled(x, torch.float32)
+        )
+
     def _run_packed(self, experts: list[int], h: torch.Tensor) -> torch.Tensor:
         """Outputs ``[n, R']``, in float32 or wider, of one expert for each row of h ``[n, R]``."""
         a = self._multiply("in", experts, h.to(torch.promote_types(h.dtype, torch.float32)))
@@ -344,7 +355,7 @@ class BitsMoEExperts(nn.Module):
         chunk = max(1, CHUNK_BYTES // (spec.intermediate_size * (2 * spec.rank_in + spec.rank_out) * v.itemsize))
         starts = range(0, len(experts), chunk)
         parts = [
-            packed_product(codes, steps, planes, spec, side, experts[i : i + chunk], v[i : i + chunk]) for i in starts
+            fastest_product(codes, steps, planes, spec, side, experts[i : i + chunk], v[i : i + chunk]) for i in starts
         ]
         return torch.cat(parts)
 
