@@ -23,6 +23,7 @@ from ..storage.packed import TENSOR_NAMES, PackedExperts
 from .decoded import DecodedCache
 from .native_product import fastest_product, is_compiled
 from .packed_product import PlaneIndex, index_planes
+from .pairs import group_by_expert, in_turn
 from .sorted_rows import routing_of
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ class BitsMoEExperts(nn.Module):
         """`forward` in plain PyTorch, on any device; also what the kernels are compared with."""
         spec, x, dtype = self.spec, hidden_states, hidden_states.dtype
         tokens, choices = top_k_index.shape
-        pairs, spans = _group_by_expert(top_k_index, spec.num_experts)
+        pairs, spans = group_by_expert(top_k_index, spec.num_experts)
         token = pairs // choices
         p = top_k_weights.flatten()[pairs, None].to(torch.promote_types(dtype, torch.float32))
         dense = self._rows_of_dense()
@@ -316,7 +317,7 @@ class BitsMoEExperts(nn.Module):
 
         packed = {e: span for e, span in spans.items() if e not in dense}
         if packed and self._runs_packed(x, len(pairs), len(packed)):
-            experts, rows = _in_turn(packed)
+            experts, rows = in_turn(packed)
             index = token[rows]
             t.index_add_(0, index, self._run_packed(experts, h[index]) * p[rows])  # one row after the other
         else:
@@ -379,27 +380,3 @@ def _at_fixed_addresses(prepared: "PreparedExperts") -> "PreparedExperts":
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)
     return prepared
-
-
-def _in_turn(spans: dict[int, slice]) -> tuple[list[int], list[int]]:
-    """The expert and the position of every pair in the given spans."""
-    experts = [e for e, span in spans.items() for _ in range(span.start, span.stop)]
-    return experts, [row for span in spans.values() for row in range(span.start, span.stop)]
-
-
-def _group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, dict[int, slice]]:
-    """Sort the (token, choice) pairs by expert.
-
-    Returns:
-        Positions in the flattened ``[T, k]``, ascending within an expert, without ids outside ``[0, E)``; and the part
-        of them that belongs to each expert that has any.
-    """
-    ids = top_k_index.flatten()
-    ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
-    pairs = torch.argsort(ids, stable=True)
-    spans, start = {}, 0
-    for e, count in enumerate(torch.bincount(ids, minlength=num_experts + 1)[:num_experts].tolist()):
-        if count:
-            spans[e] = slice(start, start + count)
-            start += count
-    return pairs[:start], spans
