@@ -9,6 +9,7 @@ from .costs import chosen_steps
 from .design import LayerDesign
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
+from .linear_systems import solve_positive
 from .rounding import damp_, decode, encode, feedback_factor, refine, refit_row_steps, round_with_feedback
 from .spectral import refit_inverse
 from .statistics import RoutedTokens, down_moments, expert_moments, prior_share, second_moment, shrink
@@ -182,9 +183,8 @@ def _compensated(factor: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor
         factor: ``[E, R', I]``; moments: E[ẑ ẑᵀ], damped, and lost: E[(z - ẑ) ẑᵀ], ``[E, I, I]``, at equal mass.
     """
     mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
-    response, info = torch.linalg.solve_ex(moments / mean, (lost / mean).transpose(1, 2))
+    response, usable = solve_positive(moments / mean, (lost / mean).transpose(1, 2))
     # an expert whose moments cannot be solved keeps its weights
-    usable = (info == 0) & torch.isfinite(response).flatten(1).all(1)
     return factor + factor @ torch.where(usable[:, None, None], response, 0.0).transpose(1, 2)
 
 
