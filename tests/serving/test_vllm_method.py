@@ -85,6 +85,16 @@ def test_experts_of_other_ranks_add_nothing(layer: SimpleNamespace) -> None:
     assert torch.equal(run(layer, X, P, IDS.int()), layer.packed(X, local, P))
 
 
+@pytest.mark.parametrize("experts", [None, [2, -1, 0, 1]], ids=["all experts", "this rank's"])
+def test_padding_adds_nothing(layer: SimpleNamespace, experts: list[int] | None) -> None:
+    """Data parallel ranks pad their tokens, with -1 for an expert; the last expert is on this rank."""
+    layer.expert_map = None if experts is None else torch.tensor(experts, dtype=torch.int32)
+    padded = torch.cat([IDS[:3], torch.full((2, 2), -1)])
+    found = run(layer, X, P, padded.int())
+    assert torch.equal(found[:3], run(layer, X[:3], P[:3], IDS[:3].int()))
+    assert torch.equal(found[3:], torch.zeros(2, 64))
+
+
 @pytest.mark.parametrize(("backend", "used", "refused"), [("deepep_low_latency", True, True), ("pplx", False, False)])
 def test_token_exchange_with_ids_of_its_own_is_refused(backend: str, used: bool, refused: bool) -> None:
     from bitsmoe_modifier.serving.method import _check_parallel

@@ -161,7 +161,9 @@ class BitsMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """What the custom op computes: x ``[T, H or wider]``, p and global expert ids ``[T, k]``."""
         experts: BitsMoEExperts = getattr(layer, _CHILD)
-        ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
+        ids = topk_ids
+        if layer.expert_map is not None:  # the id of padding is -1, which must not be the last expert's
+            ids = layer.expert_map[ids.clamp(min=0).long()].masked_fill(ids < 0, -1)
         padding = x.shape[1] - experts.hidden_dim
         if padding:
             x = x[:, : experts.hidden_dim]
