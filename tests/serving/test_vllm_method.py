@@ -91,7 +91,7 @@ def test_padding_adds_nothing(layer: SimpleNamespace, experts: list[int] | None)
     layer.expert_map = None if experts is None else torch.tensor(experts, dtype=torch.int32)
     padded = torch.cat([IDS[:3], torch.full((2, 2), -1)])
     found = run(layer, X, P, padded.int())
-    assert torch.equal(found[:3], run(layer, X[:3], P[:3], IDS[:3].int()))
+    torch.testing.assert_close(found[:3], run(layer, X[:3], P[:3], IDS[:3].int()))  # products of other sizes
     assert torch.equal(found[3:], torch.zeros(2, 64))
 
 
