@@ -13,7 +13,18 @@ from test_quantize import make_layer
 
 PACKAGE = Path(__file__).parents[2] / "src" / "bitsmoe_modifier"
 #: With batches of these torch 2.13 fails at random on a CPU; `method/linear_systems.py` is the remedy.
-BROKEN = {"solve", "solve_ex", "inv", "inv_ex", "lu_solve", "lu_factor", "lu_factor_ex", "lu", "tensorsolve", "tensorinv"}
+BROKEN = {
+    "solve",
+    "solve_ex",
+    "inv",
+    "inv_ex",
+    "lu",
+    "lu_solve",
+    "lu_factor",
+    "lu_factor_ex",
+    "tensorsolve",
+    "tensorinv",
+}
 #: Calls of single matrices, by file.
 SINGLE = {"method/spectral.py": {"solve_ex", "inv_ex"}}
 
