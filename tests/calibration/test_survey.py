@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bitsmoe_modifier import CalibrationError, RecipeError
 from bitsmoe_modifier.calibration import survey
-from bitsmoe_modifier.calibration.survey import LayerSurvey, share_budget, survey_layers
+from bitsmoe_modifier.calibration.survey import Curve, share_budget, survey_layers
 from bitsmoe_modifier.method.distributed import Ranks
 from bitsmoe_modifier.method.statistics import prior_share
 from helpers import ARCHITECTURES, calibration, tiny_model
@@ -53,14 +53,14 @@ def test_metric_is_the_fisher_information(architecture: str) -> None:
     model, experts = linearized(architecture)
     seen: dict[str, list] = {}
 
-    def curve_of(module: torch.nn.Module, inputs: list, metric: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def measure(module: torch.nn.Module, inputs: list, metric: torch.Tensor) -> torch.Tensor:
         seen[experts[module]] = inputs
-        return np.array([0.0, 1.0]), np.array([1.0, 0.0])
+        return metric
 
-    surveys = survey_layers(model, calibration(rows=3), experts, curve_of)
+    metrics = survey_layers(model, calibration(rows=3), experts, measure)
     expected = fisher(model, experts, list(calibration(rows=3)))
-    assert list(surveys) == list(experts.values())
-    for name, found in surveys.items():
+    assert list(metrics) == list(experts.values())
+    for name, found in metrics.items():
         tokens, hidden = 3 * 32, 64
         share = float(prior_share([tokens], hidden)[0])
         common = expected[name].diagonal().mean() * torch.eye(hidden)
@@ -68,7 +68,7 @@ def test_metric_is_the_fisher_information(architecture: str) -> None:
         scale = float(wanted.abs().max())
         assert scale > 0
         # gradients of some 10 chained float32 operations with sums of 100 terms each
-        torch.testing.assert_close(found.metric.double(), wanted.double(), rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-3, atol=1e-4 * scale)
         assert sum(x.flatten(0, -2).shape[0] for x, _, _ in seen[name]) == tokens
 
 
@@ -76,7 +76,7 @@ def test_survey_leaves_the_model_alone() -> None:
     model, experts = linearized("qwen3_moe")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
-    survey_layers(model, calibration(rows=2), experts, lambda *_: (np.array([0.0]), np.array([1.0])))
+    survey_layers(model, calibration(rows=2), experts, lambda *_: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()} == hooks
     assert all(p.grad is None for p in model.parameters())
@@ -94,7 +94,7 @@ def test_bad_inputs_name_the_layer() -> None:
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[3] = torch.nan
     with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.experts: its calibration inputs hold NaN"):
-        survey_layers(model, calibration(rows=2), experts, lambda *_: pytest.fail("no curve of such inputs"))
+        survey_layers(model, calibration(rows=2), experts, lambda *_: pytest.fail("such inputs were measured"))
 
 
 def test_bad_predictions_are_refused() -> None:
@@ -102,19 +102,19 @@ def test_bad_predictions_are_refused() -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = torch.inf
     with pytest.raises(CalibrationError, match="the model's predictions hold NaN or infinity"):
-        survey_layers(model, calibration(rows=2), experts, lambda *_: (np.array([0.0]), np.array([1.0])))
+        survey_layers(model, calibration(rows=2), experts, lambda *_: None)
 
 
 # --------------------------------------------------------------------------------------------------- the budget
 
 
-def curves(layers: int, seed: int, points: int = 9) -> dict[str, LayerSurvey]:
+def curves(layers: int, seed: int, points: int = 9) -> dict[str, Curve]:
     """Convex falling curves of different sizes and strengths."""
     rng = np.random.default_rng(seed)
     found = {}
     for layer in range(layers):
         bits = np.linspace(0, 80 * (1 + layer % 2), points)
-        found[f"layer{layer}"] = LayerSurvey(bits, rng.lognormal(0, 2) * 4.0 ** -(bits / bits[-1] * 4), torch.eye(1))
+        found[f"layer{layer}"] = (bits, rng.lognormal(0, 2) * 4.0 ** -(bits / bits[-1] * 4))
     return found
 
 
@@ -126,27 +126,27 @@ def test_budget_is_spent_where_it_counts(seed: int) -> None:
     budgets = share_budget(found, total)
     assert list(budgets) == list(found)
     assert sum(budgets.values()) == pytest.approx(total)
-    reached = sum(np.interp(budgets[name], s.bits, s.distortion) for name, s in found.items())
-    options = [list(zip(s.bits, s.distortion, strict=True)) for s in found.values()]
+    reached = sum(np.interp(budgets[name], *curve) for name, curve in found.items())
+    options = [list(zip(*curve, strict=True)) for curve in found.values()]
     best = min(sum(d for _, d in split) for split in itertools.product(*options) if sum(b for b, _ in split) <= total)
-    worst = max(s.distortion[0] for s in found.values())
+    worst = max(cost[0] for _, cost in found.values())
     assert reached <= best * 1.05 + 0.01 * worst
 
 
 def test_more_budget_than_the_layers_can_use() -> None:
     found = curves(3, 0)
     budgets = share_budget(found, 1e6)
-    assert budgets == {name: s.bits[-1] for name, s in found.items()}
+    assert budgets == {name: bits[-1] for name, (bits, _) in found.items()}
 
 
 def test_too_small_a_budget_names_the_field() -> None:
-    found = {"a": LayerSurvey(np.array([50.0, 90.0]), np.array([2.0, 1.0]), torch.eye(1))}
+    found = {"a": (np.array([50.0, 90.0]), np.array([2.0, 1.0]))}
     with pytest.raises(RecipeError, match=r"bits: .* below the least possible 50; raise `bits`"):
         share_budget(found, 40)
 
 
 def test_layer_worth_nothing_gets_the_least() -> None:
     found = curves(2, 1)
-    useless = LayerSurvey(found["layer0"].bits, np.zeros(9), torch.eye(1))
+    useless = (found["layer0"][0], np.zeros(9))
     budgets = share_budget({"useless": useless, "layer1": found["layer1"]}, 150.0)
     assert budgets["layer1"] > 140

@@ -34,6 +34,14 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return load_file(out)
 
 
+@pytest.fixture(scope="module")
+def started(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("started") / "resume"
+    quantize(source, folder.parent / "packed.safetensors", folder)
+    return folder
+
+
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -51,11 +59,17 @@ def run(target: Callable[..., Any], *arguments: object, wait: float | None = Non
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def layer_file(folder: Path, name: str) -> Path:
+    """A layer's file in a folder of one budget."""
+    (found,) = folder.glob(f"*-bits-*/{name}")
+    return found
 
 
 RECORD, SURVEY = "fingerprint.json", "survey.safetensors"
-FIRST, SECOND = (f"model.layers.{n}.mlp.experts.safetensors" for n in (0, 1))
+SETTINGS, FIRST, SECOND = ("settings.json", *(f"model.layers.{n}.mlp.experts.safetensors" for n in (0, 1)))
 
 
 #: each run dies right before or after it puts a file in place, which leaves these files; the next one goes on
@@ -63,11 +77,13 @@ DEATHS = (
     ("before", []),
     ("after", [RECORD]),
     ("before", [RECORD]),
-    ("after", [RECORD, SURVEY]),
-    ("before", [RECORD, SURVEY]),
-    ("after", [RECORD, FIRST, SURVEY]),
-    ("before", [RECORD, FIRST, SURVEY]),
-    ("after", [RECORD, FIRST, SECOND, SURVEY]),
+    ("after", [RECORD, SETTINGS]),
+    ("before", [RECORD, SETTINGS]),
+    ("after", [RECORD, SETTINGS, SURVEY]),
+    ("before", [RECORD, SETTINGS, SURVEY]),
+    ("after", [RECORD, FIRST, SETTINGS, SURVEY]),
+    ("before", [RECORD, FIRST, SETTINGS, SURVEY]),
+    ("after", [RECORD, FIRST, SECOND, SETTINGS, SURVEY]),
 )
 
 
@@ -98,10 +114,10 @@ def test_ended_around_every_file(
 def test_killed_after_a_layer(source: Path, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     out, folder = tmp_path / "packed.safetensors", tmp_path / "resume"
     quantize(source, out, folder)
-    (folder / SECOND).unlink()
+    layer_file(folder, SECOND).unlink()
     out.unlink()
     assert run(quantize_until, "before", source, out, folder) == -9
-    assert files(folder) == [RECORD, FIRST, SURVEY]
+    assert files(folder) == [RECORD, FIRST, SETTINGS, SURVEY]
     assert not out.exists()
     quantize(source, out, folder)
     assert_same(load_file(out), whole)
@@ -161,10 +177,23 @@ def test_only_what_is_missing_is_made_again(
 
         monkeypatch.setattr(modifier, name, counted)
     for lost in (FIRST, SECOND):
-        (folder / lost).unlink()
+        layer_file(folder, lost).unlink()
         quantize(source, out, folder, **changes)
         assert_same(load_file(out), expected)
     assert calls == {"survey_layers": 0, "quantize_layer": 2}
+
+
+@pytest.mark.parametrize("changes", [{"bits": 2.0}, {"bits": 4.0, "refine_passes": 0, "solver": "highs"}], ids=str)
+def test_one_survey_serves_other_budgets(
+    changes: dict[str, Any], source: Path, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later budget packs by a kept survey is what it packs by a survey of its own, to the last bit."""
+    quantize(source, tmp_path / "alone.safetensors", None, **changes)
+    folder = shutil.copytree(started, tmp_path / "resume")
+    monkeypatch.setattr(modifier, "survey_layers", lambda *_: pytest.fail("the model was surveyed again"))
+    quantize(source, tmp_path / "together.safetensors", folder, **changes)
+    assert_same(load_file(tmp_path / "together.safetensors"), load_file(tmp_path / "alone.safetensors"))
+    assert len(list(folder.glob("*-bits-*"))) == 2, "the layers of both budgets are kept"
 
 
 def test_reports_are_kept(source: Path, tmp_path: Path) -> None:
@@ -178,14 +207,6 @@ def test_reports_are_kept(source: Path, tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
-
-
-@pytest.fixture(scope="module")
-def started(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("started") / "resume"
-    quantize(source, folder.parent / "packed.safetensors", folder)
-    return folder
 
 
 def refused(model: Any, folder: Path, rows: int = 6, others: tuple[Any, ...] = (), **changes: object) -> str:
@@ -202,7 +223,7 @@ def test_other_inputs_are_named(
 
     from bitsmoe_modifier.calibration import fingerprint
 
-    assert "recipe.0 BitsMoEModifier.bits: 3.0, now 2.5" in refused(load(source), started, bits=2.5)
+    assert "recipe.0 BitsMoEModifier.basis_bits: 4, now 8" in refused(load(source), started, basis_bits=8)
     assert "calibration.batches: 6, now 5" in refused(load(source), started, rows=5)
     changed = load(source)
     with torch.no_grad():
@@ -228,11 +249,11 @@ def test_other_folders_are_refused(source: Path, tmp_path: Path) -> None:
 def test_damaged_layers_are_refused(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "resume"
     quantize(source, tmp_path / "packed.safetensors", folder)
-    data = bytearray((folder / SECOND).read_bytes())
+    data = bytearray(layer_file(folder, SECOND).read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / SECOND).write_bytes(data)
+    layer_file(folder, SECOND).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp.*checksum"):
         quantize(source, tmp_path / "again.safetensors", folder)
-    (folder / SECOND).write_bytes(data[:-100])
+    layer_file(folder, SECOND).write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp.*is damaged .* delete it to compute it again"):
         quantize(source, tmp_path / "again.safetensors", folder)

@@ -33,11 +33,6 @@ def routed_tokens(module: LinearExperts2D, inputs: list[Inputs]) -> RoutedTokens
     return RoutedTokens.from_router(x, index, weight, module.num_experts)
 
 
-def expert_weights(module: LinearExperts2D) -> list[torch.Tensor]:
-    """Weight matrices of a linearized experts module."""
-    return [p for n, p in module.named_parameters() if n.endswith("_proj.weight")]
-
-
 def choices_per_token(model: torch.nn.Module) -> int:
     """k of the model's router, 1 where the config does not tell."""
     config = model.config.get_text_config()

@@ -31,7 +31,6 @@ from .capture import (
     check_calibration,
     choices_per_token,
     count_tokens,
-    expert_weights,
     log_layer,
     naming_layer,
     routed_tokens,
@@ -39,8 +38,11 @@ from .capture import (
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
 from .resume import ResumeFolder
-from .survey import Curve, Inputs, experts_inputs, share_budget, survey_layers
+from .survey import Inputs, experts_inputs, share_budget, survey_layers
 from .targets import check_experts, check_unclaimed, dense_experts, find_experts
+
+#: What the survey does not depend on; one survey serves any value of these.
+_ROUNDING_FIELDS = {"bits", "solver", "error_feedback", "compensation", "refine_passes"}
 
 
 class BitsMoEModifier(Modifier):
@@ -91,8 +93,9 @@ class BitsMoEModifier(Modifier):
         targets: names of experts modules, or regular expressions after "re:".
         ignore: the same, to leave out.
         dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
-        resume_dir: folder in which finished layers are kept; the same command continues from there after it was killed.
-            None: keep nothing.
+        resume_dir: folder in which the survey and finished layers are kept; the same command continues from there after
+            it was killed, and one with other `bits` (or another `solver`, `error_feedback`, `compensation` or
+            `refine_passes`) takes the survey from there. None: keep nothing.
     """
 
     requires_calibration_data: bool = True
@@ -200,10 +203,13 @@ class BitsMoEModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
-        if self.scope == "global" and not self._restore_survey():
-            self._designs = self._design_layers(state)
-            if self._resume is not None:
-                self._resume.keep_survey(self._metrics, self._designs)
+        if self.scope == "global":
+            plans = self._restore_survey()
+            if plans is None:
+                plans = self._survey(state)
+                if self._resume is not None:
+                    self._resume.keep_survey(self._metrics, plans)
+            self._designs = self._ranks.compute(lambda: self._choose(plans))
         for module, name in self._names.items():
             if name not in self._finished:
                 self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
@@ -219,51 +225,52 @@ class BitsMoEModifier(Modifier):
         def finished() -> frozenset[str]:
             # the modifiers of a recipe change each other's inputs
             together = active_session().lifecycle.recipe.modifiers or [self]
-            fields = {f"{n} {type(one).__name__}": one.model_dump() for n, one in enumerate(together)}
-            self._resume = ResumeFolder(folder, fingerprint(state.model, fields, rows))
+            fields = {
+                f"{n} {type(one).__name__}": one.model_dump(exclude=_ROUNDING_FIELDS if one is self else None)
+                for n, one in enumerate(together)
+            }
+            made_of = fingerprint(state.model, fields, rows)
+            self._resume = ResumeFolder(folder, made_of, self.model_dump(include=_ROUNDING_FIELDS))
             return frozenset(name for name in self._names.values() if self._resume.has_layer(name))
 
         self._finished = ranks.compute(finished)
         if self._finished:
             logger.info(f"{len(self._finished)} of {len(self._names)} layers are finished in {folder}")
 
-    def _restore_survey(self) -> bool:
-        """Whether an earlier run finished the survey, whose results are then in place where layers are made."""
+    def _restore_survey(self) -> dict[str, LayerPlan] | None:
+        """Every layer's plan by a survey that an earlier run finished, with the metrics put in place."""
 
-        def restore() -> bool:
-            kept = None if self._resume is None else self._resume.survey()
-            if kept is not None:
-                self._metrics, self._designs = kept
-            return kept is not None
+        def restore() -> tuple[dict[str, torch.Tensor], dict[str, LayerPlan]] | None:
+            return None if self._resume is None else self._resume.survey(self.settings)
 
-        return self._ranks.compute(restore)
+        kept = self._ranks.compute(restore)
+        if kept is None:
+            return None
+        self._metrics, plans = kept
+        return plans
 
-    def _design_layers(self, state: State) -> dict[str, LayerDesign]:
-        """Every layer's design under one budget for all, from a survey of the unquantized model."""
-        plans: dict[str, LayerPlan] = {}
+    def _survey(self, state: State) -> dict[str, LayerPlan]:
+        """Every layer's plan by a survey of the unquantized model, the same for every budget."""
 
-        def curve_of(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> Curve:
+        def measure(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> LayerPlan:
             name = self._names[module]
             self._metrics[name] = metric.cpu()
             with naming_layer(name):
                 tokens = routed_tokens(module, self._ranks.collect(inputs))
-                plans[name] = moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
-                return plans[name].curve()
+                return moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
 
-        surveys = survey_layers(
-            state.model, state.data.calib, self._names, curve_of, self._sequential_targets, self._ranks
-        )
-        weights = {name: sum(p.numel() for p in expert_weights(module)) for module, name in self._names.items()}
+        return survey_layers(state.model, state.data.calib, self._names, measure, self._sequential_targets, self._ranks)
 
-        def choose() -> dict[str, LayerDesign]:
-            designs = {}
-            for name, budget in share_budget(surveys, self.bits * sum(weights.values())).items():
-                logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
-                with naming_layer(name):
-                    designs[name] = plans.pop(name).choose(budget)
-            return designs
-
-        return self._ranks.compute(choose)
+    def _choose(self, plans: Mapping[str, LayerPlan]) -> dict[str, LayerDesign]:
+        """Every layer's design under one budget for all."""
+        weights = {name: plan.elements for name, plan in plans.items()}
+        curves = {name: plan.curve() for name, plan in plans.items()}
+        designs = {}
+        for name, budget in share_budget(curves, self.bits * sum(weights.values())).items():
+            logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
+            with naming_layer(name):
+                designs[name] = plans[name].choose(budget)
+        return designs
 
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
         self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs))

@@ -1,17 +1,21 @@
 """Keeping what a quantization has finished, so that the same command continues after it was killed.
 
-    fingerprint.json            what everything else was made of (`fingerprint`)
-    survey.safetensors          the survey of `scope: global`: what it decided for every layer
-    MODULE.safetensors          a finished layer: its stored tensors, and its report as metadata
+    fingerprint.json            what the survey was made of (`fingerprint`)
+    survey.safetensors          the survey of `scope: global`: every layer's metric and plan
+    BITS-bits-DIGEST/           one for every budget and every other setting that only rounding depends on
+        settings.json           those settings
+        MODULE.safetensors      a finished layer: its stored tensors, and its report as metadata
 
-Every file is written whole or not at all. A run that continues computes no finished layer again, but runs the model
-over all calibration rows as before and puts the kept layers in place at the moment at which they were quantized the
-first time; so every later layer sees the same inputs to the last bit, in any of llm-compressor's pipelines.
+Every file is written whole or not at all. The survey knows no budget, so any number of budgets are served by one. A run
+that continues computes no finished layer again, but runs the model over all calibration rows as before and puts the
+kept layers in place at the moment at which they were quantized the first time; so every later layer sees the same
+inputs to the last bit, in any of llm-compressor's pipelines.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +23,41 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BitsMoEError, CheckpointError, RecipeError
-from ..method.design import LayerDesign, SideDesign
+from ..method.costs import SideCosts
+from ..method.design import LayerPlan, SidePlan
+from ..method.layer import QuantizerSettings
 from ..method.quantize import LayerReport
 from ..method.spectral import SharedBasis
 from ..storage.locks import keep_locked, release
 from ..storage.packed import PackedExperts, check_content, check_structure
 from ..storage.records import differences, write_tensors, write_text
 from ..storage.shards import read_json
+from ..storage.trees import put_together, taken_apart
 
-_RECORD, _SURVEY, _LOCK = "fingerprint.json", "survey", ".lock"
+_RECORD, _SURVEY, _SETTINGS, _LOCK = "fingerprint.json", "survey.safetensors", "settings.json", ".lock"
+#: the classes that a layer's plan is made of
+_KINDS = (LayerPlan, SidePlan, SideCosts, SharedBasis, QuantizerSettings)
 #: how many of the differing entries a refusal names
 _NAMED = 6
 
 
 class ResumeFolder:
-    """The folder of one quantization.
+    """The folder of one survey and of all quantizations by it.
 
     Args:
         folder: created where it does not exist.
-        made_of: the fingerprint of this run.
+        made_of: the fingerprint of what the survey depends on.
+        rounding: the settings that only the quantization of a layer depends on, "bits" among them; JSON types.
 
     Raises:
-        RecipeError: when the folder cannot be written, holds something else, or belongs to another run: naming what
+        RecipeError: when the folder cannot be written, holds something else, or belongs to another survey: naming what
             differs.
     """
 
-    def __init__(self, folder: str | Path, made_of: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, made_of: Mapping[str, Any], rounding: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
+        text = json.dumps(rounding, indent=1, sort_keys=True)
+        self.layers = self.folder / f"{rounding['bits']:g}-bits-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         record = self.folder / _RECORD
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +68,9 @@ class ResumeFolder:
                 raise RecipeError(f"resume_dir: {folder} is not empty and holds no earlier run; give another folder")
             else:
                 write_text(record, json.dumps(made_of, indent=1))
+            if not (self.layers / _SETTINGS).exists():
+                self.layers.mkdir(exist_ok=True)
+                write_text(self.layers / _SETTINGS, text)
         except OSError as error:
             raise RecipeError(f"resume_dir: {folder} cannot be written ({error.strerror}); give another one") from None
 
@@ -65,7 +80,7 @@ class ResumeFolder:
             named = "; ".join(line if len(line) < 200 else f"{line[:200]}…" for line in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             raise RecipeError(
-                f"resume_dir: {self.folder} holds the layers of another run ({named}{more}); run as before, or give "
+                f"resume_dir: {self.folder} holds the survey of another run ({named}{more}); run as before, or give "
                 "another folder"
             )
 
@@ -79,7 +94,7 @@ class ResumeFolder:
         Raises:
             BitsMoEError: when its file cannot be written.
         """
-        self._write(name, dict(packed.items()), {"report": json.dumps(asdict(report))})
+        self._write(self._file(name), dict(packed.items()), {"report": json.dumps(asdict(report))})
 
     def has_layer(self, name: str) -> bool:
         """Whether the layer was finished."""
@@ -91,92 +106,55 @@ class ResumeFolder:
         Raises:
             CheckpointError: when its file was damaged.
         """
-        tensors, metadata = self._read(name)
+        tensors, metadata = self._read(self._file(name))
         where = str(self._file(name))
         check_structure(tensors, where)
         packed = PackedExperts(**tensors)
         check_content(packed, where)
         return packed, LayerReport(**_frozen(json.loads(metadata["report"])))
 
-    def keep_survey(self, metrics: Mapping[str, torch.Tensor], designs: Mapping[str, LayerDesign]) -> None:
-        """Keep the result of the survey: every layer's metric and design, to the last bit.
+    def keep_survey(self, metrics: Mapping[str, torch.Tensor], plans: Mapping[str, LayerPlan]) -> None:
+        """Keep the result of the survey: every layer's metric and plan, to the last bit.
 
         Raises:
             BitsMoEError: when its file cannot be written.
         """
-        tensors = {f"{name} metric": metric for name, metric in metrics.items()}
-        notes = {}
-        for name, design in designs.items():
-            found, notes[name] = _taken_apart(design)
-            tensors.update({f"{name} {key}": tensor.contiguous() for key, tensor in found.items()})
-        self._write(_SURVEY, tensors, {"notes": json.dumps(notes)})
+        tensors, notes = taken_apart([(name, metrics[name], plan) for name, plan in plans.items()])
+        self._write(self.folder / _SURVEY, tensors, {"notes": json.dumps(notes)})
 
-    def survey(self) -> tuple[dict[str, torch.Tensor], dict[str, LayerDesign]] | None:
-        """What `keep_survey` kept, on the CPU; None where the survey was not finished."""
-        if not self._file(_SURVEY).exists():
+    def survey(self, settings: QuantizerSettings) -> tuple[dict[str, torch.Tensor], dict[str, LayerPlan]] | None:
+        """What `keep_survey` kept, on the CPU; None where the survey was not finished.
+
+        Args:
+            settings: of this run, which the plans are to be used with.
+        """
+        if not (self.folder / _SURVEY).exists():
             return None
-        stored, metadata = self._read(_SURVEY)
-        layers: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in stored.items():
-            name, _, part = key.rpartition(" ")
-            layers.setdefault(name, {})[part] = tensor
-        notes = json.loads(metadata["notes"])
-        designs = {name: _put_together(tensors, _frozen(notes[name])) for name, tensors in layers.items()}
-        return {name: tensors["metric"] for name, tensors in layers.items()}, designs
+        tensors, metadata = self._read(self.folder / _SURVEY)
+        kept = put_together(json.loads(metadata["notes"]), tensors, _KINDS)
+        return (
+            {name: metric for name, metric, _ in kept},
+            {name: replace(plan, settings=settings) for name, _, plan in kept},
+        )
 
-    def _write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    def _write(self, file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         try:
-            write_tensors(self._file(name), tensors, metadata)
+            write_tensors(file, tensors, metadata)
         except (OSError, SafetensorError) as error:
             raise BitsMoEError(
-                f"{self._file(name)} could not be written ({error}); what was finished before is kept: make room in "
+                f"{file} could not be written ({error}); what was finished before is kept: make room in "
                 f"{self.folder} and run the same command again"
             ) from error
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+        return self.layers / f"{name}.safetensors"
 
-    def _read(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        file = self._file(name)
+    def _read(self, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         try:
             with safe_open(file, "pt") as stored:
                 return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged ({error}); delete it to compute it again") from None
-
-
-def _taken_apart(design: LayerDesign) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A design as tensors by name, and JSON values."""
-    tensors, notes = {}, {}
-    for field in fields(design):
-        value = getattr(design, field.name)
-        if isinstance(value, torch.Tensor):
-            tensors[field.name] = value
-        elif isinstance(value, SideDesign):
-            side: dict[str, torch.Tensor | None] = {"widths": value.widths, "weight": value.weight}
-            if value.basis is not None:
-                side |= {"stored": value.basis.stored, "step": value.basis.step, "matrix": value.basis.matrix}
-            tensors |= {f"{field.name}.{key}": tensor for key, tensor in side.items() if tensor is not None}
-            bits = None if value.basis is None else value.basis.bits
-            notes[field.name] = {"energy": value.energy, "basis_bits": bits}
-        else:
-            notes[field.name] = value
-    return tensors, notes
-
-
-def _put_together(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> LayerDesign:
-    """The inverse of `_taken_apart`."""
-    values: dict[str, Any] = {}
-    for field in fields(LayerDesign):
-        noted = notes.get(field.name)
-        if isinstance(noted, dict):
-            side = {key.removeprefix(f"{field.name}."): tensor for key, tensor in tensors.items()}
-            bits = noted["basis_bits"]
-            basis = None if bits is None else SharedBasis(bits, side["stored"], side.get("step"), side["matrix"])
-            values[field.name] = SideDesign(basis, side["widths"], side["weight"], noted["energy"])
-        else:
-            values[field.name] = tensors.get(field.name, noted)
-    return LayerDesign(**values)
 
 
 def _frozen(value: Any) -> Any:

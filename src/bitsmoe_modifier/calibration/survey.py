@@ -11,8 +11,7 @@ token t has E[g gᵀ] = M, the Fisher information: a small error Δ costs ½ Δ�
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,25 +46,14 @@ from ..runtime.sorted_rows import routed_rows
 #: Tokens of the backward pass.
 _BACKWARD_TOKENS = 4096
 
+T = TypeVar("T")
 Inputs = tuple[torch.Tensor, ...]
+#: A layer's stored bits, rising, and its least cost at those sizes under the metric, summed over calibration tokens,
+#: both float64 ``[points]``.
+Curve = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class LayerSurvey:
-    """What global allocation knows of a layer.
-
-    Attributes:
-        bits: stored bits, rising, ``[points]``.
-        distortion: least cost at those sizes under the metric, summed over the calibration tokens, ``[points]``.
-        metric: M, float32 ``[H, H]``: twice the KL divergence that errors of the layer's output cost.
-    """
-
-    bits: np.ndarray
-    distortion: np.ndarray
-    metric: torch.Tensor
-
-
-def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[str, float]:
+def share_budget(curves: Mapping[str, Curve], total_bits: float) -> dict[str, float]:
     """Split a budget over layers so that the summed cost in KL divergence is least (method.md section 4, global).
 
     The same knapsack as inside a layer, with layers for units and points of their curves for widths. What the points
@@ -74,8 +62,8 @@ def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[
     Raises:
         RecipeError: when the budget is below what all layers store at least.
     """
-    bits = np.stack([s.bits for s in surveys.values()])
-    loss = np.stack([s.distortion for s in surveys.values()])
+    bits = np.stack([bits for bits, _ in curves.values()])
+    loss = np.stack([cost for _, cost in curves.values()])
     try:
         solved = allocate(loss, bits, total_bits, "lagrangian")
     except RecipeError as error:
@@ -84,33 +72,30 @@ def share_budget(surveys: Mapping[str, LayerSurvey], total_bits: float) -> dict[
     room = np.maximum(bits[:, -1] - chosen, 0)
     left = max(0.0, total_bits - float(chosen.sum()))
     chosen = chosen + (room * min(1.0, left / room.sum()) if room.sum() > 0 else 0.0)
-    return dict(zip(surveys, chosen.tolist(), strict=True))
-
-
-Curve = tuple[np.ndarray, np.ndarray]
+    return dict(zip(curves, chosen.tolist(), strict=True))
 
 
 def survey_layers(
     model: nn.Module,
     dataloader: Any,
     experts: Mapping[nn.Module, str],
-    curve_of: Callable[[nn.Module, list[Inputs], torch.Tensor], Curve],
+    measure: Callable[[nn.Module, list[Inputs], torch.Tensor], T],
     sequential_targets: list[str] | str | None = None,
     ranks: Ranks | None = None,
-) -> dict[str, LayerSurvey]:
+) -> dict[str, T]:
     """Survey the experts modules of an unquantized model.
 
     Args:
         model: as llm-compressor calibrates it (experts linearized).
         dataloader: calibration batches.
         experts: name of each experts module.
-        curve_of: from a module, its captured inputs (hidden states, top-k ids, top-k weights of every batch) and its
-            metric to its (bits, distortion) curve.
+        measure: from a module, its captured inputs (hidden states, top-k ids, top-k weights of every batch) and its
+            metric M, float32 ``[H, H]``, to what is wanted of it (`LayerPlan`).
         sequential_targets: as given to `oneshot`; None for the model's own.
         ranks: the processes that share the calibration; None for this one alone.
 
     Returns:
-        by module name.
+        What ``measure`` returned, by module name.
 
     Raises:
         CalibrationError: naming the modules that no calibration row reached, or that got NaN or infinity.
@@ -131,20 +116,20 @@ def survey_layers(
                     _check_finite(experts[module], captured.pop(module))
         metrics = _backward(model, subgraphs, kept, experts, ranks)
         del kept
-        curves: dict[nn.Module, Curve] = {}
+        measured: dict[nn.Module, T] = {}
         with (
             capture_inputs(experts, captured),
             contextlib.closing(_forward(model, list(dataloader), subgraphs, "Surveying layers")) as forward,
         ):
             for _ in forward:
                 for module in list(captured):
-                    curves[module] = curve_of(module, captured.pop(module), metrics[module])
-                if len(curves) == len(experts):
+                    measured[module] = measure(module, captured.pop(module), metrics[module])
+                if len(measured) == len(experts):
                     break  # what comes after the last experts is of no interest, and the head is large
-    missed = [name for module, name in experts.items() if module not in curves]
+    missed = [name for module, name in experts.items() if module not in measured]
     if missed:
         raise CalibrationError(f"calibration never reached {', '.join(missed)}; add them to `ignore`")
-    return {name: LayerSurvey(*curves[m], metrics[m]) for m, name in experts.items()}
+    return {name: measured[m] for m, name in experts.items()}
 
 
 def _check_finite(name: str, inputs: list[Inputs]) -> None:

@@ -126,6 +126,11 @@ class LayerPlan:
     dense_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def elements(self) -> int:
+        """Weights that the plan is for, biases not counted: ``3 E H I``."""
+        return 3 * self.shape[0] * self.shape[1] * self.shape[2]
+
     def fixed_bits(self, inputs: SidePlan, outputs: SidePlan) -> int:
         """Stored bits that do not depend on the allocation: `constant_bits`, bases and the units' widths."""
         units = self.shape[0] * (2 * inputs.rank + outputs.rank) // self.block_size
@@ -164,7 +169,7 @@ class LayerPlan:
                 if best is None or solved.distortion < best[2].distortion:
                     best = (inputs, outputs, solved)
         if best is None:
-            weights = 3 * self.shape[0] * self.shape[1] * self.shape[2]
+            weights = self.elements
             raise RecipeError(
                 f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this "
                 "layer's bases, widths, dense experts and narrowest codes take; raise `bits`, lower `basis_bits`, set "
