@@ -17,8 +17,8 @@ from bitsmoe_modifier.calibration.modifier import BitsMoEModifier
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.comparison.processes import start_context
 from bitsmoe_modifier.comparison.workspace import Workspace
-from bitsmoe_modifier.errors import BitsMoEError
 from bitsmoe_modifier.storage.folders import OutputFolder
+from bitsmoe_modifier.storage.locks import locked
 
 RECIPE = (
     "a_stage: {q_modifiers: {BitsMoEModifier: {bits: 4.5, group_size: 32, block_size: 16, scope: layer, "
@@ -144,26 +144,14 @@ def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path: Path, capsy
     assert "another comparison is running in" in capsys.readouterr().err
 
 
-def test_two_runs_with_the_same_resume_dir(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "kept").mkdir()
-    with OutputFolder(tmp_path / "other"):
-        process = start_context("cpu").Process(target=_hold_resume_dir, args=(tmp_path / "kept",))
-        process.start()
-        process.join()
-    assert process.exitcode == 0
-    # its process has ended: what it left does not block
-    assert main(command(inputs, tmp_path / "out", "--resume-dir", str(tmp_path / "kept"))) == 0
-
-
-def _hold_resume_dir(folder: Path) -> None:
-    from bitsmoe_modifier.storage.locks import acquire, keep_locked
-
-    keep_locked(folder / ".lock", "taken")
-    try:
-        acquire(folder / ".lock", "taken")
-    except BitsMoEError:
-        return
-    raise SystemExit("the lock was given twice")
+def test_a_second_run_with_the_same_resume_dir_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    with locked(kept / ".lock", "taken"):
+        assert main(command(inputs, tmp_path / "out", "--resume-dir", str(kept))) == 2
+    assert f"resume_dir: another run is using {kept}; give another folder" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ what happens while saving

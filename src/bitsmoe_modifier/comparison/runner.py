@@ -104,8 +104,9 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     tokenizer = load_tokenizer(model.folder)
     dtype = resolve_dtype(settings.dtype, device, model.folder)
     wanted = settings.samples * settings.seq_len
-    calibration = read_text(settings.calibration, settings.text_column, wanted)
-    evaluation = read_text(settings.eval_text, settings.text_column, settings.eval_rows * settings.seq_len or None)
+    calibration = read_text(settings.calibration, settings.text_column, wanted, tokenizer)
+    wanted = settings.eval_rows * settings.seq_len
+    evaluation = read_text(settings.eval_text, settings.text_column, wanted or None, tokenizer)
     calibration_tokens = tokenize(calibration, tokenizer)
     rows = calibration_rows(calibration_tokens, settings.samples, settings.seq_len, settings.seed, calibration.source)
     held_out = evaluation_rows(tokenize(evaluation, tokenizer), settings.seq_len, settings.eval_rows, evaluation.source)

@@ -85,8 +85,9 @@ def _quantize_one(
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)
     if options.offload_dir is not None:
         dtype = _offloaded_dtype(options.dtype, dense.folder)
-    text = read_text(calibration, options.text_column, options.samples * options.seq_len)
-    tokens = tokenize(text, load_tokenizer(dense.folder))
+    tokenizer = load_tokenizer(dense.folder)
+    text = read_text(calibration, options.text_column, options.samples * options.seq_len, tokenizer)
+    tokens = tokenize(text, tokenizer)
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
     set_up_logging(options.verbose)
     check_stage(chosen)
@@ -168,8 +169,9 @@ def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, op
     dense = open_dense(model)
     device = use_device(resolve_device(options.device))
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)
-    text = read_text(eval_text, options.text_column, eval_rows * options.seq_len or None)
-    rows = evaluation_rows(tokenize(text, load_tokenizer(dense.folder)), options.seq_len, eval_rows, text.source)
+    tokenizer = load_tokenizer(dense.folder)
+    text = read_text(eval_text, options.text_column, eval_rows * options.seq_len or None, tokenizer)
+    rows = evaluation_rows(tokenize(text, tokenizer), options.seq_len, eval_rows, text.source)
     sizes = tensor_sizes(folder)
     set_up_logging(options.verbose)
     import bitsmoe_modifier  # noqa: F401 - registers the loader

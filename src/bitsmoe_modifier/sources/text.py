@@ -1,23 +1,25 @@
 """Text to token rows: the calibration and evaluation rows that every arm of a comparison shares.
 
-A source is a text file, a table of documents (.jsonl, .json, .csv, .parquet) or a dataset of the `datasets` library,
-written ``NAME[:CONFIG][@SPLIT]`` (``Salesforce/wikitext:wikitext-2-raw-v1@test``).
+A source is a text file, a table of documents (`tables`; what may be in its rows: `documents`) or a dataset of the
+`datasets` library, written ``NAME[:CONFIG][@SPLIT]`` (``Salesforce/wikitext:wikitext-2-raw-v1@test``).
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from .. import messages
 from ..errors import CalibrationError
 from ..method.distributed import share
+from .documents import Document, documents
+from .tables import TABLES, Row, ending, read_plain, rows_of
 
-#: file endings read as tables of documents, and the name under which the datasets library knows them
-_TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 #: characters read per token wanted, so that a dataset of any size is never read as a whole
 _CHARACTERS_PER_TOKEN = 32
 
@@ -28,80 +30,105 @@ class Text:
 
     Attributes:
         source: file or dataset, as the user wrote it.
-        content: the text.
+        content: the text; of token ids, the ids.
         sha256: digest of ``content`` in UTF-8, for the report.
+        parts: text, and rows of token ids, in order; documents of text that follow each other are one part.
     """
 
     source: str
     content: str
     sha256: str
+    parts: tuple[Document, ...]
 
 
-def read_text(source: str, column: str = "text", tokens: int | None = None) -> Text:
+def read_text(source: str, column: str = "text", tokens: int | None = None, tokenizer: Any = None) -> Text:
     """Read a text file, or join the documents of a table or dataset with blank lines.
+
+    What had to be skipped or mended is said on stderr.
 
     Args:
         source: path of a file, or ``NAME[:CONFIG][@SPLIT]`` of a dataset (split ``train`` unless given).
         column: column of a table or dataset that holds the text.
-        tokens: how many tokens will be wanted; a dataset is read only so far (32 characters a token). None: all of it.
+        tokens: how many tokens will be wanted; a table is read only so far (32 characters a token). None: all of it.
+        tokenizer: that will read the text; it renders chats.
 
     Raises:
-        CalibrationError: when there is no such file or dataset, it is not UTF-8 text, or it is empty.
+        CalibrationError: when there is no such file or dataset, nothing in it can be used, or it is empty.
     """
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise CalibrationError(f"{source[:200]} cannot be opened ({error.strerror})") from None
+    if is_folder:
         raise CalibrationError(f"{source} is a folder; give a text file or a dataset's name")
-    if path.is_file() and path.suffix not in _TABLES:
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{source} is not UTF-8 text ({error}); convert it first") from None
+    parts: list[Document]
+    if is_file and ending(path) not in TABLES:
+        content, mended = read_plain(path)
+        if mended:
+            messages.say("warning", f"{source}: {mended}")
+        parts = [content]
     else:
         limit = None if tokens is None else tokens * _CHARACTERS_PER_TOKEN
-        content = "\n\n".join(_until(_documents(source, path, column), limit))
+        found = documents(source, _rows(source, path, is_file), column, tokenizer)
+        parts = [joined for group in groupby(_until(found, limit), type) for joined in _joined(*group)]
+    content = "\n\n".join(part if isinstance(part, str) else " ".join(map(str, part)) for part in parts)
     if not content.strip():
         raise CalibrationError(f"{source} is empty; give a file with text in it")
-    return Text(source, content, hashlib.sha256(content.encode()).hexdigest())
+    return Text(source, content, hashlib.sha256(content.encode(errors="replace")).hexdigest(), tuple(parts))
 
 
-def _documents(source: str, path: Path, column: str) -> Iterable[str]:
-    """The text column of a table or dataset, row by row."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+def _joined(kind: type, group: Iterable[Any]) -> list[Document]:
+    return ["\n\n".join(group)] if kind is str else list(group)
 
+
+def _rows(source: str, path: Path, is_file: bool) -> Iterator[Row]:
+    """The rows of a table or dataset."""
+    if is_file:
+        yield from rows_of(path)
+        return
+    if ending(path) in {*TABLES, ".txt"}:
+        raise CalibrationError(f"{source}: no such file")
     try:
-        if path.is_file():
-            rows: Any = load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True)
-        elif path.suffix in {*_TABLES, ".txt"}:
-            raise CalibrationError(f"{source}: no such file")
-        else:
-            name, _, split = source.partition("@")
-            name, _, config = name.partition(":")
-            rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
-        raise CalibrationError(f"{source} is neither a file nor a dataset that can be loaded: {error}") from error
-    for row in rows:
-        if column not in row:
-            raise CalibrationError(
-                f"{source} has no column {column!r} but {', '.join(row)}; name the one that holds text by --text-column"
-            )
-        yield row[column]
+        from datasets import load_dataset
+    except ImportError:
+        message = (
+            f"{source} is no file, and datasets need the datasets library; pip install 'bitsmoe-modifier[quantize]'"
+        )
+        raise CalibrationError(message) from None
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    number = 0
+    try:
+        for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True), 1):
+            yield f"row {number}", row
+    except Exception as error:  # a dataset is code of others, which raises what it likes
+        reason = " ".join(str(error).split())[:300]
+        if number:
+            raise CalibrationError(f"{source}: row {number + 1} cannot be read: {reason}") from error
+        raise CalibrationError(f"{source} is neither a file nor a dataset that can be loaded: {reason}") from error
 
 
-def _until(documents: Iterable[str], characters: int | None) -> Iterable[str]:
-    """Documents until so many characters are together."""
+def _until(found: Iterable[Document], characters: int | None) -> Iterator[Document]:
+    """Documents until so many characters, or as many tokens as those are, are together."""
     total = 0
-    for document in documents:
+    for document in found:
         yield document
-        total += len(document)
+        total += len(document) * (1 if isinstance(document, str) else _CHARACTERS_PER_TOKEN)
         if characters is not None and total >= characters:
             return
 
 
 def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
     """All tokens of the text, int64 ``[N]``, without special tokens."""
-    encoded = tokenizer(text.content, add_special_tokens=False, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    ids = [
+        id_
+        for part in text.parts
+        for id_ in (
+            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if isinstance(part, str) else part
+        )
+    ]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def calibration_rows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, source: str) -> torch.Tensor:
