@@ -312,7 +312,7 @@ def test_quantize_keeps_layers_and_continues(tmp_path, capsys):
     command = ["quantize", "--model", str(model), "--seq-len", "32", "--device", "cpu", "--recipe", str(recipe)]
     command += ["--calibration", str(text), "--samples", "16", "--resume-dir", str(kept)]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    layers = sorted(kept.glob("model.*.safetensors"))
+    layers = sorted(kept.rglob("model.*.safetensors"))
     assert len(layers) == 2
     layers[1].unlink()
     assert main([*command, "--out", str(tmp_path / "two")]) == 0

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers.modeling_utils
 
 from bitsmoe_modifier.calibration.modifier import BitsMoEModifier
 from bitsmoe_modifier.cli import main
-from bitsmoe_modifier.comparison.processes import start_context
 from bitsmoe_modifier.comparison.workspace import Workspace
 from bitsmoe_modifier.storage.folders import OutputFolder
 from bitsmoe_modifier.storage.locks import locked
@@ -211,20 +209,24 @@ def test_resume_dir_finishes_after_a_failure_while_saving(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
 
 
-def _die_while_saving(run: list[str]) -> None:
-    torch.set_num_threads(1)  # the number is a part of what a run is made of
-    transformers.modeling_utils.safe_save_file = _after_half_a_file(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    main(run)
+def _die_while_saving(run: list[str]) -> int:
+    """Run in a forked process (its libraries are imported already), which dies while it saves. How it ended."""
+    process = os.fork()
+    if not process:
+        die = _after_half_a_file(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        transformers.modeling_utils.safe_save_file = die
+        try:
+            main(run)
+        finally:
+            os._exit(3)  # never back into the tests
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def test_resume_dir_finishes_after_a_kill_while_saving(
     inputs: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = command(inputs, tmp_path / "out", "--resume-dir", str(tmp_path / "kept"))
-    process = start_context("cpu").Process(target=_die_while_saving, args=(run,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert _die_while_saving(run) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     made = _count_layers(monkeypatch)
     assert main(run) == 0
