@@ -321,7 +321,7 @@ def test_quantize_keeps_layers_and_continues(tmp_path, capsys):
     assert str(kept) not in (tmp_path / "one" / "recipe.yaml").read_text(), "no path of this machine in the checkpoint"
     capsys.readouterr()
     assert main([*command, "--samples", "15", "--out", str(tmp_path / "three")]) == 2
-    assert "holds the layers of another run (calibration" in capsys.readouterr().err
+    assert "of another run (calibration" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
 
 
