@@ -36,6 +36,12 @@ def test_a_card_of_a_hub_model(packed):
     assert "Not measured yet" in text
 
 
+def test_an_odd_name_stays_yaml(packed):
+    text = card(packed[0], 'org/a: "b" # <c>', RECIPE, WEIGHTS)
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == 'org/a: "b" # <c>'
+    assert 'org/a: "b" # <c>, quantized by' in text, "Markdown is not HTML"
+
+
 def test_a_local_model_is_named_without_its_path(packed, tmp_path):
     text = card(packed[0], str(tmp_path), RECIPE, WEIGHTS)
     assert "base_model" not in text

@@ -28,7 +28,7 @@ def test_layers_are_described_as_they_were_packed(packed):
         made = layers[layer["name"]].packed
         assert sum(layer["bytes"].values()) == made.nbytes
         assert layer["bytes"]["codes"] == made.codes_in.nbytes + made.codes_out.nbytes
-        assert layer["bytes"]["steps"] == made.steps_in.nbytes + made.steps_out.nbytes
+        assert layer["bytes"]["scales"] == made.steps_in.nbytes + made.steps_out.nbytes
         assert layer["bits"] == pytest.approx(made.bits_per_weight)
         assert layer["widths"]["gate"] == dict(Counter(made.widths_in[:, 0].flatten().tolist()))
         assert layer["widths"]["up"] == dict(Counter(made.widths_in[:, 1].flatten().tolist()))

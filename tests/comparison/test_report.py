@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bitsmoe_modifier.comparison.report import markdown, write_report
+from bitsmoe_modifier.comparison.report import write_report
 from bitsmoe_modifier.evaluation.columns import table
+from bitsmoe_modifier.pages.comparison import markdown
 from bitsmoe_modifier.pages.verdicts import headline, next_larger, verdict
 from entries import FAILED, GPTQ, REFERENCE, arm, ours, report
 

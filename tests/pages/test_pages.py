@@ -94,7 +94,7 @@ def test_the_report_page_holds_everything(made, packed):
 
 
 def test_a_report_of_failures_only_is_a_page(tmp_path):
-    assert "Failed arms" in check(comparison_page(report([FAILED]), tmp_path)).text
+    assert "Failed runs" in check(comparison_page(report([FAILED]), tmp_path)).text
 
 
 def test_the_checkpoint_page(packed, tmp_path, capsys):

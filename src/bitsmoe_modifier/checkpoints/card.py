@@ -4,17 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..evaluation.columns import table
+from ..rendering import render
 from ..storage.records import write_text
 from ..storage.sizes import expert_bytes, tensor_sizes
 from .describe import describe
-
-_LOAD = """```python
-{first}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
 
 
 def write_card(
@@ -41,38 +37,25 @@ def card(
     packed = bool(found["layers"])
     bits = 8 * expert_bytes(tensor_sizes(folder)) / expert_weights
     # a path means nothing on another machine, and may say more than it should
-    shown = Path(base_model).name if Path(base_model).exists() else base_model
-    metadata = ["library_name: transformers", "tags:", "- compressed-tensors", "- mixture-of-experts"]
-    metadata += ["- bitsmoe"] if packed else []
-    if shown == base_model:
-        metadata = [f"base_model: {base_model}", "base_model_relation: quantized", *metadata]
-    name = folder.name.removeprefix(".").removesuffix(".partial")
+    local = Path(base_model).exists()
+    metadata: dict[str, Any] = {} if local else {"base_model": base_model, "base_model_relation": "quantized"}
+    metadata["library_name"] = "transformers"
+    metadata["tags"] = ["compressed-tensors", "mixture-of-experts", *(["bitsmoe"] if packed else [])]
     size, total = found["bytes"], found["checkpoint_bytes"]
-    sizes = (
-        f"- {bits:.4f} bits per expert weight, everything stored counted\n"
-        f"- {total / 1e6:.2f} MB: experts {size['experts'] / 1e6:.2f}, everything else {size['rest'] / 1e6:.2f}\n"
-        f"- format: compressed-tensors, {found['format'] or 'not quantized'}"
-    )
-    if packed:
-        sizes += f"\n- {len(found['layers'])} layers of {found['layers'][0]['experts']} packed experts"
-    first = "import bitsmoe_modifier  # pip install bitsmoe-modifier: reads the packed experts\n" if packed else ""
-    serve = '    pip install "bitsmoe-modifier[vllm]"\n' if packed else ""
-    parts = [
-        "---\n" + "\n".join(metadata) + "\n---",
-        f"# {name}",
-        f"{shown}, quantized by llm-compressor" + (" with BitsMoE Modifier." if packed else "."),
-        f"## Size\n\n{sizes}",
-        f"## Quality\n\n{_quality(quality)}",
-        f"## Load\n\n{_LOAD.format(first=first, name=name)}",
-        f"## Serve\n\n{serve}    vllm serve {name}",
-        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
+    sizes = [
+        f"{bits:.4f} bits per expert weight, everything stored counted",
+        f"{total / 1e6:.2f} MB: experts {size['experts'] / 1e6:.2f}, everything else {size['rest'] / 1e6:.2f}",
+        f"format: compressed-tensors, {found['format'] or 'not quantized'}",
     ]
     if packed:
-        parts.append(f"`bitsmoe inspect {name}` shows widths, bases and tokens of every layer; `--html` draws them.")
-    return "\n\n".join(parts) + "\n"
-
-
-def _quality(quality: Mapping[str, Any] | None) -> str:
-    if quality is None:
-        return "Not measured yet: `bitsmoe eval CHECKPOINT --model BASE --eval-text FILE` does."
-    return f"{table(quality['reference'], [quality['arm']])}\n\n{quality['how']}"
+        sizes.append(f"{len(found['layers'])} layers of {found['layers'][0]['experts']} packed experts")
+    return render(
+        "card.md",
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        name=folder.name.removeprefix(".").removesuffix(".partial"),
+        base=Path(base_model).name if local else base_model,
+        packed=packed,
+        sizes=sizes,
+        quality=quality and {"table": table(quality["reference"], [quality["arm"]]), "how": quality["how"]},
+        recipe=recipe.strip(),
+    )

@@ -16,16 +16,7 @@ from ..storage.layout import ExpertsLayout
 from ..storage.packed import TENSOR_NAMES
 from ..storage.shards import Stored, checkpoint_files, packed_modules, read_json, read_structure, scan
 from ..storage.sizes import checkpoint_bytes, expert_bytes, is_expert, tensor_sizes
-
-#: which kind of byte a stored tensor is
-_KINDS = {
-    "codes": ("codes_in", "codes_out"),
-    "steps": ("steps_in", "steps_out"),
-    "bases": ("basis_in", "basis_in_step", "basis_out", "basis_out_step"),
-    "widths": ("widths_in", "widths_out"),
-    "dense experts": ("dense_ids", "dense_in", "dense_out"),
-    "biases": ("in_bias", "out_bias"),
-}
+from .kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -56,11 +47,10 @@ def describe_layer(name: str, stored: dict[str, Stored], report: dict[str, Any])
         CheckpointError: naming the tensor that is missing or does not fit the others.
     """
     layout, tensors = read_structure(stored, name)
-    kind_of = {tensor: kind for kind, tensors in _KINDS.items() for tensor in tensors}
     kinds: dict[str, int] = defaultdict(int)
     for leaf, tensor in stored.items():
         size = torch.Size(tensor.shape).numel() * (tensor.dtype.itemsize if tensor.dtype else 0)
-        kinds[kind_of.get(leaf, "other")] += size
+        kinds[kind_of(leaf)] += size
     widths_in, widths_out = torch.as_tensor(tensors["widths_in"]), torch.as_tensor(tensors["widths_out"])
     widths = {
         matrix: dict(sorted(Counter(w.flatten().tolist()).items()))

@@ -7,9 +7,9 @@ from ..storage.sizes import is_expert, tensor_sizes
 #: kind -> what the last part of a tensor's name may be
 KINDS = {
     "codes": ("codes_in", "codes_out", "weight_packed"),
-    "steps": ("steps_in", "steps_out", "weight_scale", "weight_zero_point"),
+    "scales": ("steps_in", "steps_out", "weight_scale", "weight_zero_point"),
     "bases": ("basis_in", "basis_in_step", "basis_out", "basis_out_step"),
-    "widths": ("widths_in", "widths_out"),
+    "bit-widths": ("widths_in", "widths_out"),
     "dense experts": ("dense_ids", "dense_in", "dense_out"),
     "biases": ("in_bias", "out_bias", "bias"),
     "unpacked weights": ("weight",),

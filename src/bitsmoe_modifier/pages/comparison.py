@@ -1,18 +1,24 @@
-"""The page of a comparison: report.html."""
+"""A comparison's report for readers: its figures become a view, and the view a page or a Markdown file.
 
-from html import escape
+`Summary` is everything in words and the table; `Drawings` are the charts of the page. The templates comparison.html and
+comparison.md say where each stands.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ..checkpoints.describe import describe
-from ..checkpoints.kinds import expert_kinds
-from ..evaluation.columns import summary
+from ..evaluation.columns import summary, table
+from ..rendering import render
 from .charts import Point, loss_against_size, stacked_bars
-from .checkpoint import layer_figures, layer_sections
-from .style import bullets, figure, method_of, page, paragraph, table
+from .checkpoint import Figure, LayerView, layer_figures, layer_views, stored_figures
+from .style import method_of
 from .verdicts import LEGEND, accuracies, against_gptq, environment_line, headline, how_measured
 
-#: phase of an arm -> where its report entry has the seconds
+#: phase of a run -> where its report entry has the seconds
 _PHASES = {
     "loading": "load_seconds",
     "quantizing": "quantize_seconds",
@@ -22,14 +28,48 @@ _PHASES = {
 }
 
 
-def loss_chart(report: dict[str, Any]) -> str | None:
-    """Loss against size of every arm that worked; None without any."""
-    points = [
-        Point(arm["name"], method_of(arm["modifiers"]), arm["measured_bits_per_expert_weight"], 1000 * arm["kld_mean"])
-        for arm in report["arms"]
-        if "error" not in arm and arm["kld_mean"] > 0
-    ]
-    return loss_against_size(points, 1000 * report["noise_floor"]["kld_mean"]) if points else None
+@dataclass(frozen=True)
+class Summary:
+    """What the report says in words, and its table.
+
+    Attributes:
+        title, headline: of the whole.
+        heads, rows: of the table; a cell is its text and whether it is the best of its column.
+        table: the same as Markdown.
+        legend: what the columns are.
+        against_gptq, accuracies, failed, warnings, how: a line per finding; without any, nothing is shown.
+        command, environment: with what it was made.
+    """
+
+    title: str
+    headline: str
+    heads: list[str]
+    rows: list[list[tuple[str, bool]]]
+    table: str
+    legend: str
+    against_gptq: list[str]
+    accuracies: list[str]
+    failed: list[str]
+    warnings: list[str]
+    how: list[str]
+    command: str
+    environment: str
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """The charts of the page, by section, and the layers of every checkpoint by its name."""
+
+    loss: list[Figure]
+    stored: list[Figure]
+    time: list[Figure]
+    layers: list[Figure]
+    checkpoints: dict[str, list[LayerView]]
+
+
+def markdown(report: dict[str, Any], picture: str | None) -> str:
+    """The report as Markdown, with the name of the file that shows loss against size."""
+    return render("comparison.md", report=summarize(report), picture=picture)
 
 
 def comparison_page(report: dict[str, Any], folder: Path) -> str:
@@ -37,47 +77,69 @@ def comparison_page(report: dict[str, Any], folder: Path) -> str:
 
     Args:
         report: what `compare` returns.
-        folder: of the comparison; the checkpoints of the arms that worked are read where they are still there.
+        folder: of the comparison; the checkpoints of the runs that worked are read where they are still there.
     """
-    done = [arm for arm in report["arms"] if "error" not in arm]
-    failed = [arm for arm in report["arms"] if "error" in arm]
-    folders = {arm["name"]: folder / arm["checkpoint"] for arm in done if "checkpoint" in arm}
+    return render("comparison.html", report=summarize(report), drawings=draw(report, folder))
+
+
+def summarize(report: dict[str, Any]) -> Summary:
+    """The report in words."""
+    done, reference = _done(report), report["reference"]
+    heads, rows = summary(reference, done)
+    return Summary(
+        title=f"Quantization of {Path(report['model']['name']).name}",
+        headline=headline(done),
+        heads=heads,
+        rows=rows,
+        table=table(reference, done),
+        legend=LEGEND,
+        against_gptq=against_gptq(done),
+        accuracies=accuracies(reference, done),
+        failed=[f"{run['name']}: {run['error']} (log: {run['log']})" for run in report["arms"] if "error" in run],
+        warnings=[f"{run['name']}: {warning}" for run in done for warning in run.get("warnings", [])],
+        how=how_measured(report),
+        command=report["command"],
+        environment=environment_line(report),
+    )
+
+
+def draw(report: dict[str, Any], folder: Path) -> Drawings:
+    """The report in charts; see `comparison_page`."""
+    done = _done(report)
+    folders = {run["name"]: folder / run["checkpoint"] for run in done if "checkpoint" in run}
     present = {name: checkpoint for name, checkpoint in folders.items() if checkpoint.is_dir()}
     found = {name: describe(checkpoint) for name, checkpoint in present.items()}
+    views = {name: layer_views(entry, present[name]) for name, entry in found.items()}
+    return Drawings(
+        loss=_loss_figures(report),
+        stored=stored_figures(present),
+        time=_time_figures(done),
+        layers=layer_figures(found),
+        checkpoints={name: layers for name, layers in views.items() if layers},
+    )
 
-    parts = [f"<p><strong>{escape(headline(done))}</strong></p>"]
-    parts.append(table("The best arm of every column is marked.", *summary(report["reference"], done)))
-    parts.append(paragraph(LEGEND))
-    parts += _section("Against the GPTQ arm of the next larger size", bullets(against_gptq(done)), against_gptq(done))
-    scores = accuracies(report["reference"], done)
-    parts += _section("Accuracy", bullets(scores), scores)
-    lines = [f"{arm['name']}: {arm['error']} (log: {arm['log']})" for arm in failed]
-    parts += _section("Failed arms", bullets(lines, "failed"), lines)
-    warnings = [f"{arm['name']}: {warning}" for arm in done for warning in arm.get("warnings", [])]
-    parts += _section("Warnings", bullets(warnings), warnings)
+
+def loss_chart(report: dict[str, Any]) -> Markup | None:
+    """Loss against size of every run that worked; None without any."""
+    points = [
+        Point(run["name"], method_of(run["modifiers"]), run["measured_bits_per_expert_weight"], 1000 * run["kld_mean"])
+        for run in _done(report)
+        if run["kld_mean"] > 0
+    ]
+    return loss_against_size(points, 1000 * report["noise_floor"]["kld_mean"]) if points else None
+
+
+def _done(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for run in report["arms"] if "error" not in run]
+
+
+def _loss_figures(report: dict[str, Any]) -> list[Figure]:
     chart = loss_chart(report)
-    if chart:
-        caption = "Lower and further left is better. The dashed line joins the arms that no other beats in both."
-        parts.append("<h2>Loss against size</h2>" + figure(chart, caption))
-    kinds = {name: {k: n / 1e6 for k, n in expert_kinds(at).items()} for name, at in present.items()}
-    if kinds:
-        caption = "Of the experts only. Steps: scales and zero points; other: headers, shapes, checksums."
-        bars = stacked_bars("Where the experts' bytes went", kinds, "MB")
-        parts.append("<h2>Where the bytes went</h2>" + figure(bars, caption))
-    seconds = {arm["name"]: {phase: arm.get(key) or 0.0 for phase, key in _PHASES.items()} for arm in done}
-    if seconds:
-        caption = "Wall clock, as each arm ran; an arm taken from an earlier run has that run's figures."
-        bars = stacked_bars("Time per phase", seconds, "s", digits=0)
-        parts.append("<h2>Time</h2>" + figure(bars, caption))
-    figures = layer_figures(found)
-    parts += _section("Layers", "".join(figures), figures)
-    for name, entry in found.items():
-        if entry["layers"]:
-            parts.append(f"<h2>{escape(name)}, layer by layer</h2>" + layer_sections(entry, present[name]))
-    parts.append("<h2>How this was measured</h2>" + bullets(how_measured(report)))
-    parts.append(f"<pre>{escape(report['command'])}</pre>" + paragraph(environment_line(report)))
-    return page(f"Quantization of {Path(report['model']['name']).name}", *parts)
+    caption = "Lower and further left is better. The dashed line joins the runs that no other beats in both."
+    return [Figure(chart, caption)] if chart else []
 
 
-def _section(title: str, content: str, needed: list[str]) -> list[str]:
-    return [f"<h2>{escape(title)}</h2>{content}"] if needed else []
+def _time_figures(done: list[dict[str, Any]]) -> list[Figure]:
+    seconds = {run["name"]: {phase: run.get(key) or 0.0 for phase, key in _PHASES.items()} for run in done}
+    caption = "Wall clock, as each run took it; a run taken from an earlier comparison has its figures."
+    return [Figure(stacked_bars("Time per phase", seconds, "s", digits=0), caption)] if seconds else []

@@ -39,7 +39,7 @@ def headline(arms: Sequence[Arm]) -> str:
     """BitsMoE at 2.0 bits against GPTQ at W3 where both are there; else the best pair of the two methods."""
     ours, theirs = [a for a in arms if is_bitsmoe(a)], [a for a in arms if is_gptq(a)]
     if not ours or not theirs:
-        return "No pair of a BitsMoE and a GPTQ arm was measured, so there is nothing to compare."
+        return "No pair of a BitsMoE and a GPTQ run was measured, so there is nothing to compare."
     arm = min(ours, key=lambda a: abs((a["nominal_bits"] or math.inf) - 2.0))
     three = [a for a in theirs if a["nominal_bits"] == 3]
     return verdict(arm, three[0] if three else next_larger(arm, theirs))
@@ -102,7 +102,7 @@ def how_measured(report: Arm) -> list[str]:
     experts = "every token through every expert" if calibration["all_experts"] else "routed tokens only"
     return [
         f"Calibration: {calibration['rows']} rows of {calibration['seq_len']} tokens from {calibration['source']}, "
-        f"seed {calibration['seed']}, {experts}; the same rows, and causal attention, for every arm.",
+        f"seed {calibration['seed']}, {experts}; the same rows, and causal attention, for every run.",
         f"Evaluation: {evaluation['rows']} rows of {evaluation['seq_len']} tokens ({report['reference']['tokens']} "
         f"positions) of {evaluation['source']}, on the checkpoints as loaded from disk.",
         f"Computed in {report['compute']['dtype']} on {report['environment']['device']}.",
@@ -121,6 +121,6 @@ def environment_line(report: Arm) -> str:
 
 #: what the summary's columns are
 LEGEND = (
-    "KLD: Kullback-Leibler divergence of the arm's next-token distribution from the unquantized model's; mean, "
+    "KLD: Kullback-Leibler divergence of the run's next-token distribution from the unquantized model's; mean, "
     "median and 90th percentile over positions, nats × 1000. Bits: everything stored for the experts."
 )
