@@ -13,7 +13,7 @@ import typer
 from safetensors.torch import save_file
 
 from bitsmoe_modifier import __version__, messages
-from bitsmoe_modifier.calibration.recipe import Stage, with_resume
+from bitsmoe_modifier.calibration.recipe import Stage, with_fields
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.cli.app import app
 from bitsmoe_modifier.errors import BitsMoEError, RecipeError
@@ -321,14 +321,15 @@ def test_quantize_keeps_layers_and_continues(tmp_path, capsys):
     assert str(kept) not in (tmp_path / "one" / "recipe.yaml").read_text(), "no path of this machine in the checkpoint"
     capsys.readouterr()
     assert main([*command, "--samples", "15", "--out", str(tmp_path / "three")]) == 2
-    assert "of another run (calibration" in capsys.readouterr().err
+    assert "holds the survey of another run (calibration" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
 
 
 def test_only_bitsmoe_continues():
     stage = Stage("plain", (("GPTQModifier", {}),), "plain_stage: {q_modifiers: {GPTQModifier: {}}}")
-    with pytest.raises(RecipeError, match="plain: only BitsMoEModifier continues where it was killed"):
-        with_resume(stage, "kept")
+    with pytest.raises(RecipeError, match="plain: only a BitsMoEModifier takes --resume-dir"):
+        with_fields(stage, resume_dir="kept")
+    assert with_fields(stage, resume_dir=None) is stage
 
 
 def test_quantize_by_gptq_then_eval_then_inspect(tmp_path, capsys):

@@ -116,20 +116,33 @@ def one_stage(recipe: str, name: str | None) -> Stage:
     return stages[0]
 
 
-def with_resume(stage: Stage, folder: str) -> str:
-    """The stage's text, with the folder in which finished layers are kept.
+def with_fields(stage: Stage, **fields: Any) -> Stage:
+    """The stage with other values of its BitsMoEModifier's fields.
+
+    Args:
+        stage: as it was read.
+        fields: None leaves the recipe's value; ``ignore`` is added to the recipe's.
 
     Raises:
-        RecipeError: when none of its modifiers keeps any.
+        RecipeError: when fields are given and the stage has no BitsMoEModifier.
     """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if not given:
+        return stage
     if not any(kind == "BitsMoEModifier" for kind, _ in stage.modifiers):
-        raise RecipeError(f"{stage.name}: only BitsMoEModifier continues where it was killed; drop --resume-dir")
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RecipeError(f"{stage.name}: only a BitsMoEModifier takes {options}; the recipe has none, drop them")
     content = yaml.safe_load(stage.text)
     for groups in content.values():
         for modifiers in groups.values():
             if "BitsMoEModifier" in modifiers:
-                modifiers["BitsMoEModifier"]["resume_dir"] = folder
-    return yaml.safe_dump(content, sort_keys=False)
+                own = modifiers["BitsMoEModifier"]
+                own |= given
+                if "ignore" in given:
+                    before = dict(next(args for kind, args in stage.modifiers if kind == "BitsMoEModifier"))
+                    own["ignore"] = [*before.get("ignore", []), *given["ignore"]]
+    pairs = tuple(pair for groups in content.values() for group in groups.values() for pair in group.items())
+    return Stage(stage.name, pairs, yaml.safe_dump(content, sort_keys=False))
 
 
 def check_stage(stage: Stage) -> None:

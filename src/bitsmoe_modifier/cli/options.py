@@ -34,6 +34,53 @@ StageOption = Annotated[
 NewFolder = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to create.", show_default=False)]
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Run even if memory or disk seem too small for it.")]
 
+# ---------------------------------------------------------------------------------------------------- how much of it
+
+_SIZE = "Size (one of --bits, --size, --fit)"
+Bits = Annotated[
+    str,
+    typer.Option(
+        "--bits",
+        metavar="N,…",
+        help="Bits per expert weight, everything stored counted; several make one checkpoint each, by one survey.",
+        show_default="the recipe's",
+        rich_help_panel=_SIZE,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="10GB",
+        help="Size of the checkpoint's weight files, everything included that is not an expert.",
+        rich_help_panel=_SIZE,
+    ),
+]
+FitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="24GB|2x24GB",
+        help="Memory of the GPUs that weights, KV cache and workspace shall fill.",
+        rich_help_panel=_SIZE,
+    ),
+]
+Context = Annotated[
+    str, typer.Option("--context", metavar="N", help="Tokens of a sequence, for --fit.", rich_help_panel=_SIZE)
+]
+Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", help="Sequences at a time, for --fit.", rich_help_panel=_SIZE)
+]
+Ignore = Annotated[
+    str,
+    typer.Option(
+        "--ignore",
+        metavar="NAME,…",
+        help="Experts modules to leave as they are, beside the recipe's: names, or re:EXPRESSION.",
+        show_default=False,
+    ),
+]
+
 # --------------------------------------------------------------------------------------------------- how to compute
 
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.")]

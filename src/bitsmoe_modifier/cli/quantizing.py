@@ -15,14 +15,27 @@ from .app import command
     "Quantize a model by a recipe and save it.",
     "bitsmoe quantize --out docmoe-2bit                               the demo model, to see what happens",
     "bitsmoe quantize --model Qwen/Qwen3-30B-A3B --calibration wikitext.txt --samples 256 --seq-len 2048 --out OUT",
+    "bitsmoe quantize --model DIR --calibration FILE --bits 1.6,2.0,2.5 --out DIR2   three sizes, calibrated once",
+    "bitsmoe quantize --model DIR --calibration FILE --fit 24GB --context 32k --out DIR2   what one GPU holds",
     "bitsmoe quantize --model DIR --recipe w2_attn_gptq_w4 --calibration FILE --out DIR2   attention too, by GPTQ",
     "torchrun --nproc-per-node 8 -m bitsmoe_modifier quantize --model DIR --calibration FILE --out OUT   8 GPUs",
 )
 def quantize(
-    out: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder to create.", show_default=False)],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="Checkpoint folder to create; with several --bits, their parent.", show_default=False
+        ),
+    ],
     model: o.ModelOption = None,
     recipe: o.RecipeOption = "w2",
     stage: o.StageOption = None,
+    bits: o.Bits = "",
+    size: o.Size = None,
+    fit: o.FitOption = None,
+    context: o.Context = "8k",
+    batch: o.Batch = 1,
+    ignore: o.Ignore = "",
     resume_dir: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Keep finished layers there; the same command continues after a kill."),
@@ -51,16 +64,20 @@ def quantize(
     Give calibration text of the kind that the model will see; 128 rows of 256 tokens are enough to try, 256 of 2048
     for a model to keep. Every expert should see some 64 tokens at least; `inspect` says how many each saw.
     """
-    from ..comparison.single import Options, quantize_one
+    from ..calibration.recipe import one_stage, with_fields
+    from ..checkpoints.budget import Budget
+    from ..comparison.single import Options, quantize_each
     from ..sources.demo import demo_asset
 
-    made = quantize_one(
-        model=model or demo_asset("docmoe"),
-        recipe=recipe,
-        stage=stage,
-        calibration=calibration or demo_asset("docmoe_calibration.txt"),
-        out=Path(out),
-        options=Options(
+    model = model or demo_asset("docmoe")
+    chosen = with_fields(one_stage(recipe, stage), ignore=list(o.names(ignore)) or None)
+    stages = Budget(o.names(bits), size, fit, context, batch).stages(chosen, model)
+    folders = [Path(out)] if len(stages) == 1 else [Path(out) / f"{text}-bits" for text in o.names(bits)]
+    made = quantize_each(
+        model,
+        list(zip(stages, folders, strict=True)),
+        calibration or demo_asset("docmoe_calibration.txt"),
+        Options(
             samples=samples,
             seq_len=seq_len,
             seed=seed,
@@ -76,14 +93,13 @@ def quantize(
             verbose=verbose,
         ),
     )
-    if made is None:
-        return
-    print(
-        f"{out}: {made['measured_bits_per_expert_weight']:.4f} bits per expert weight, "
-        f"{made['checkpoint_bytes'] / 1e6:.2f} MB, {made['quantize_seconds']:.0f} s"
-    )
-    for warning in made["warnings"]:
-        messages.say("warning", f"warning: {warning}")
+    for folder, one in zip(folders, made, strict=False):
+        print(
+            f"{folder}: {one['measured_bits_per_expert_weight']:.4f} bits per expert weight, "
+            f"{one['checkpoint_bytes'] / 1e6:.2f} MB, {one['quantize_seconds']:.0f} s"
+        )
+        for warning in one["warnings"]:
+            messages.say("warning", f"warning: {warning}")
 
 
 @command(

@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from .. import messages
-from ..calibration.oneshot import Offload, QuantizeSettings, quantize
-from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_resume
+from ..calibration.oneshot import Offload, QuantizeRecord, QuantizeSettings, quantize
+from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_fields
 from ..checkpoints.card import write_card
 from ..checkpoints.export import export_dense
 from ..checkpoints.plan import check_machine, working_memory
@@ -64,22 +64,41 @@ def quantize_one(
         options: the rest.
 
     Returns:
-        Sizes, time, memory and warnings, named as in report.json; None on all processes but the first.
+        As `quantize_each` says.
 
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work.
     """
-    if int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
-        return _quantize_one(model, recipe, stage, calibration, OutputFolder(out), options)
-    with OutputFolder(out) as output:
-        return _quantize_one(model, recipe, stage, calibration, output, options)
+    made = quantize_each(model, [(one_stage(recipe, stage), out)], calibration, options)
+    return made[0] if made else None
 
 
-def _quantize_one(
-    model: str, recipe: str, stage: str | None, calibration: str, output: OutputFolder, options: Options
-) -> dict[str, Any] | None:
-    out = output.path
-    chosen = one_stage(recipe, stage)
+def quantize_each(
+    model: str, stages: Sequence[tuple[Stage, Path]], calibration: str, options: Options
+) -> list[dict[str, Any]]:
+    """Quantize a model by each of several stages, with the same rows and, as far as they agree, by the same survey.
+
+    Args:
+        model, calibration: as the command line takes them.
+        stages: each with its checkpoint folder.
+        options: the rest. Without ``resume_dir``, a survey that several stages share waits in a temporary folder.
+
+    Returns:
+        Sizes, time, memory and warnings of each, named as in report.json; none on all processes but the first.
+
+    Raises:
+        BitsMoEError: when the inputs cannot be used, before any long work.
+    """
+    with ExitStack() as held:
+        outputs = [OutputFolder(out) for _, out in stages]
+        if not int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
+            outputs = [held.enter_context(output) for output in outputs]
+        return _quantize_each(model, [stage for stage, _ in stages], outputs, calibration, options)
+
+
+def _quantize_each(
+    model: str, stages: Sequence[Stage], outputs: Sequence[OutputFolder], calibration: str, options: Options
+) -> list[dict[str, Any]]:
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)
@@ -90,27 +109,41 @@ def _quantize_one(
     tokens = tokenize(text, tokenizer)
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
     set_up_logging(options.verbose)
-    check_stage(chosen)
-    batch = chosen.calibration_batch(options.batch_size)
-    settings = QuantizeSettings(batch, dtype, options.pipeline, options.calibrate_all_experts, options.seed)
-    text_run = chosen.text if options.resume_dir is None else with_resume(chosen, options.resume_dir)
+    for stage in stages:
+        check_stage(stage)
+    settings = QuantizeSettings(
+        options.batch_size, dtype, options.pipeline, options.calibrate_all_experts, options.seed
+    )
     run = rows.numel(), dtype, str(device)
-    with torchrun_job(str(device)) as ranks, _offload(options.offload_dir, chosen, dense.folder, *run) as offload:
+    made = []
+    with ExitStack() as held:
+        ranks = held.enter_context(torchrun_job(str(device)))
+        offload = held.enter_context(_offload(options.offload_dir, stages[0], dense.folder, *run))
         if options.preflight:
             waiting = None if offload is None else offload.folder
-            ranks.compute(lambda: check_machine([chosen], dense.folder, out, *run, waiting))
+            ranks.compute(lambda: check_machine(stages, dense.folder, outputs[0].path, *run, waiting))
         if offload is not None:
             settings = replace(settings, dtype=None, offload=offload)
-        with _pointing_at(options.resume_dir, output):
-            made = quantize(dense.folder, text_run, rows, output, settings)
-        if not ranks.first:
-            return None
+        kept = options.resume_dir
+        if kept is None and len(stages) > 1:
+            kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(outputs[0].path)))
+        for stage, output in zip(stages, outputs, strict=True):
+            settings = replace(settings, batch_size=stage.calibration_batch(options.batch_size))
+            with _pointing_at(options.resume_dir, output):
+                record = quantize(dense.folder, with_fields(stage, resume_dir=kept).text, rows, output, settings)
+            if ranks.first:
+                made.append(_finished(output.path, model, stage, dense.expert_elements, record))
+    return made
+
+
+def _finished(out: Path, model: str, stage: Stage, expert_elements: int, made: QuantizeRecord) -> dict[str, Any]:
+    """Write the card of a saved checkpoint, and say what it took."""
     try:
-        write_card(out, model, chosen.text, dense.expert_elements)
+        write_card(out, model, stage.text, expert_elements)
     except OSError as error:  # the checkpoint is there
         messages.say("warning", f"{out}: its README.md could not be written ({error})")
     return {
-        **sizes_of(out, dense.expert_elements),
+        **sizes_of(out, expert_elements),
         "load_seconds": made.load_seconds,
         "quantize_seconds": made.seconds,
         "save_seconds": made.save_seconds,

@@ -1,0 +1,159 @@
+"""Sizes and memory to bits: against checkpoints that are written, and caches that transformers fills."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from bitsmoe_modifier import RecipeError
+from bitsmoe_modifier.calibration import modifier
+from bitsmoe_modifier.calibration.recipe import Stage, read_stages, with_fields
+from bitsmoe_modifier.checkpoints.budget import (
+    Budget,
+    bits_for_memory,
+    bits_for_size,
+    cache_bytes,
+    parse_gpus,
+    parse_size,
+    parse_tokens,
+)
+from bitsmoe_modifier.cli import main
+from bitsmoe_modifier.sources.demo import demo_asset
+from bitsmoe_modifier.storage.sizes import checkpoint_bytes, is_expert, tensor_sizes
+from helpers import tiny_config, tiny_model
+from tiny_text import save_tiny, write_text
+
+QUICK = "error_feedback: false, refine_passes: 0, solver: lagrangian"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    fields = f"bits: 4.0, group_size: 16, block_size: 16, {QUICK}"
+    path.write_text(f"quant_stage: {{quant_modifiers: {{BitsMoEModifier: {{{fields}}}}}}}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("10GB", 10**10), ("9.5 gib", 9.5 * 2**30), ("700MB", 7 * 10**8), ("1234", 1234)]
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+    assert parse_gpus(f"2x{text}") == (2, size)
+    assert parse_gpus(text) == (1, size)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "ten", "0GB", "10GBit", "-3GB", "1e9", "0xGB", "2xGB", "ax24GB", "0x24GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"is no (size|number of GPUs)"):
+        parse_gpus(text)
+
+
+def test_tokens() -> None:
+    assert (parse_tokens("32k"), parse_tokens("1000")) == (32768, 1000)
+    with pytest.raises(RecipeError, match="write 32k"):
+        parse_tokens("32kk")
+
+
+def test_size_is_hit_within_one_percent(tmp_path: Path) -> None:
+    """The embedded model, whose embeddings are a good part of it, by the command line and without a recipe file."""
+    out, size = tmp_path / "out", 2.1e6
+    quick = tmp_path / "quick.yaml"
+    quick.write_text(f"q_stage: {{q_modifiers: {{BitsMoEModifier: {{scope: layer, {QUICK}}}}}}}")
+    arguments = ["--recipe", str(quick), "--samples", "16", "--seq-len", "64", "--quiet"]
+    assert main(["quantize", "--size", "2.1MB", "--out", str(out), *arguments]) == 0
+    assert abs(checkpoint_bytes(out) / size - 1) < 0.01
+
+
+def test_layers_left_dense_are_counted() -> None:
+    model = demo_asset("docmoe")
+    ignore = {"ignore": [r"re:.*layers\.0\..*"]}
+    dense = sum(s.nbytes for name, s in tensor_sizes(Path(model)).items() if "layers.0" in name and is_expert(name))
+    # what layer 0 takes goes to it, and layer 1, half of the experts, gets all that both would have had
+    both = bits_for_size(model, 1_800_000, {})
+    assert bits_for_size(model, 1_800_000 + dense, ignore) == pytest.approx(2 * both, 0.01)
+    with pytest.raises(RecipeError, match=r"is less than what is not a quantized expert"):
+        bits_for_size(model, 1_800_000, ignore)
+
+
+def test_memory_is_filled(tmp_path: Path) -> None:
+    """Weights as a checkpoint of those bits has them, cache and workspace, on one GPU and on two."""
+    model = demo_asset("docmoe")
+    wanted = 2_100_000
+    one = bits_for_memory(model, 1, 10**10, 1024, 2, {})
+    assert one.bits == 6.0, "no more than helps"
+    for gpus in (1, 2):
+        other = bits_for_memory(model, gpus, 10**10, 1024, 2, {})
+        memory = round((wanted / gpus + other.cache + other.workspace) / 0.92)
+        fit = bits_for_memory(model, gpus, memory, 1024, 2, {})
+        assert abs(gpus * fit.weights / wanted - 1) < 0.01
+        assert fit.bits == pytest.approx(bits_for_size(model, wanted, {}), abs=0.01)
+        assert len(fit.assumed) == 2 + gpus
+    with pytest.raises(RecipeError, match=r"shorter --context"):
+        bits_for_memory(model, 1, 10**9, 1024, 2, {})
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "olmoe"])
+def test_cache_is_what_transformers_keeps(architecture: str) -> None:
+    model = tiny_model(architecture, torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.ones(3, 17, dtype=torch.int64), past_key_values=cache)
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache_bytes(model.config, 17, 3) == held
+    assert cache_bytes(model.config, 17, 3, gpus=2) == held // 2
+    assert cache_bytes(model.config, 17, 3, gpus=4) == held // 2, "no less than one head on each"
+
+
+def test_caches_that_do_not_grow_with_the_context() -> None:
+    latent = tiny_config("deepseek_v3")
+    assert cache_bytes(latent, 100, 1) == cache_bytes(latent, 100, 1, gpus=2) == 3 * 100 * (16 + 8) * 2
+    windowed = tiny_config("qwen3_moe")
+    windowed.layer_types, windowed.sliding_window = ["sliding_attention", "full_attention"], 10
+    assert cache_bytes(windowed, 100, 1) == (10 + 100) * 2 * 2 * 16 * 2
+    windowed.layer_types = ["linear_attention", "full_attention"]
+    assert cache_bytes(windowed, 100, 1) == 100 * 2 * 2 * 16 * 2
+
+
+def test_one_kind_of_budget(recipe: Path) -> None:
+    (stage,) = read_stages(recipe)
+    with pytest.raises(RecipeError, match="--bits and --size exclude each other"):
+        Budget(("2.0",), "10GB").stages(stage, "nowhere")
+    with pytest.raises(RecipeError, match="'two' is no number"):
+        Budget(("two",)).stages(stage, "nowhere")
+    assert Budget().stages(stage, "nowhere") == [stage]
+    gptq = Stage("q", (("GPTQModifier", {}), ("BitsMoEModifier", {})), "")
+    with pytest.raises(RecipeError, match="BitsMoEModifier alone"):
+        Budget(size="10GB").stages(gptq, "nowhere")
+
+
+def test_fields_from_the_command_line_join_the_recipes() -> None:
+    text = "q_stage: {q_modifiers: {BitsMoEModifier: {bits: 2.0, ignore: [a]}}}"
+    stage = Stage("q", (("BitsMoEModifier", {"bits": 2.0, "ignore": ["a"]}),), text)
+    changed = with_fields(stage, bits=1.5, ignore=["b"])
+    assert dict(changed.modifiers)["BitsMoEModifier"] == {"bits": 1.5, "ignore": ["a", "b"]}
+    assert changed.nominal_bits == 1.5
+    assert dict(stage.modifiers)["BitsMoEModifier"] == {"bits": 2.0, "ignore": ["a"]}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_many_sizes_by_one_survey(
+    architecture: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is, to the byte, the checkpoint that it would be alone; nothing else stays in the folder."""
+    model = save_tiny(tmp_path / "model", architecture)
+    common = ["--model", str(model), "--recipe", str(recipe), "--samples", "12", "--seq-len", "32"]
+    common += ["--calibration", str(write_text(tmp_path / "text.txt", 3000, seed=0))]
+    surveys = []
+    survey = modifier.survey_layers
+    monkeypatch.setattr(modifier, "survey_layers", lambda *args: surveys.append(1) or survey(*args))
+    sizes, alone = tmp_path / "sizes", tmp_path / "alone"
+    assert main(["quantize", *common, "--bits", "3.0,4.5", "--out", str(sizes)]) == 0
+    assert len(surveys) == 1
+    said = capsys.readouterr().out
+    assert [path.name for path in sorted(sizes.iterdir()) if path.is_dir()] == ["3.0-bits", "4.5-bits"]
+    assert f"{sizes / '3.0-bits'}: 2.9" in said
+    assert f"{sizes / '4.5-bits'}: 4." in said
+    assert main(["quantize", *common, "--bits", "4.5", "--out", str(alone)]) == 0
+    assert len(surveys) == 2
+    assert (alone / "model.safetensors").read_bytes() == (sizes / "4.5-bits" / "model.safetensors").read_bytes()
