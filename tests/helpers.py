@@ -214,7 +214,12 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
 
 def experts_names(model: torch.nn.Module) -> list[str]:
     """Names of the fused experts modules of a transformers model."""
-    return [name for name, module in model.named_modules() if getattr(module, "gate_up_proj", None) is not None]
+    return [name for name, module in model.named_modules() if _is_fused(module)]
+
+
+def _is_fused(module: torch.nn.Module) -> bool:
+    found = (getattr(module, name, None) for name in ("gate_up_proj", "up_proj"))
+    return any(isinstance(tensor, torch.nn.Parameter) and tensor.ndim == 3 for tensor in found)
 
 
 def pack_randomly(model: torch.nn.Module, names: list[str] | None = None, **layer: object) -> dict[str, RandomLayer]:
@@ -272,10 +277,10 @@ def calibration(rows: int = 6, length: int = 32, vocab: int = 128, seed: int = 0
 
 
 def load(folder: Path, **kwargs: object):
-    """The model of a checkpoint, in its own dtype."""
-    from transformers import AutoModelForCausalLM
+    """The model of a checkpoint as the class that its config.json names, in its own dtype."""
+    from bitsmoe_modifier.sources.classes import load_published
 
-    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **kwargs})
+    return load_published(folder, **{"dtype": "auto", **kwargs})
 
 
 def packed_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

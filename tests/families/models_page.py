@@ -6,25 +6,30 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
-
-from model_families import FAMILIES, Family, config_of
+from building import Family, config_of
+from text_families import TEXT_FAMILIES
+from wrapper_families import WRAPPER_FAMILIES
 
 from bitsmoe_modifier.method.gating import Gating, gating_of
+from bitsmoe_modifier.sources.classes import auto_class_of, build_published
 from helpers import experts_names
+
+FAMILIES = (*WRAPPER_FAMILIES, *TEXT_FAMILIES)
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = """# Models
 
 <!-- Written by `python tests/families/models_page.py` from the test matrix in tests/families; do not edit. -->
 
-Every family in this table is tested with a tiny random model: quantized by `oneshot`, saved, loaded through
-`AutoModelForCausalLM`. The logits after loading are bit for bit those before saving; the unquantized model with the
-dequantized weights put into it gives the same up to float32 rounding; every tensor outside the packed experts (shared
-experts, dense layers, routers, norms) is bit for bit what it was; and so is a MoE layer that the recipe ignores. `make
+Every family in this table is tested with a tiny random model of the class that its checkpoints are published with,
+towers for images and sound included: its folder is quantized by `oneshot`, saved, and loaded through the auto class in
+the table. The logits after loading are bit for bit those before saving; the unquantized model with the dequantized
+weights put into it gives the same up to float32 rounding; every tensor outside the packed experts (shared experts,
+dense layers, routers, norms, towers) is bit for bit what it was; and so is a MoE layer that the recipe ignores. `make
 test` runs the rows marked ·, `make test-slow` all.
 
 """
@@ -48,7 +53,7 @@ def page() -> str:
         for family in FAMILIES
         if family.refusal
     ]
-    head = "| | model_type | class | experts | stored by transformers | gating |\n|---|---|---|---|---|---|\n"
+    head = "| | model_type | class | auto class | experts | stored by transformers | gating |\n" + "|---" * 7 + "|\n"
     return _HEAD + head + "\n".join(rows) + "\n" + _REFUSED + "\n".join(refused) + "\n" + _TAIL
 
 
@@ -59,7 +64,7 @@ def current_page() -> str:
 
 def _build(family: Family) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_of(family))
+        return build_published(config_of(family))
 
 
 def _row(family: Family) -> str:
@@ -71,6 +76,7 @@ def _row(family: Family) -> str:
         "·" if family.fast else "",
         family.model_type,
         type(model).__name__,
+        auto_class_of(model.config).__name__,
         f"`{path}`",
         _stored(experts),
         _gating(gating_of(experts)),
@@ -97,6 +103,8 @@ def _gating(gating: Gating) -> str:
 def _reason(family: Family) -> str:
     if "gate projection" in family.refusal:
         return "its experts have no gate projection, which the format needs"
+    if "next token" in family.refusal:
+        return "it does not predict the next token of a text, which calibration needs"
     return "its experts class does not follow transformers' common experts interface, so it cannot be linearized"
 
 

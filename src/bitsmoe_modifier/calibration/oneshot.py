@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch import nn
 
+from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
 from ..sources.text import dataloader
 from ..storage.folders import OutputFolder, check_new_folder, resolved
@@ -164,16 +165,13 @@ def _quantize(
 
 def _load(folder: Path, offload: Offload | None) -> Any:
     """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk."""
-    from transformers import AutoModelForCausalLM
-
+    auto = auto_class_of(read_auto_config(folder))
     if offload is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        return auto.from_pretrained(folder, dtype="auto")
     from compressed_tensors.offload import load_offloaded_model
 
-    with load_offloaded_model(extra_cpu_mem=offload.reserve_bytes):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map="auto_offload", offload_folder=offload.folder
-        )
+    with load_offloaded_model(auto, extra_cpu_mem=offload.reserve_bytes):
+        return auto.from_pretrained(folder, dtype="auto", device_map="auto_offload", offload_folder=offload.folder)
 
 
 @torch.no_grad()

@@ -4,20 +4,30 @@
   put back as ``(1 + weight) - 1``, which rounds a bfloat16 weight to a multiple of 2⁻⁸ or more. A norm that no modifier
   has touched gets its own weight back.
 - Linearizing a model keeps the fused experts of all layers until the last one is done, which doubles the memory of
-  an MoE model. `linearize` lets go of each layer's.
+  an MoE model. `linearizing` lets go of each layer's, and knows more families.
 - Llama 4's experts are linearized from ``config.text_config``, which a text-only Llama 4 does not have.
+- ``oneshot(model="FOLDER")`` loads every folder through `AutoModelForCausalLM`, which leaves out the vision tower of
+  some models and knows others not at all. Here it loads the class that config.json names.
+- It insists on the model's processor even for rows of tokens, and image processors need packages that text does not.
+  Where the processor cannot be made, the tokenizer stands in, and the processor's files are taken along as they are.
 """
 
 import importlib
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from compressed_tensors.distributed import is_source_process
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm
+from loguru import logger
 from torch import nn
+
+from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
+from ..sources.model import load_tokenizer
+from .linearizing import experts_modules, linearize
 
 
 def _install_norms() -> None:
@@ -35,17 +45,6 @@ def _install_norms() -> None:
     CalibrationOffsetNorm.restore = restore_exactly  # type: ignore[method-assign, assignment]
 
 
-def linearize(model: nn.Module) -> nn.Module:
-    """What llm-compressor's `linearize_moe` does, with one layer's experts in memory twice instead of all."""
-    config: Any
-    for name in [name for name, _ in get_non_linearized_moes(model)]:
-        experts: Any = model.get_submodule(name)
-        kind = LinearExperts2D.get_linear_experts_cls(type(experts))
-        config = getattr(experts, "config", model.config)
-        model.set_submodule(name, kind.from_experts_module(experts, config))
-    return model
-
-
 def _install_llama4() -> None:
     original = Llama4LinearExperts.from_experts_module.__func__  # type: ignore[attr-defined]
     if getattr(original, "takes_text_config", False):
@@ -59,8 +58,47 @@ def _install_llama4() -> None:
     Llama4LinearExperts.from_experts_module = classmethod(from_experts_module)  # type: ignore[method-assign, assignment]
 
 
+class _Published:
+    """Stands in for `AutoModelForCausalLM` where `oneshot` loads a folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, config: Any, **kwargs: Any) -> Any:
+        return auto_class_of(config).from_pretrained(folder, config=config, **kwargs)
+
+
+def _install_processors() -> None:
+    original, post_process = _entrypoints.initialize_processor_from_path, _oneshot.post_process
+    if getattr(original, "falls_back", False):
+        return
+
+    def initialize_processor_from_path(model_args: Any, model: Any) -> Any:
+        try:
+            return original(model_args, model)
+        except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
+            source = Path(model_args.processor or model.config._name_or_path)
+            if not source.is_dir() or not has_processor(source):
+                raise
+            logger.warning(f"{source}: the tokenizer stands in for the processor ({str(error).strip()[:200]})")
+            return load_tokenizer(source)
+
+    def post_process_with_files(*, model_args: Any = None, output_dir: Any = None, **kwargs: Any) -> None:
+        post_process(model_args=model_args, output_dir=output_dir, **kwargs)
+        source = Path(getattr(getattr(model_args, "model", None), "name_or_path", ""))
+        if output_dir is not None and is_source_process() and source.is_dir() and has_processor(source):
+            for name in PROCESSOR_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, Path(output_dir) / name)
+
+    initialize_processor_from_path.falls_back = True  # type: ignore[attr-defined]
+    _entrypoints.initialize_processor_from_path = initialize_processor_from_path
+    _oneshot.post_process = post_process_with_files
+
+
 _install_norms()
 _install_llama4()
 # a function of the same name hides the module as an attribute of its package
 _oneshot: Any = importlib.import_module("llmcompressor.entrypoints.oneshot")
-_oneshot.linearize_moe = linearize
+_oneshot.linearize_moe, _oneshot.get_non_linearized_moes = linearize, experts_modules
+_entrypoints: Any = importlib.import_module("llmcompressor.entrypoints.utils")
+_entrypoints.AutoModelForCausalLM = _Published
+_install_processors()

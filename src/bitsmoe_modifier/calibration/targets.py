@@ -10,8 +10,8 @@ import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import nn
+from transformers import GenerationMixin
 
 from ..errors import CalibrationError, RecipeError
 from ..method.gating import gating_of
@@ -19,6 +19,7 @@ from ..method.numerics import all_finite
 from ..method.quantize import DenseExperts, QuantizerSettings
 from ..runtime.experts import BitsMoEExperts
 from ..storage.layout import ExpertsLayout
+from .linearizing import experts_modules
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -30,6 +31,7 @@ def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
         RecipeError: when none is matched, or the model's experts are already quantized, or of a kind that the format
             cannot hold; naming the model's family.
     """
+    _check_class(model)
     matched = dict(match_named_modules(model, list(targets), list(ignore)))
     packed = [name for name, module in matched.items() if isinstance(module, BitsMoEExperts)]
     if packed:
@@ -53,11 +55,25 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         RecipeError: when the family is one that cannot be quantized.
     """
-    found = dict(get_non_linearized_moes(model))
+    _check_class(model)
+    found = dict(experts_modules(model))
     if not found:
         raise RecipeError(_unsupported(model))
     _check_gates(model, {name: LinearExperts2D.get_linear_experts_cls(type(m)).has_gate for name, m in found.items()})
     return found
+
+
+def _check_class(model: nn.Module) -> None:
+    """Refuse classes that cannot be calibrated on rows of tokens as one model."""
+    if type(model).forward is nn.Module.forward:
+        raise RecipeError(
+            f"{_family(model)} is not supported: it has no forward pass of its own, its parts run apart "
+            "from each other; there is nothing to calibrate"
+        )
+    if not isinstance(model, GenerationMixin):
+        raise RecipeError(
+            f"{_family(model)} is not supported: it does not predict the next token of a text, which calibration needs"
+        )
 
 
 def _check_gates(model: nn.Module, has_gate: dict[str, bool]) -> None:

@@ -1,16 +1,22 @@
-"""Causal attention in llm-compressor's sequential pipeline.
+"""Causal attention, and towers without images, in llm-compressor's sequential pipeline.
 
 llm-compressor 0.14 traces models under eager attention. Where a model picks its mask function by a variable, as
 Qwen3-MoE and Mixtral do, the trace calls `create_causal_mask` with a config that it rebuilds from ``config.to_dict()``.
 That leaves out the attention implementation, for which transformers then makes no mask; eager attention takes no mask
 for full attention, and calibration, GPTQ's included, lets every token see the whole row: on a tiny Qwen3-MoE the
-experts' inputs are off by 20 %. `install` makes rebuilt configs keep the implementation; it changes nothing else.
+experts' inputs are off by 20 %. `install` makes rebuilt configs keep the implementation.
+
+It also keeps what merges image features into a text from being traced: MiniMax-M3's function for it looks whether there
+are any images, which a trace cannot know.
 """
 
 from typing import Any
 
+from llmcompressor.pipelines.sequential import helpers
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from transformers import PreTrainedConfig
+
+_UNTRACED = ("get_placeholder_mask",)
 
 
 def install() -> None:
@@ -25,7 +31,13 @@ def install() -> None:
             made.kwargs = {**made.kwargs, "attn_implementation": value._attn_implementation}
         return made
 
+    autowrap: Any = helpers.autowrap_forwards
+
+    def autowrap_forwards(ancestors: Any, ignore: list[str]) -> Any:
+        return autowrap(ancestors, [*ignore, *_UNTRACED])
+
     create_arg.keeps_attention = True  # type: ignore[attr-defined]
+    helpers.autowrap_forwards = autowrap_forwards  # type: ignore[assignment]
     SequentialTracer.create_arg = create_arg  # type: ignore[method-assign, assignment]
 
 

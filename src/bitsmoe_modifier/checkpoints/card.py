@@ -8,6 +8,7 @@ import yaml
 
 from ..evaluation.columns import table
 from ..rendering import render
+from ..sources.classes import auto_class_of, has_processor, read_auto_config
 from ..storage.records import write_text
 from ..storage.sizes import expert_bytes, tensor_sizes
 from .describe import describe
@@ -55,6 +56,8 @@ def card(
         name=folder.name.removeprefix(".").removesuffix(".partial"),
         base=Path(base_model).name if local else base_model,
         packed=packed,
+        auto=auto_class_of(read_auto_config(folder)).__name__,
+        processor=has_processor(folder),
         sizes=sizes,
         quality=quality and {"table": table(quality["reference"], [quality["arm"]]), "how": quality["how"]},
         recipe=recipe.strip(),

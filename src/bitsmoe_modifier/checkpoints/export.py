@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..runtime.experts import BitsMoEExperts
+from ..sources.classes import load_published
 from ..sources.companions import copy_companions, let_save
 from ..storage.folders import OutputFolder
 
@@ -38,9 +39,7 @@ def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat1
 
 
 def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    model: Any = load_published(checkpoint, dtype="auto")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
     if not packed:
         raise CheckpointError(f"{checkpoint} has no experts packed by BitsMoE; there is nothing to decode")

@@ -13,6 +13,7 @@ import torch
 
 from ..calibration.recipe import Stage, check_stage, one_stage
 from ..errors import BitsMoEError, RecipeError
+from ..sources.classes import build_published, read_auto_config
 from ..sources.model import find_model
 from ..storage.folders import existing_parent
 from ..storage.sizes import TensorSize, tensor_sizes
@@ -70,16 +71,15 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
         RecipeError: when the family is not supported, or the recipe matches none of its layers or does not fit them.
     """
     from compressed_tensors.utils import match_named_modules
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..calibration.capture import choices_per_token
     from ..calibration.targets import check_sizes, fused_experts
     from ..loading.quantizer import experts_sizes
 
     try:
-        config = AutoConfig.from_pretrained(headers.source)
+        config = read_auto_config(headers.source)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = build_published(config)
     except (ValueError, OSError, KeyError) as error:
         raise RecipeError(f"{headers.source}: transformers cannot build this model ({error})") from error
     present = fused_experts(model)

@@ -9,23 +9,22 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..loading.decoding import load_decoded, misread_experts
+from ..sources.classes import load_published
 from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
 from .reference import Reference
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A checkpoint of any kind, for evaluation: through ``AutoModelForCausalLM``, as a user would load it.
+    """A checkpoint of any kind, for evaluation: as the class that its config.json names.
 
     Where transformers would read packed experts wrongly they are decoded by `decoding` instead.
 
     Raises:
         CheckpointError: when transformers found no weights for experts, and made some up.
     """
-    from transformers import AutoModelForCausalLM
-
     if misread_experts(Path(path)):
         return load_decoded(Path(path), dtype).to(device).eval()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    loaded: Any = load_published(path, dtype=dtype, output_loading_info=True)
     model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
     if missing:

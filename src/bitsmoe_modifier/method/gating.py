@@ -4,6 +4,7 @@ Every gated MoE family computes ``z = act(gate) * up`` up to clamps and constant
 constants as plain values, so that calibration, the plain forward, the kernels and vLLM share one definition.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,37 +19,44 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda g: F.relu(g).square(),
 }
 
 
 @dataclass(frozen=True)
 class Gating:
-    """``z = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``.
+    """``z = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``, or ``min(act(gate), limit) * …``.
 
     Attributes:
-        activation: "silu", "gelu", "gelu_tanh" or "relu".
+        activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2" (its square).
         limit: clamp of both inputs; None for none.
         alpha: slope inside the sigmoid of "silu": ``act(g) = g * sigmoid(alpha * g)`` (1.702 in gpt-oss).
         up_shift: added to ``up`` (1 in gpt-oss).
+        late_limit: whether the gate is clamped after its activation (Step 3.7).
     """
 
     activation: str = "silu"
     limit: float | None = None
     alpha: float = 1.0
     up_shift: float = 0.0
+    late_limit: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in _ACTIVATIONS:
             raise RecipeError(f"activation {self.activation!r} is not supported; known: {sorted(_ACTIVATIONS)}")
         if self.alpha != 1.0 and self.activation != "silu":
             raise RecipeError(f"alpha is defined for silu only, not for {self.activation!r}")
+        if self.late_limit and (self.activation != "silu" or self.limit is None or self.alpha != 1.0):
+            raise RecipeError("late_limit is defined for silu with a limit and without alpha only")
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Apply elementwise to ``gate`` and ``up`` of one shape; differentiable, same dtype out."""
         if self.limit is not None:
-            gate = gate.clamp(max=self.limit)
+            gate = gate if self.late_limit else gate.clamp(max=self.limit)
             up = up.clamp(min=-self.limit, max=self.limit)
         act = gate * torch.sigmoid(self.alpha * gate) if self.alpha != 1.0 else _ACTIVATIONS[self.activation](gate)
+        if self.late_limit and self.limit is not None:
+            act = act.clamp(max=self.limit)
         return act * (up + self.up_shift) if self.up_shift else act * up
 
 
@@ -66,10 +74,13 @@ def gating_of(experts: nn.Module) -> Gating:
     act_fn = getattr(owner, "act_fn", getattr(owner, "activation_fn", None))
     activation = "" if act_fn is None else _activation_of(act_fn)
     limit = getattr(experts, "limit", None) or getattr(experts, "swiglu_limit", None)
+    if limit is not None and math.isinf(limit):
+        limit = None
     alpha = getattr(experts, "alpha", None) or getattr(experts, "swiglu_alpha", None)
     candidates = [Gating(activation)] if activation else []
     if limit is not None:
         candidates += [Gating(activation or "silu", limit=float(limit))]
+        candidates += [Gating("silu", limit=float(limit), late_limit=True)]
         if alpha is not None:
             candidates += [Gating("silu", limit=float(limit), alpha=float(alpha), up_shift=1.0)]
     values = _probe_values(limit)

@@ -1,0 +1,94 @@
+"""The class that a checkpoint's config.json names, and the auto class of transformers that leads to it.
+
+Most models of today are published as a wrapper around a language model: `Qwen3_5MoeForConditionalGeneration` holds a
+vision tower beside the experts. `AutoModelForCausalLM` takes such a folder too, for some families by leaving the tower
+out without a word. What config.json lists under ``architectures`` is what was published, so it decides.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+#: auto classes of transformers whose models calibrate on text, from the plainest to the one that takes in most
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+#: what a model with a processor of images, sound or video has beside its tokenizer
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def auto_class_of(config: Any) -> Any:
+    """The auto class through which transformers builds the class that a configuration names.
+
+    Args:
+        config: a `PreTrainedConfig`; without ``architectures``, or with those of another version of transformers or of
+            a headless model, the auto class that makes most of it is taken: the one with the towers.
+
+    Raises:
+        CheckpointError: when no auto class knows models of this kind.
+    """
+    import transformers
+
+    named = set(config.architectures or ())
+    known = []
+    for name in AUTO_CLASSES:
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            known.append((auto, _class_names(auto._model_mapping[type(config)])))
+    for auto, classes in known:
+        if named & classes:
+            return auto
+    if not known:
+        raise CheckpointError(
+            f"model_type {config.model_type!r} ({', '.join(sorted(named)) or 'no architectures'}) is not a language "
+            f"model for transformers {transformers.__version__}: {', '.join(AUTO_CLASSES)} do not know it"
+        )
+    return known[-1][0]
+
+
+def class_of(config: Any) -> Any:
+    """The model class that `auto_class_of` leads to."""
+    classes = auto_class_of(config)._model_mapping[type(config)]
+    if not isinstance(classes, (list, tuple)):
+        return classes
+    return next((kind for kind in classes if kind.__name__ in (config.architectures or ())), classes[0])
+
+
+def read_auto_config(folder: Path | str) -> Any:
+    """A checkpoint's configuration as transformers reads it.
+
+    Raises:
+        CheckpointError: when transformers does not know the model type, or config.json is damaged.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot read its config.json ({error})") from error
+
+
+def load_published(folder: Path | str, **kwargs: Any) -> Any:
+    """``from_pretrained`` of the class that config.json names.
+
+    Args:
+        folder: of the checkpoint.
+        kwargs: as `from_pretrained` takes them.
+
+    Raises:
+        CheckpointError: when transformers does not know the model.
+    """
+    return auto_class_of(read_auto_config(folder)).from_pretrained(folder, **kwargs)
+
+
+def build_published(config: Any, **kwargs: Any) -> Any:
+    """A model with random weights of the class that a configuration names, on the default device."""
+    return auto_class_of(config).from_config(config, **kwargs)
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a checkpoint has a processor of images, sound or video beside its tokenizer."""
+    return any((folder / name).exists() for name in PROCESSOR_FILES)
+
+
+def _class_names(classes: Any) -> set[str]:
+    return {kind.__name__ for kind in (classes if isinstance(classes, (list, tuple)) else (classes,))}

@@ -1,0 +1,55 @@
+"""Folders as they are published, through the command line and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from building import Family, model_of
+from wrapper_families import WRAPPER_FAMILIES
+
+from bitsmoe_modifier.checkpoints.export import fused_weights
+from bitsmoe_modifier.cli import main
+from helpers import load, packed_modules
+from published import publish, stored_tensors
+from tiny_text import write_text
+
+RECIPE = "quant_stage: {quant_modifiers: {BitsMoEModifier: {bits: 4.0, group_size: 16, block_size: 16}}}"
+
+
+def family(model_type: str) -> Family:
+    return next(one for one in WRAPPER_FAMILIES if one.model_type == model_type)
+
+
+def quantize(folder: Path, out: Path, *options: str) -> int:
+    recipe, text = out.with_name("recipe.yaml"), write_text(out.with_name("calibration.txt"), 4000, seed=0)
+    recipe.write_text(RECIPE)
+    inputs = ["--model", str(folder), "--recipe", str(recipe), "--calibration", str(text)]
+    return main(["quantize", *inputs, "--out", str(out), "--samples", "16", "--seq-len", "32", *options])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", pytest.param("llama4", marks=pytest.mark.slow)])
+def test_a_wrapper_keeps_its_tower(model_type: str, tmp_path: Path) -> None:
+    dense = model_of(family(model_type), torch.bfloat16)
+    source, out, back = publish(dense, tmp_path / "dense"), tmp_path / "packed", tmp_path / "back"
+    assert quantize(source, out) == 0
+    loaded = load(out)
+    assert type(loaded) is type(dense)
+    assert len(packed_modules(loaded)) == 2
+    before, after = stored_tensors(source), stored_tensors(out)
+    others = [name for name in before if ".experts." not in name]
+    assert any("visual" in name or "vision" in name for name in others)
+    assert not [name for name in others if name not in after or not torch.equal(before[name], after[name])]
+    assert json.loads((out / "config.json").read_text())["architectures"] == [type(dense).__name__]
+    card = (out / "README.md").read_text()
+    assert "import AutoModelForImageTextToText, AutoProcessor" in card
+
+    assert main(["export", str(out), "--to", "dense", "--out", str(back), "--dtype", "bfloat16"]) == 0
+    assert type(load(back)) is type(dense)
+    exported = stored_tensors(back)
+    assert not [name for name in others if name not in exported or not torch.equal(before[name], exported[name])]
+    dense_again = load(back)
+    for name, module in packed_modules(loaded).items():
+        expected = fused_weights(module, dense_again.get_submodule(name), torch.bfloat16)
+        own = dict(dense_again.get_submodule(name).named_parameters())
+        assert all(torch.equal(own[leaf], tensor) for leaf, tensor in expected.items())
