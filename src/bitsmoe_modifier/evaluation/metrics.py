@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -70,25 +71,17 @@ def summarize(measured: TokenMetrics) -> Summary:
     """Reduce metrics ``[rows, positions]`` to the figures of the report."""
     kld = measured.kld.double()
     rows = kld.shape[0]
+    median, p90 = np.quantile(kld.numpy(), (0.5, 0.9))  # torch.quantile stops at 2²⁴ values
     stderr = kld.mean(1).std().item() / math.sqrt(rows) if rows > 1 else None
     return Summary(
         tokens=kld.numel(),
         perplexity=measured.nll.double().mean().exp().item(),
         kld_mean=kld.mean().item(),
-        kld_median=_quantile(kld, 0.5),
-        kld_p90=_quantile(kld, 0.9),
+        kld_median=float(median),
+        kld_p90=float(p90),
         kld_stderr=stderr,
         top1_agreement=measured.agree.double().mean().item(),
     )
-
-
-def _quantile(values: torch.Tensor, q: float) -> float:
-    """Linear interpolation between order statistics, for any number of values (torch.quantile stops at 2²⁴)."""
-    ordered = values.flatten().sort().values
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return torch.lerp(ordered[low], ordered[high], place - low).item()
 
 
 def chunks(n: int, vocabulary: int, megabytes: int = 64) -> Iterator[slice]:
