@@ -3,7 +3,7 @@
     python benchmarks/quality.py --out DIR                      the embedded demo model
     python benchmarks/quality.py --testbed DIR --out DIR        bookmoe and its texts
     python benchmarks/quality.py --model M --calibration C --eval-text T --out DIR      any other
-    python benchmarks/quality.py --ablate --budgets 2.125 …     one arm per ablation of the method
+    python benchmarks/quality.py --ablate --budgets 2.125 …     one stage per ablation of the method
 
 Every arm is a stage of a generated recipe and runs through `bitsmoe compare`: own process, same rows, checkpoint saved
 and loaded again, bits measured on the files. Prints one table (mean over seeds, spread as ± half the range) and writes
@@ -37,8 +37,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_refinement": {"refine_passes": 0},
     "two_refinements": {"refine_passes": 2},
     "layer_scope": {"scope": "layer"},
-    "widths_0246": {"widths": [0, 2, 4, 6]},
-    "widths_01234": {"widths": [0, 1, 2, 3, 4]},
+    "widths_0246": {"bit_widths": [0, 2, 4, 6]},
+    "widths_01234": {"bit_widths": [0, 1, 2, 3, 4]},
 }
 
 
@@ -47,7 +47,7 @@ def gptq(bits: int, group: int) -> dict[str, Any]:
     return {"GPTQModifier": {"config_groups": {"experts": _scheme(bits, group)}}}
 
 
-def nearest(bits: int, group: int) -> dict[str, Any]:
+def rtn(bits: int, group: int) -> dict[str, Any]:
     """Round-to-nearest by llm-compressor's QuantizationModifier, symmetric, on the experts."""
     return {"QuantizationModifier": {"config_groups": {"experts": _scheme(bits, group)}}}
 
@@ -68,7 +68,7 @@ def recipe(budgets: list[float], baselines: bool, ablate: bool, group: int = 128
     arms: dict[str, dict[str, Any]] = {}
     if baselines:
         arms.update({f"gptq_w{bits}": gptq(bits, group) for bits in (2, 3, 4)})
-        arms.update({f"nearest_w{bits}": nearest(bits, group) for bits in (2, 3, 4)})
+        arms.update({f"rtn_w{bits}": rtn(bits, group) for bits in (2, 3, 4)})
         arms["autoround_w2"] = autoround(2, group)
     for budget in budgets:
         label = str(budget).replace(".", "_")
@@ -115,7 +115,7 @@ def _value(arm: dict[str, Any], figure: str) -> float:
 
 def table(rows: list[dict[str, Any]], reference: float, floor: float) -> str:
     """The rows as a Markdown table."""
-    heads = ["arm", *(label for label, _, _ in FIGURES.values())]
+    heads = ["method", *(label for label, _, _ in FIGURES.values())]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         if "error" in row:
@@ -193,8 +193,8 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=256, help="evaluation rows of 256 tokens; 0: all")
     parser.add_argument("--task-items", type=int, default=0, help="multiple-choice items; 0: none are measured")
     parser.add_argument("--group", type=int, default=128, help="weights per scale of GPTQ and round-to-nearest")
-    parser.add_argument("--no-baselines", action="store_true", help="BitsMoE arms only")
-    parser.add_argument("--ablate", action="store_true", help="one arm per ablation and budget")
+    parser.add_argument("--no-baselines", action="store_true", help="BitsMoE only")
+    parser.add_argument("--ablate", action="store_true", help="one stage per ablation and budget")
     args = parser.parse_args()
     stages = recipe([float(b) for b in args.budgets.split(",")], not args.no_baselines, args.ablate, args.group)
     bed = args.testbed

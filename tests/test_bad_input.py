@@ -189,9 +189,9 @@ def test_bits_below_the_least(model: PreTrainedModel, out: Path) -> None:
 
 
 def test_bits_below_the_narrowest_width(model: PreTrainedModel, out: Path) -> None:
-    said = refused(model, out, [modifier(bits=2.5, widths=[2, 4])])
+    said = refused(model, out, [modifier(bits=2.5, bit_widths=[2, 4])])
     assert f"RecipeError: {FIRST}: bits 2.5 is below 3.0" in said
-    assert "add 0 to `widths`" in said
+    assert "add 0 to `bit_widths`" in said
 
 
 def test_bits_below_the_super_experts(model: PreTrainedModel, out: Path) -> None:

@@ -237,7 +237,7 @@ def test_inspect_prints_sizes_and_widths(packed, capsys):
     assert main(["inspect", str(packed)]) == 0
     out = capsys.readouterr().out
     assert "model.layers.0.mlp.experts: 8 experts of 32 × 64" in out
-    assert "down    widths" in out
+    assert "down    bit-widths" in out
 
 
 def test_inspect_prints_json(packed, capsys):

@@ -71,7 +71,7 @@ def test_defaults_are_those_of_the_pure_settings() -> None:
 def test_fields_reach_the_settings() -> None:
     fields = {
         "bits": 1.7,
-        "widths": [0, 3],
+        "bit_widths": [0, 3],
         "block_size": 32,
         "group_size": 64,
         "basis_bits": 8,
@@ -82,7 +82,18 @@ def test_fields_reach_the_settings() -> None:
         "solver": "pulp",
         "dampening_frac": 0.1,
     }
-    assert BitsMoEModifier(**fields).settings == QuantizerSettings(**{**fields, "widths": (0, 3)})
+    widths = tuple(fields["bit_widths"])
+    rest = {name: value for name, value in fields.items() if name != "bit_widths"}
+    assert BitsMoEModifier(**fields).settings == QuantizerSettings(**rest, widths=widths)
+
+
+def test_the_old_name_of_a_field_still_works_and_says_so() -> None:
+    with pytest.warns(FutureWarning, match="widths is called bit_widths now"):
+        made = BitsMoEModifier(widths=[2, 0])
+    assert made.bit_widths == [0, 2]
+    assert "widths" not in made.model_dump(), "a saved recipe has the new name only"
+    with pytest.raises(ValidationError, match="widths is the old name of bit_widths; leave it out"):
+        BitsMoEModifier(widths=[2, 0], bit_widths=[2, 0])
 
 
 def test_recipes_find_the_class_by_name() -> None:
@@ -93,7 +104,7 @@ def test_recipes_find_the_class_by_name() -> None:
 
 def test_recipe_survives_plain_yaml() -> None:
     """Fields are plain types: what llm-compressor dumps, the safe loader reads, into an equal modifier."""
-    original = modifier(super_experts=[f"{FIRST}.0"], widths=[0, 1, 8], ignore=["re:.*layers[.]0[.].*"])
+    original = modifier(super_experts=[f"{FIRST}.0"], bit_widths=[0, 1, 8], ignore=["re:.*layers[.]0[.].*"])
     text = Recipe.from_modifiers([original]).yaml()
     assert isinstance(yaml.safe_load(text), dict)
     (again,) = Recipe.create_instance(text).modifiers
@@ -101,7 +112,7 @@ def test_recipe_survives_plain_yaml() -> None:
 
 
 def test_widths_are_sorted_and_unique() -> None:
-    assert BitsMoEModifier(widths=[6, 0, 2, 2]).widths == [0, 2, 6]
+    assert BitsMoEModifier(bit_widths=[6, 0, 2, 2]).bit_widths == [0, 2, 6]
 
 
 @pytest.mark.parametrize(
@@ -110,10 +121,10 @@ def test_widths_are_sorted_and_unique() -> None:
         ("bits", 0, "greater than 0"),
         ("bits", 9, "less than or equal to 8"),
         ("bits", "two", "valid number"),
-        ("widths", [0, 5], r"widths \[5\] cannot be stored; choose from \[0, 1, 2, 3, 4, 6, 8\]"),
-        ("widths", [-2], r"widths \[-2\] cannot be stored"),
-        ("widths", [0], "at least one width above 0"),
-        ("widths", [], "at least one width above 0"),
+        ("bit_widths", [0, 5], r"bit_widths \[5\] cannot be stored; choose from \[0, 1, 2, 3, 4, 6, 8\]"),
+        ("bit_widths", [-2], r"bit_widths \[-2\] cannot be stored"),
+        ("bit_widths", [0], "at least one above 0"),
+        ("bit_widths", [], "at least one above 0"),
         ("block_size", 12, "12 is not a positive multiple of 8"),
         ("group_size", 0, "0 is not a positive multiple of 8"),
         ("group_size", -8, "-8 is not a positive multiple of 8"),
@@ -137,8 +148,11 @@ def test_bad_values_name_the_field(field: str, value: object, said: str) -> None
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"bits": 4.0, "widths": [0, 2]}, r"bits 4\.0 cannot be spent with widths \[0, 2\]; add wider ones"),
-        ({"super_experts": "auto", "widths": [2, 4]}, r"super_experts store no codes.*add 0 to widths \[2, 4\]"),
+        ({"bits": 4.0, "bit_widths": [0, 2]}, r"bits 4\.0 cannot be spent with bit_widths \[0, 2\]; add wider ones"),
+        (
+            {"super_experts": "auto", "bit_widths": [2, 4]},
+            r"super_experts.*add 0 to bit_widths \[2, 4\]",
+        ),
     ],
 )
 def test_fields_must_fit_each_other(fields: dict[str, object], said: str) -> None:

@@ -118,7 +118,7 @@ def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
     [
         ("BitsMoEModifier: {bits: -1}", r"a: bits: .*greater than 0"),
         ("BitsMoEModifier: {bitz: 2}", r"a: bitz: .*not permitted"),
-        ("BitsMoEModifier: {widths: [5]}", r"a: widths: .*5.* cannot be stored"),
+        ("BitsMoEModifier: {bit_widths: [5]}", r"a: bit_widths: .*5.* cannot be stored"),
         ("GPTQModifier: {block_size: many}", r"a: block_size: .*integer"),
         ("NoSuchModifier: {}", r"a: .*NoSuchModifier"),
     ],

@@ -50,7 +50,7 @@ def test_a_local_model_is_named_without_its_path(packed, tmp_path):
 
 
 def test_quality_is_a_table(packed):
-    quality = {"reference": REFERENCE, "arm": ours("bitsmoe_2_0", 2.0, 0.004), "how": "So it was measured."}
+    quality = {"reference": REFERENCE, "run": ours("bitsmoe_2_0", 2.0, 0.004), "how": "So it was measured."}
     write_card(packed[0], "org/model", RECIPE, WEIGHTS, quality)
     text = (packed[0] / "README.md").read_text()
     assert "| unquantized |" in text

@@ -30,9 +30,9 @@ def test_layers_are_described_as_they_were_packed(packed):
         assert layer["bytes"]["codes"] == made.codes_in.nbytes + made.codes_out.nbytes
         assert layer["bytes"]["scales"] == made.steps_in.nbytes + made.steps_out.nbytes
         assert layer["bits"] == pytest.approx(made.bits_per_weight)
-        assert layer["widths"]["gate"] == dict(Counter(made.widths_in[:, 0].flatten().tolist()))
-        assert layer["widths"]["up"] == dict(Counter(made.widths_in[:, 1].flatten().tolist()))
-        assert layer["widths"]["down"] == dict(Counter(made.widths_out.flatten().tolist()))
+        assert layer["bit_widths"]["gate"] == dict(Counter(made.widths_in[:, 0].flatten().tolist()))
+        assert layer["bit_widths"]["up"] == dict(Counter(made.widths_in[:, 1].flatten().tolist()))
+        assert layer["bit_widths"]["down"] == dict(Counter(made.widths_out.flatten().tolist()))
     total = sum(m.packed.nbytes for m in layers.values())
     assert found["bytes"]["packed experts"] == found["bytes"]["experts"] == total
 

@@ -125,7 +125,7 @@ def test_config_and_recipe_of_the_checkpoint(dense_checkpoint: Checkpoint, tmp_p
 def test_every_field_survives_the_saved_recipe(dense_checkpoint: Checkpoint, tmp_path: Path) -> None:
     changes = {
         "bits": 4.5,
-        "widths": [0, 1, 3, 8],
+        "bit_widths": [0, 1, 3, 8],
         "block_size": 8,
         "basis_bits": 8,
         "input_basis": "spectral",

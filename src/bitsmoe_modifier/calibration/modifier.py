@@ -1,5 +1,6 @@
 """`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -69,11 +70,11 @@ class BitsMoEModifier(Modifier):
     - on_finalize: raise if any layer was left undone; give experts that stay dense back their fused form
 
     Args:
-        bits: average bits per expert weight, everything stored counted: codes, steps, bases, widths, dense experts.
-        widths: bit-widths a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it).
-        block_size: consecutive spectral directions that share a width; a multiple of 8 that divides H.
+        bits: average bits per expert weight; codes, scales, bases, bit-widths and dense experts are all counted.
+        bit_widths: what a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it). Its old name `widths` goes with 0.2.
+        block_size: consecutive spectral directions that share a bit-width; a multiple of 8 that divides H.
             None: H / 16 within 16 and 128.
-        group_size: weights along I that share a step; a multiple of 8 that divides I.
+        group_size: weights along I that share a scale; a multiple of 8 that divides I.
         basis_bits: 16 (bfloat16), 8 or 4: storage of the shared bases.
         input_basis: basis shared by gate and up of all experts. "spectral", "none" (the hidden channels themselves), or
             "auto": what promises the lower loss at equal bytes, layer by layer.
@@ -101,7 +102,7 @@ class BitsMoEModifier(Modifier):
     requires_calibration_data: bool = True
 
     bits: float = Field(default=2.0, gt=0, le=8)
-    widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
+    bit_widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
     block_size: int | None = None
     group_size: int = 128
     basis_bits: Literal[4, 8, 16] = 4
@@ -132,14 +133,25 @@ class BitsMoEModifier(Modifier):
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
 
-    @field_validator("widths")
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, fields: Any) -> Any:
+        """Take a field by the name that it had before."""
+        if isinstance(fields, dict) and "widths" in fields:
+            if "bit_widths" in fields:
+                raise ValueError("widths is the old name of bit_widths; leave it out")
+            warnings.warn("widths is called bit_widths now; version 0.2 knows this name only", FutureWarning, 2)
+            return {"bit_widths" if name == "widths" else name: value for name, value in fields.items()}
+        return fields
+
+    @field_validator("bit_widths")
     @classmethod
     def _check_widths(cls, widths: list[int]) -> list[int]:
         unknown = sorted(set(widths) - set(WIDTHS))
         if unknown:
-            raise ValueError(f"widths {unknown} cannot be stored; choose from {list(WIDTHS)}")
+            raise ValueError(f"bit_widths {unknown} cannot be stored; choose from {list(WIDTHS)}")
         if not any(widths):
-            raise ValueError("widths needs at least one width above 0, e.g. [0, 2, 4, 6]")
+            raise ValueError("bit_widths needs at least one above 0, e.g. [0, 2, 4, 6]")
         return sorted(set(widths))
 
     @field_validator("block_size", "group_size")
@@ -151,10 +163,10 @@ class BitsMoEModifier(Modifier):
 
     @model_validator(mode="after")
     def _check_bits(self) -> "BitsMoEModifier":
-        if self.bits > max(self.widths) + 1:
-            raise ValueError(f"bits {self.bits} cannot be spent with widths {self.widths}; add wider ones")
-        if self.super_experts != "none" and 0 not in self.widths:
-            raise ValueError(f"super_experts store no codes, which takes width 0; add 0 to widths {self.widths}")
+        if self.bits > max(self.bit_widths) + 1:
+            raise ValueError(f"bits {self.bits} cannot be spent with bit_widths {self.bit_widths}; add wider ones")
+        if self.super_experts != "none" and 0 not in self.bit_widths:
+            raise ValueError(f"super_experts store no codes: bit-width 0; add 0 to bit_widths {self.bit_widths}")
         return self
 
     @property
@@ -162,7 +174,7 @@ class BitsMoEModifier(Modifier):
         """The fields that the pure modules need."""
         return QuantizerSettings(
             bits=self.bits,
-            widths=tuple(self.widths),
+            widths=tuple(self.bit_widths),
             block_size=self.block_size,
             group_size=self.group_size,
             basis_bits=self.basis_bits,

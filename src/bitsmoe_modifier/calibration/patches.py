@@ -1,4 +1,4 @@
-"""Faults of llm-compressor 0.14 that this package meets in other people's models; importing this module mends them.
+"""Faults of llm-compressor 0.14 that this package meets in other people's models; importing this module patches them.
 
 - Norms that multiply by ``1 + weight`` (Qwen3-Next, Qwen3.5, Gemma) are replaced by plain ones during calibration and
   put back as ``(1 + weight) - 1``, which rounds a bfloat16 weight to a multiple of 2⁻⁸ or more. A norm that no modifier

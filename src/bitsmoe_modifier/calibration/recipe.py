@@ -1,4 +1,4 @@
-"""Recipes as sets of arms: every ``NAME_stage`` of a YAML recipe is one way to quantize the model."""
+"""Recipes as sets of runs: every ``NAME_stage`` of a YAML recipe is one way to quantize the model."""
 
 import re
 from dataclasses import dataclass

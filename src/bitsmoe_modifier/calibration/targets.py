@@ -182,9 +182,8 @@ def check_sizes(
     least = coded * (1 - dense_share) + dense_bits * dense_share
     if settings.bits < least:
         raise RecipeError(
-            f"{name}: bits {settings.bits} is below {least:.3f}, what its bases, steps, narrowest widths and super "
-            "experts cost; raise `bits`, lower `basis_bits`, add 0 to `widths`, or set input_basis and output_basis to "
-            "none"
+            f"{name}: bits {settings.bits} is below {least:.3f}, what bases, scales, narrowest bit-widths and super "
+            "experts cost; raise `bits`, lower `basis_bits`, add 0 to `bit_widths`, or set both bases to none"
         )
 
 

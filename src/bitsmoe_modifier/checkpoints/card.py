@@ -24,7 +24,7 @@ def write_card(
         base_model: the unquantized model as the user named it.
         recipe: YAML that was run.
         expert_weights: routed-expert weights of the unquantized model.
-        quality: ``reference`` and ``arm``, entries of a comparison's report, and ``how``, a sentence; None where
+        quality: ``reference`` and ``run``, entries of a comparison's report, and ``how``, a sentence; None where
             nothing was measured.
     """
     write_text(folder / "README.md", card(folder, base_model, recipe, expert_weights, quality))
@@ -59,6 +59,6 @@ def card(
         auto=auto_class_of(read_auto_config(folder)).__name__,
         processor=has_processor(folder),
         sizes=sizes,
-        quality=quality and {"table": table(quality["reference"], [quality["arm"]]), "how": quality["how"]},
+        quality=quality and {"table": table(quality["reference"], [quality["run"]]), "how": quality["how"]},
         recipe=recipe.strip(),
     )

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: bytes by kind, widths, bases, tokens per expert. Reads headers and widths, no model."""
+"""What is in a checkpoint: bytes by kind, bit-widths, bases, tokens per expert. Reads headers, no weights."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class Layer:
         layout: its sizes.
         bits: per expert weight, everything stored counted.
         kinds: bytes by kind, "other" for header and checksums.
-        widths: units of every width, by matrix ("gate", "up", "down").
+        bit_widths: units of every bit-width, by matrix ("gate", "up", "down").
         report: what the quantization noted about it, {} where nothing is known.
     """
 
@@ -36,12 +36,12 @@ class Layer:
     layout: ExpertsLayout
     bits: float
     kinds: dict[str, int]
-    widths: dict[str, dict[int, int]]
+    bit_widths: dict[str, dict[int, int]]
     report: dict[str, Any]
 
 
 def describe_layer(name: str, stored: dict[str, Stored], report: dict[str, Any]) -> Layer:
-    """Read one layer's header and widths, and count its bytes.
+    """Read one layer's header and bit-widths, and count its bytes.
 
     Raises:
         CheckpointError: naming the tensor that is missing or does not fit the others.
@@ -96,7 +96,7 @@ def describe(folder: Path) -> dict[str, Any]:
                 "dense_experts": layer.layout.num_dense,
                 "bits": layer.bits,
                 "bytes": layer.kinds,
-                "widths": layer.widths,
+                "bit_widths": layer.bit_widths,
                 "quantization": layer.report,
             }
             for layer in layers
@@ -127,10 +127,10 @@ def render(found: dict[str, Any]) -> str:
             f"  bytes   {parts}",
             f"  bases   bits: {', '.join(bases)}; blocks of {layer['block_size']}, groups of {layer['group_size']}",
         ]
-        for matrix, counts in layer["widths"].items():
+        for matrix, counts in layer["bit_widths"].items():
             units = sum(counts.values())
             shares = "  ".join(f"{width}: {100 * n / units:4.1f} %" for width, n in counts.items())
-            lines.append(f"  {matrix:<7} widths  {shares}")
+            lines.append(f"  {matrix:<7} bit-widths  {shares}")
         noted = layer["quantization"]
         tokens = noted.get("tokens_per_expert")
         if tokens:

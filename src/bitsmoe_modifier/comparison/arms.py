@@ -1,4 +1,4 @@
-"""What the processes of a comparison do: check the recipe, record the reference, quantize and measure one arm."""
+"""What the processes of a comparison do: check the recipe, record the reference, quantize and measure one run."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     """Quantize the dense model by one stage, save the checkpoint, load it again and measure it.
 
     Returns:
-        The arm's entry of the report.
+        The entry of the report.
     """
     device = use_device(job.device)
     workspace = Workspace(job.out)

@@ -1,6 +1,6 @@
 """Run a function in a process of its own, with its output in a log file and its progress in a bar here.
 
-Arms run in processes of their own because oneshot leaves traces (a global session, changed conversion mappings),
+Runs have processes of their own because oneshot leaves traces (a global session, changed conversion mappings),
 because the peak memory of one must not hide another's, and because a crash must not take the others along. Importing
 the libraries takes ten seconds: on a CPU the processes are forked from a server that has imported them once. CUDA does
 not survive a fork, so there every process starts afresh.
@@ -151,7 +151,7 @@ def _ending(code: int | None) -> str:
 
 
 class Status:
-    """One line at the bottom of the terminal: which arm is running, what it does, for how long.
+    """One line at the bottom of the terminal: which run it is, what it does, for how long.
 
     Where there is no terminal (a log file), only the lines that stay are printed; in the modes of `messages` that have
     no bar, events.
@@ -160,7 +160,7 @@ class Status:
     def __init__(self, total: int) -> None:
         shape = "{n_fmt}/{total_fmt} |{bar:20}| {elapsed} {desc}"
         plain = True if messages.mode() != "text" else None  # None: disabled where there is no terminal
-        self._bar = tqdm(total=total, bar_format=shape, unit="arm", disable=plain, leave=False)
+        self._bar = tqdm(total=total, bar_format=shape, unit="run", disable=plain, leave=False)
         self._name = ""
         self._since = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The whole comparison: inputs checked, reference recorded, arms run one after the other, report written."""
+"""The whole comparison: inputs checked, reference recorded, recipes run one after the other, report written."""
 
 import hashlib
 import platform
@@ -35,7 +35,7 @@ class CompareSettings:
 
     Attributes:
         model: folder or hub name of the dense model.
-        recipe: recipe file, or the name of a shipped one; every stage is an arm.
+        recipe: recipe file, or the name of a shipped one; every stage is one run.
         calibration, eval_text: text file, table or dataset (see `data`).
         out: folder to write.
         arms: names of the stages to run; None: all.
@@ -48,7 +48,7 @@ class CompareSettings:
         tasks: lm-eval tasks (see `accuracy`).
         task_items: items per task at most; 0: all.
         text_column: column of tables and datasets.
-        preflight: refuse arms that this machine's memory or disk cannot hold.
+        preflight: refuse runs that this machine's memory or disk cannot hold.
         fresh: do not use what an earlier run in ``out`` finished.
         verbose: let the libraries print to the terminal instead of into log files.
     """
@@ -87,7 +87,7 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
         The content of report.json.
 
     Raises:
-        BitsMoEError: when the inputs cannot be used, before any long work. An arm that fails is an entry of the report.
+        BitsMoEError: when the inputs cannot be used, before any long work. A run that fails is an entry of the report.
     """
     with Workspace(resolved(settings.out)).alone():
         return _compare(settings, command)
@@ -157,7 +157,7 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     for stage, arm in zip(stages, arms, strict=True):
         if "error" not in arm:
             how = f"{' '.join(how_measured(report)[:2])} {LEGEND}"
-            quality = {"reference": report["reference"], "arm": arm, "how": how}
+            quality = {"reference": report["reference"], "run": arm, "how": how}
             write_card(workspace.checkpoint(stage.name), model.name, stage.text, model.expert_elements, quality)
     return report
 
@@ -213,7 +213,7 @@ class _Runner:
         return made["accuracy"], made["seconds"], []
 
     def arm(self, stage: Stage) -> dict[str, Any]:
-        """One arm's entry of the report, with its figures or its error."""
+        """One run's entry of the report, with its figures or its error."""
         head = {
             "name": stage.name,
             "modifiers": [kind for kind, _ in stage.modifiers],

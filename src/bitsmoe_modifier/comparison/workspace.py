@@ -1,12 +1,12 @@
 """The output folder of a comparison: what lies where, and when an existing one may be used again.
 
 report.json, report.html, report.md    the result (report.svg belongs to report.md)
-arms/NAME/                             the checkpoint of each arm, ready to load
+arms/NAME/                             the checkpoint of each run, ready to load
 logs/NAME.log                          what the libraries printed
 work/inputs.json                       what the comparison was made of; a rerun must match it
 work/rows.safetensors                  the token rows
 work/reference/                        the unquantized model's predictions
-work/results/NAME.json                 the figures of every finished arm, used again by a rerun
+work/results/NAME.json                 the figures of every finished run, used again by a rerun
 """
 
 import json
@@ -33,11 +33,11 @@ class Workspace:
         self.reference = folder / "work" / "reference"
 
     def checkpoint(self, arm: str) -> Path:
-        """Folder of an arm's checkpoint."""
+        """Folder of a run's checkpoint."""
         return self.folder / "arms" / arm
 
     def log(self, name: str) -> Path:
-        """Log file of an arm or of another process."""
+        """Log file of a run or of another process."""
         return self.folder / "logs" / f"{name}.log"
 
     @contextmanager
@@ -94,7 +94,7 @@ class Workspace:
             raise BitsMoEError(f"{self.folder} cannot be written ({error.strerror}); give another --out") from None
 
     def save_rows(self, calibration: torch.Tensor, evaluation: torch.Tensor) -> None:
-        """Keep the token rows for the arms' processes."""
+        """Keep the token rows for the processes of the runs."""
         rows = {"calibration": calibration.contiguous(), "evaluation": evaluation.contiguous()}
         save_file(rows, self.folder / "work" / "rows.safetensors")
 

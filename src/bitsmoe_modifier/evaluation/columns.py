@@ -1,40 +1,40 @@
-"""The summary of a comparison: a row per model, a column per figure, the best arm of each column marked."""
+"""The summary of a comparison: a row per model, a column per figure, the best run of each column marked."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Arm = dict[str, Any]
+Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A figure: its title, where an arm has it, how to print it, and which way is better (0: neither)."""
+    """A figure: its title, where a run has it, how to print it, and which way is better (0: neither)."""
 
     title: str
-    get: Callable[[Arm], float | None]
+    get: Callable[[Run], float | None]
     show: Callable[[float], str]
     better: int
 
-    def cells(self, rows: Sequence[Arm], arms: Sequence[Arm]) -> list[tuple[str, bool]]:
-        """Text of every row, and whether it is the best arm (the unquantized model does not compete)."""
-        values = [value for arm in arms if (value := self.get(arm)) is not None]
+    def cells(self, rows: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, bool]]:
+        """Text of every row, and whether it is the best run (the unquantized model does not compete)."""
+        values = [value for run in runs if (value := self.get(run)) is not None]
         best = (max if self.better > 0 else min)(values) if values and self.better else None
         return [
             ("–", False)
             if (value := self.get(row)) is None
-            else (self.show(value), value == best and any(row is arm for arm in arms))
+            else (self.show(value), value == best and any(row is run for run in runs))
             for row in rows
         ]
 
 
 def _figure(title: str, key: str, show: Callable[[float], str], better: int) -> _Column:
-    return _Column(title, lambda arm: arm.get(key), show, better)
+    return _Column(title, lambda run: run.get(key), show, better)
 
 
 def _accuracy(task: str) -> _Column:
     return _Column(
-        f"{task}, %", lambda arm: arm.get("accuracy", {}).get(task, {}).get("acc"), lambda v: f"{100 * v:.1f}", 1
+        f"{task}, %", lambda run: run.get("accuracy", {}).get(task, {}).get("acc"), lambda v: f"{100 * v:.1f}", 1
     )
 
 
@@ -52,18 +52,18 @@ _COLUMNS = (
 )
 
 
-def summary(reference: Arm, arms: Sequence[Arm]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Titles, and a row for the unquantized model and every arm that worked: cells as (text, best of its column)."""
-    rows = [reference, *arms]
+def summary(reference: Run, runs: Sequence[Run]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Titles, and a row for the unquantized model and every run that worked: cells as (text, best of its column)."""
+    rows = [reference, *runs]
     tasks = dict.fromkeys(task for row in rows for task in row.get("accuracy", {}))
     columns = [*_COLUMNS, *map(_accuracy, tasks)]
-    cells = [[(str(row["name"]), False) for row in rows], *(column.cells(rows, arms) for column in columns)]
+    cells = [[(str(row["name"]), False) for row in rows], *(column.cells(rows, runs) for column in columns)]
     return ["model", *(column.title for column in columns)], [list(row) for row in zip(*cells, strict=True)]
 
 
-def table(reference: Arm, arms: Sequence[Arm]) -> str:
+def table(reference: Run, runs: Sequence[Run]) -> str:
     """The summary as a Markdown table, the best of every column in bold."""
-    heads, rows = summary(reference, arms)
+    heads, rows = summary(reference, runs)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     lines += [[f"**{text}**" if best else text for text, best in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

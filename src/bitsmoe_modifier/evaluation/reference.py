@@ -1,7 +1,7 @@
-"""The unquantized model's predictions on the evaluation rows, kept on disk: computed once, read by every arm.
+"""The unquantized model's predictions on the evaluation rows, kept on disk: computed once, read by every run.
 
 Log-probabilities are too large to keep (100,000 tokens of a 150,000-word vocabulary: 60 GB in float32), and computing
-them beside every arm would need both models in memory at once. What is kept is the input of the model's last linear
+them beside every run would need both models in memory at once. What is kept is the input of the model's last linear
 layer, H numbers a token instead of V, together with that layer: the reference's logits are then one matrix product
 away, exactly as the model computed them. Where a model does more after its last layer (soft-capping, scaling), this is
 noticed on the first rows and the logits themselves are kept.

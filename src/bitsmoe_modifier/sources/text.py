@@ -1,4 +1,4 @@
-"""Text to token rows: the calibration and evaluation rows that every arm of a comparison shares.
+"""Text to token rows: the calibration and evaluation rows that all runs of a comparison share.
 
 A source is a text file, a table of documents (`tables`; what may be in its rows: `documents`) or a dataset of the
 `datasets` library, written ``NAME[:CONFIG][@SPLIT]`` (``Salesforce/wikitext:wikitext-2-raw-v1@test``).
@@ -44,7 +44,7 @@ class Text:
 def read_text(source: str, column: str = "text", tokens: int | None = None, tokenizer: Any = None) -> Text:
     """Read a text file, or join the documents of a table or dataset with blank lines.
 
-    What had to be skipped or mended is said on stderr.
+    What had to be skipped or repaired is said on stderr.
 
     Args:
         source: path of a file, or ``NAME[:CONFIG][@SPLIT]`` of a dataset (split ``train`` unless given).
