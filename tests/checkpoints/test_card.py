@@ -25,7 +25,7 @@ WEIGHTS = 2 * 8 * 3 * 32 * 64
 
 def test_a_card_of_a_hub_model(packed):
     folder, experts = packed
-    text = card(folder, "org/model", RECIPE, WEIGHTS)
+    text = card(folder, "org/model", RECIPE)
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["base_model"] == "org/model"
     assert "bitsmoe" in metadata["tags"]
@@ -37,13 +37,13 @@ def test_a_card_of_a_hub_model(packed):
 
 
 def test_an_odd_name_stays_yaml(packed):
-    text = card(packed[0], 'org/a: "b" # <c>', RECIPE, WEIGHTS)
+    text = card(packed[0], 'org/a: "b" # <c>', RECIPE)
     assert yaml.safe_load(text.split("---")[1])["base_model"] == 'org/a: "b" # <c>'
     assert 'org/a: "b" # <c>, quantized by' in text, "Markdown is not HTML"
 
 
 def test_a_local_model_is_named_without_its_path(packed, tmp_path):
-    text = card(packed[0], str(tmp_path), RECIPE, WEIGHTS)
+    text = card(packed[0], str(tmp_path), RECIPE)
     assert "base_model" not in text
     assert str(tmp_path) not in text
     assert f"{tmp_path.name}, quantized by" in text
@@ -51,7 +51,7 @@ def test_a_local_model_is_named_without_its_path(packed, tmp_path):
 
 def test_quality_is_a_table(packed):
     quality = {"reference": REFERENCE, "run": ours("bitsmoe_2_0", 2.0, 0.004), "how": "So it was measured."}
-    write_card(packed[0], "org/model", RECIPE, WEIGHTS, quality)
+    write_card(packed[0], "org/model", RECIPE, quality)
     text = (packed[0] / "README.md").read_text()
     assert "| unquantized |" in text
     assert "| bitsmoe_2_0 |" in text
@@ -59,4 +59,4 @@ def test_quality_is_a_table(packed):
 
 
 def test_a_dense_checkpoint_needs_no_plugin(dense_checkpoint):
-    assert "bitsmoe_modifier" not in card(dense_checkpoint("qwen3_moe"), "org/model", RECIPE, WEIGHTS)
+    assert "bitsmoe_modifier" not in card(dense_checkpoint("qwen3_moe"), "org/model", RECIPE)

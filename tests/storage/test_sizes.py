@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitsmoe_modifier.errors import CheckpointError, RecipeError
 from bitsmoe_modifier.sources.model import open_dense
-from bitsmoe_modifier.storage.sizes import checkpoint_bytes, expert_bytes, expert_elements, tensor_sizes
+from bitsmoe_modifier.storage.sizes import (
+    bits_per_expert_weight,
+    checkpoint_bytes,
+    expert_bytes,
+    expert_elements,
+    tensor_sizes,
+)
+from helpers import pack_randomly, save, tiny_model
 
 TENSORS = {
     "model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(6, 4, dtype=torch.bfloat16),
@@ -64,6 +71,54 @@ def test_cut_off_files_are_refused(tmp_path: Path, keep):
 def test_a_folder_without_weights_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="has no safetensors files"):
         tensor_sizes(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- bits per expert weight
+
+
+@pytest.mark.parametrize("kept", ["all", "first", "mtp-in-bf16"])
+def test_bits_count_the_packed_modules_against_their_own_weights(kept: str, tmp_path: Path):
+    """Layers that a recipe ignores and multi-token-prediction experts, kept in bf16 or dropped, change nothing."""
+    model = tiny_model("qwen3_moe")
+    names = ["model.layers.1.mlp.experts"] if kept == "first" else None
+    layers = pack_randomly(model, names)
+    folder = save(model, tmp_path / "m")
+    if kept == "mtp-in-bf16":
+        tensors = load_file(folder / "model.safetensors")
+        for expert in range(8):
+            for projection in ("gate", "up", "down"):
+                tensors[f"mtp.layers.0.mlp.experts.{expert}.{projection}_proj.weight"] = torch.zeros(32, 64).bfloat16()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    packed = sum(layer.packed.nbytes for layer in layers.values())
+    assert bits_per_expert_weight(folder) == 8 * packed / (len(layers) * 8 * 3 * 32 * 64)
+
+
+@pytest.mark.parametrize(
+    ("parts", "bits"),
+    [
+        ({"weight_packed": torch.zeros(6, 2, dtype=torch.int32), "weight_shape": torch.tensor([6, 16])}, 4 + 128 / 96),
+        ({"weight_packed": torch.zeros(6, 2, dtype=torch.int32), "weight_shape": torch.tensor([6, 21])}, 512 / 126),
+        ({"weight": torch.zeros(6, 16, dtype=torch.int8)}, 8),
+        ({"weight": torch.zeros(6, 16).to(torch.float8_e4m3fn)}, 8),
+        ({"weight_packed": torch.zeros(6, 8, dtype=torch.uint8)}, 4),
+    ],
+    ids=["int4", "int3", "int8", "float8", "float4"],
+)
+def test_bits_of_quantized_linears(parts: dict[str, torch.Tensor], bits: float, tmp_path: Path):
+    linear = {f"a.experts.0.up_proj.{leaf}": tensor for leaf, tensor in parts.items()}
+    scales = {"a.experts.0.up_proj.weight_scale": torch.zeros(6, dtype=torch.bfloat16)}
+    kept = {"a.experts.1.up_proj.weight": torch.zeros(6, 16), "a.up_proj.weight": torch.zeros(6, 16)}
+    save_file({**linear, **scales, **kept}, tmp_path / "model.safetensors")
+    weights = 6 * 21 if bits == 512 / 126 else 6 * 16
+    assert bits_per_expert_weight(tmp_path) == pytest.approx(bits + 16 * 6 / weights)
+
+
+def test_bits_of_an_unquantized_model(tmp_path: Path):
+    save_file({"a.experts.0.up_proj.weight": torch.zeros(6, 4).bfloat16()}, tmp_path / "model.safetensors")
+    assert bits_per_expert_weight(tmp_path) == 16
+    save_file({"a.up_proj.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has no routed experts"):
+        bits_per_expert_weight(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ open_dense

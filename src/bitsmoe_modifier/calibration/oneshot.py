@@ -21,12 +21,10 @@ from torch import nn
 
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
+from ..sources.provenance import REPORT_NAME, source_record
 from ..sources.text import dataloader
 from ..storage.folders import OutputFolder, check_new_folder, resolved
 from .fingerprint import fingerprint, rows_digest
-
-#: in a checkpoint's folder: what it was made of, and what was noted about every layer; `bitsmoe inspect` shows it
-REPORT_NAME = "bitsmoe_report.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class QuantizeSettings:
         calibrate_all_experts: send every token through every expert (llm-compressor's default). Off by default: GPTQ's
             Hessians then come from the tokens that an expert sees in use, as BitsMoE's statistics always do.
         seed: by which the rows were chosen, for the record.
+        model_name: as the user named the model, for the record; None: that of its folder.
         offload: for models larger than memory, with ``dtype`` None; None: all weights are in memory.
     """
 
@@ -62,6 +61,7 @@ class QuantizeSettings:
     calibrate_all_experts: bool = False
     seed: int | None = None
     offload: Offload | None = None
+    model_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def _quantize(
     from . import patches, tracing  # noqa: F401 - for every modifier alike
 
     started = time.perf_counter()
+    source = source_record(model_folder, settings.model_name)
     model = _load(model_folder, settings.offload)
     let_save(model)
     stored_dtype = model.dtype
@@ -148,9 +149,10 @@ def _quantize(
             model.save_pretrained(temporary)
             copy_companions(model_folder, temporary)
             _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
+            noted: dict[str, Any] = {"source": source, "layers": reports}
             if reports:
-                noted = {"layers": reports, "made_of": {**made_of, "seed": settings.seed}}
-                (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
+                noted["made_of"] = {**made_of, "seed": settings.seed}
+            (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
     record = QuantizeRecord(
         load_seconds=loaded - started,
         seconds=finished - loaded,

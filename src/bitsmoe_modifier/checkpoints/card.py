@@ -10,33 +10,28 @@ from ..evaluation.columns import table
 from ..rendering import render
 from ..sources.classes import auto_class_of, has_processor, read_auto_config
 from ..storage.records import write_text
-from ..storage.sizes import expert_bytes, tensor_sizes
+from ..storage.sizes import bits_per_expert_weight
 from .describe import describe
 
 
-def write_card(
-    folder: Path, base_model: str, recipe: str, expert_weights: int, quality: Mapping[str, Any] | None = None
-) -> None:
+def write_card(folder: Path, base_model: str, recipe: str, quality: Mapping[str, Any] | None = None) -> None:
     """Write the checkpoint's README.md.
 
     Args:
         folder: of the checkpoint.
         base_model: the unquantized model as the user named it.
         recipe: YAML that was run.
-        expert_weights: routed-expert weights of the unquantized model.
         quality: ``reference`` and ``run``, entries of a comparison's report, and ``how``, a sentence; None where
             nothing was measured.
     """
-    write_text(folder / "README.md", card(folder, base_model, recipe, expert_weights, quality))
+    write_text(folder / "README.md", card(folder, base_model, recipe, quality))
 
 
-def card(
-    folder: Path, base_model: str, recipe: str, expert_weights: int, quality: Mapping[str, Any] | None = None
-) -> str:
+def card(folder: Path, base_model: str, recipe: str, quality: Mapping[str, Any] | None = None) -> str:
     """The card as Markdown with the hub's metadata; see `write_card`."""
     found = describe(folder)
     packed = bool(found["layers"])
-    bits = 8 * expert_bytes(tensor_sizes(folder)) / expert_weights
+    bits = bits_per_expert_weight(folder)
     # a path means nothing on another machine, and may say more than it should
     local = Path(base_model).exists()
     metadata: dict[str, Any] = {} if local else {"base_model": base_model, "base_model_relation": "quantized"}

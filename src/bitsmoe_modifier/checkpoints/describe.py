@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..calibration.oneshot import REPORT_NAME
 from ..errors import CheckpointError
 from ..sources.model import read_config
+from ..sources.provenance import REPORT_NAME
 from ..storage.layout import ExpertsLayout
 from ..storage.packed import TENSOR_NAMES
 from ..storage.shards import Stored, checkpoint_files, packed_modules, read_json, read_structure, scan

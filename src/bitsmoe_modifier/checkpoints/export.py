@@ -5,6 +5,7 @@ architecture, and transformers saves those under the names that the architecture
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..errors import CheckpointError
 from ..runtime.experts import BitsMoEExperts
 from ..sources.classes import load_published
 from ..sources.companions import copy_companions, let_save
+from ..sources.provenance import REPORT_NAME, read_source
 from ..storage.folders import OutputFolder
 
 
@@ -61,6 +63,9 @@ def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
     with output.written() as folder:
         dense.save_pretrained(folder)
         copy_companions(checkpoint, folder)
+        source = read_source(checkpoint)
+        if source:
+            (folder / REPORT_NAME).write_text(json.dumps({"source": source, "layers": {}}), encoding="utf-8")
 
 
 def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -55,6 +55,27 @@ def read_headers(model: str) -> Headers:
     return Headers(model, sizes)
 
 
+def check_unquantized(model: str, headers: Headers) -> None:
+    """Refuse a checkpoint that is quantized already.
+
+    Raises:
+        RecipeError: naming its format.
+    """
+    from transformers import AutoConfig
+
+    try:
+        scheme = getattr(AutoConfig.from_pretrained(headers.source), "quantization_config", None)
+    except (ValueError, OSError, KeyError):
+        return  # `model_shape` says what is wrong with it
+    if scheme is not None:
+        known = scheme if isinstance(scheme, dict) else vars(scheme)
+        kind = known.get("format") or known.get("quant_method") or "of an unknown kind"
+        raise RecipeError(
+            f"{model} is quantized already ({kind}); plan takes the unquantized model, `bitsmoe inspect` shows what a "
+            "finished checkpoint holds"
+        )
+
+
 def bitsmoe_fields(stage: Stage) -> dict[str, Any] | None:
     """The fields of the stage's BitsMoEModifier, None where it has none."""
     return next((dict(fields) for kind, fields in stage.modifiers if kind == "BitsMoEModifier"), None)
@@ -142,6 +163,7 @@ def plan_command(
     if fields is None:
         raise RecipeError(f"the stage {chosen.name} has no BitsMoEModifier to plan for")
     headers = read_headers(model)
+    check_unquantized(model, headers)
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

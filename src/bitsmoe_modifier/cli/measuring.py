@@ -96,7 +96,15 @@ def compare(
 )
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of the quantized model.")],
-    model: o.ModelOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|ID", help="The unquantized model.", show_default="what the checkpoint says it was made from"
+        ),
+    ] = None,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Measure against --model even if it was made from another one.")
+    ] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")
     ] = None,
@@ -137,7 +145,8 @@ def evaluate(
 
         figures = evaluate_one(
             checkpoint=checkpoint,
-            model=model or demo_asset("docmoe"),
+            model=model,
+            any_model=any_model,
             eval_text=eval_text or demo_asset("docmoe_heldout.txt"),
             eval_rows=eval_rows,
             options=Options(

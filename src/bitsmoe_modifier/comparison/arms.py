@@ -20,7 +20,7 @@ from ..evaluation.metrics import Summary
 from ..evaluation.reference import load, record
 from ..loading.decoding import misread_experts
 from ..sources.model import load_tokenizer
-from ..storage.sizes import checkpoint_bytes, expert_bytes, tensor_sizes
+from ..storage.sizes import bits_per_expert_weight, checkpoint_bytes
 from .workspace import Workspace
 
 #: rows of the noise floor: it is a second run of the dense model, in a dtype that a CPU may be slow at
@@ -34,7 +34,6 @@ class Job:
     Attributes:
         model: folder of the dense model.
         model_name: as the user named it.
-        expert_elements: its expert weights.
         out: folder of the comparison.
         device: where models run.
         dtype: what models compute in while they are calibrated and measured.
@@ -46,7 +45,6 @@ class Job:
 
     model: Path
     model_name: str
-    expert_elements: int
     out: Path
     device: str
     dtype: torch.dtype
@@ -117,15 +115,17 @@ def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
     checkpoint = workspace.checkpoint(stage.name)
     shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
     batch = stage.calibration_batch(job.batch_size)
-    settings = QuantizeSettings(batch, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed)
+    settings = QuantizeSettings(
+        batch, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed, model_name=job.model_name
+    )
     made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
-    write_card(checkpoint, job.model_name, stage.text, job.expert_elements)
+    write_card(checkpoint, job.model_name, stage.text)
     misread = misread_experts(checkpoint)
     warnings = [*made.warnings, *([f"{misread}; measured on weights decoded here"] if misread else [])]
     started = time.perf_counter()
     summary = measure(job, checkpoint, device)
     return {
-        **sizes_of(checkpoint, job.expert_elements),
+        **sizes_of(checkpoint),
         "load_seconds": made.load_seconds,
         "quantize_seconds": made.seconds,
         "save_seconds": made.save_seconds,
@@ -155,11 +155,10 @@ def run_tasks(job: Job, checkpoint: Path) -> dict[str, Any]:
     return {"accuracy": accuracy, "seconds": time.perf_counter() - started}
 
 
-def sizes_of(checkpoint: Path, expert_elements: int) -> dict[str, Any]:
+def sizes_of(checkpoint: Path) -> dict[str, Any]:
     """The sizes of a saved checkpoint as the report names them."""
-    sizes = tensor_sizes(checkpoint)
     return {
-        "measured_bits_per_expert_weight": 8 * expert_bytes(sizes) / expert_elements,
+        "measured_bits_per_expert_weight": bits_per_expert_weight(checkpoint),
         "checkpoint_bytes": checkpoint_bytes(checkpoint),
     }
 

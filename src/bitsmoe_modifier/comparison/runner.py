@@ -118,7 +118,6 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     job = Job(
         model=model.folder,
         model_name=model.name,
-        expert_elements=model.expert_elements,
         out=workspace.folder,
         device=device,
         dtype=dtype,
@@ -158,7 +157,7 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
         if "error" not in arm:
             how = f"{' '.join(how_measured(report)[:2])} {LEGEND}"
             quality = {"reference": report["reference"], "run": arm, "how": how}
-            write_card(workspace.checkpoint(stage.name), model.name, stage.text, model.expert_elements, quality)
+            write_card(workspace.checkpoint(stage.name), model.name, stage.text, quality)
     return report
 
 

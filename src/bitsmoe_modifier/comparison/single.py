@@ -24,9 +24,9 @@ from ..evaluation.reference import record
 from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
 from ..sources.model import find_model, load_tokenizer, open_dense
+from ..sources.provenance import check_predictions, check_source, source_of
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
 from ..storage.folders import OutputFolder, check_new_folder, existing_parent, resolved
-from ..storage.sizes import checkpoint_bytes, expert_bytes, tensor_sizes
 from .arms import sizes_of, stored_dtype, use_device
 from .runner import DTYPES, resolve_device, resolve_dtype
 
@@ -112,7 +112,12 @@ def _quantize_each(
     for stage in stages:
         check_stage(stage)
     settings = QuantizeSettings(
-        options.batch_size, dtype, options.pipeline, options.calibrate_all_experts, options.seed
+        options.batch_size,
+        dtype,
+        options.pipeline,
+        options.calibrate_all_experts,
+        options.seed,
+        model_name=model,
     )
     run = rows.numel(), dtype, str(device)
     made = []
@@ -132,18 +137,18 @@ def _quantize_each(
             with _pointing_at(options.resume_dir, output):
                 record = quantize(dense.folder, with_fields(stage, resume_dir=kept).text, rows, output, settings)
             if ranks.first:
-                made.append(_finished(output.path, model, stage, dense.expert_elements, record))
+                made.append(_finished(output.path, model, stage, record))
     return made
 
 
-def _finished(out: Path, model: str, stage: Stage, expert_elements: int, made: QuantizeRecord) -> dict[str, Any]:
+def _finished(out: Path, model: str, stage: Stage, made: QuantizeRecord) -> dict[str, Any]:
     """Write the card of a saved checkpoint, and say what it took."""
     try:
-        write_card(out, model, stage.text, expert_elements)
+        write_card(out, model, stage.text)
     except OSError as error:  # the checkpoint is there
         messages.say("warning", f"{out}: its README.md could not be written ({error})")
     return {
-        **sizes_of(out, expert_elements),
+        **sizes_of(out),
         "load_seconds": made.load_seconds,
         "quantize_seconds": made.seconds,
         "save_seconds": made.save_seconds,
@@ -189,23 +194,36 @@ def _offload(
         yield Offload(Path(folder), working_memory(stage, model, tokens, dtype, device))
 
 
-def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, options: Options) -> dict[str, Any]:
+def evaluate_one(
+    checkpoint: str, model: str | None, eval_text: str, eval_rows: int, options: Options, any_model: bool = False
+) -> dict[str, Any]:
     """Measure one checkpoint against the unquantized model.
+
+    Args:
+        checkpoint: folder or hub name.
+        model: the unquantized model; None: the one that the checkpoint says it was made from.
+        eval_text: as the command line takes it.
+        eval_rows: rows at most; 0: the whole text.
+        options: the rest.
+        any_model: measure against ``model`` even if the checkpoint was made from another one.
 
     Returns:
         ``reference`` and ``checkpoint``: their figures, named as in report.json.
 
     Raises:
-        BitsMoEError: when the inputs cannot be used.
+        BitsMoEError: when the inputs cannot be used, or the checkpoint was made from another model.
     """
     folder = find_model(checkpoint)
-    dense = open_dense(model)
+    dense = open_dense(model or source_of(folder))
+    if not any_model:
+        check_source(folder, dense.name, dense.folder)
+    check_predictions(folder, dense.name, dense.folder)
     device = use_device(resolve_device(options.device))
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)
     tokenizer = load_tokenizer(dense.folder)
     text = read_text(eval_text, options.text_column, eval_rows * options.seq_len or None, tokenizer)
     rows = evaluation_rows(tokenize(text, tokenizer), options.seq_len, eval_rows, text.source)
-    sizes = tensor_sizes(folder)
+    sizes = sizes_of(folder)
     set_up_logging(options.verbose)
     import bitsmoe_modifier  # noqa: F401 - registers the loader
 
@@ -229,8 +247,7 @@ def evaluate_one(checkpoint: str, model: str, eval_text: str, eval_rows: int, op
         },
         "checkpoint": {
             "name": folder.name,
-            "measured_bits_per_expert_weight": 8 * expert_bytes(sizes) / dense.expert_elements,
-            "checkpoint_bytes": checkpoint_bytes(folder),
+            **sizes,
             **asdict(figures),
             "accuracy": compare_accuracy(accuracy[1], accuracy[0]),
         },

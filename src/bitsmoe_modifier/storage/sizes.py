@@ -1,16 +1,26 @@
 """What a checkpoint weighs: read from the headers of its safetensors files, so from what is stored, not what was meant.
 
-*Bits per expert weight* are 8 × the bytes of all tensors stored under ``.experts.`` (codes, steps or scales, bases,
-widths, shapes, checksums: everything) divided by the number of expert weights of the unquantized model.
+*Bits per expert weight* are 8 × the bytes of everything stored for the experts modules that were quantized (codes,
+steps or scales, bases, widths, shapes, checksums, biases) divided by the weights of those same modules. Experts that a
+recipe leaves as they are (``ignore``, multi-token prediction), and those that are not in the checkpoint, count neither
+above nor below the line.
 """
 
 import json
 import math
 import struct
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .shards import checkpoint_files, scan
+import torch
+from safetensors import safe_open
+
+from ..errors import CheckpointError
+from .layout import ExpertsLayout
+from .packed import TENSOR_NAMES
+from .shards import Stored, checkpoint_files, packed_modules, scan
 
 
 @dataclass(frozen=True)
@@ -66,3 +76,56 @@ def expert_bytes(sizes: dict[str, TensorSize]) -> int:
 def is_expert(name: str) -> bool:
     """Whether a tensor belongs to the routed experts (``mlp.experts.3.up_proj.weight``; not the shared ones)."""
     return ".experts." in name
+
+
+def bits_per_expert_weight(folder: Path) -> float:
+    """Bits per weight of the routed experts that were quantized; of all, where none was.
+
+    Raises:
+        CheckpointError: when the folder has no safetensors files, one of them is damaged, or there are no experts.
+    """
+    stored = {key: one for key, one in scan(map(str, checkpoint_files(folder))).items() if is_expert(key)}
+    sizes = {key: size for key, size in tensor_sizes(folder).items() if is_expert(key)}
+    packed = packed_modules(stored)
+    weights = bits = 0
+    for name, parts in packed.items():
+        weights += ExpertsLayout.from_tensor(parts["layout"].read()).dense_elements if "layout" in parts else 0
+        bits += 8 * sum(sizes[f"{name}.{leaf}"].nbytes for leaf in parts)
+    linears: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for key, one in stored.items():
+        module, _, leaf = key.rpartition(".")
+        if module not in packed and leaf not in TENSOR_NAMES:
+            linears[module][leaf] = one
+    shapes = _read_all(parts["weight_shape"] for parts in linears.values() if "weight_shape" in parts)
+    for name, parts in linears.items():
+        count = _linear_weights(parts, shapes)
+        if count:
+            weights += count
+            bits += 8 * sum(sizes[f"{name}.{leaf}"].nbytes for leaf in parts)
+    if not weights:
+        weights, bits = expert_elements(sizes), 8 * expert_bytes(sizes)
+    if not weights:
+        raise CheckpointError(f"{folder} has no routed experts (no tensor under '.experts.')")
+    return bits / weights
+
+
+def _linear_weights(parts: dict[str, Stored], shapes: dict[str, torch.Tensor]) -> int:
+    """Weights of a quantized Linear of compressed-tensors; 0 of one that is not quantized."""
+    if "weight_shape" in parts:
+        return math.prod(shapes[parts["weight_shape"].key].tolist())
+    if "weight_packed" in parts:
+        packed = parts["weight_packed"]
+        return math.prod(packed.shape) * (2 if packed.dtype is torch.uint8 else 1)  # two 4-bit floats in a byte
+    return math.prod(parts["weight"].shape) if "weight" in parts and "weight_scale" in parts else 0
+
+
+def _read_all(tensors: Iterable[Stored]) -> dict[str, torch.Tensor]:
+    """Small tensors by key, every file opened once."""
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for one in tensors:
+        by_file[one.file].append(one.key)
+    read = {}
+    for file, keys in by_file.items():
+        with torch.device("cpu"), safe_open(file, "pt") as shard:
+            read.update({key: shard.get_tensor(key) for key in keys})
+    return read
