@@ -29,6 +29,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _register_loader() -> None:
+    from .loading.registration import register
+
+    register()
+
+
 def _register_modifier() -> None:
     from llmcompressor.modifiers import ModifierFactory
 
@@ -37,7 +43,7 @@ def _register_modifier() -> None:
     ModifierFactory.register("BitsMoEModifier", BitsMoEModifier)
 
 
-after_import("compressed_tensors", lambda: importlib.import_module(".loading.quantizer", __name__))
+after_import("compressed_tensors", _register_loader)
 after_import("llmcompressor", lambda: importlib.import_module(".calibration.modifier", __name__))
 # not in the callback above: importing the modifier first imports llm-compressor in the middle of it
 after_import(f"{__name__}.calibration.modifier", _register_modifier)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from bitsmoe_modifier.loading.claims import is_bitsmoe, matches, split_groups
 from bitsmoe_modifier.loading.format import targets_of
 from bitsmoe_modifier.serving import versions
-from bitsmoe_modifier.serving.claims import is_bitsmoe, matches, split_groups
 
 OURS = {"format": "bitsmoe", "targets": ["re:.*experts$"]}
 PACKED = "pack-quantized"

@@ -108,7 +108,7 @@ def _empty_dense(model: Any) -> Any:
 
 def _decompressed(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights of the Linears that other compressed-tensors formats packed, by module name."""
-    from compressed_tensors.compressors import BaseCompressor
+    from ..loading.compressed_tensors_api import BaseCompressor
 
     weights = {}
     for name, module in model.named_modules():

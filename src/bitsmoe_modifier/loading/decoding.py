@@ -43,7 +43,8 @@ def misread_experts(folder: Path) -> str | None:
 def load_decoded(folder: Path, dtype: torch.dtype) -> Any:
     """The dense model that a compressed-tensors checkpoint of packed Linears stands for, weights decoded here."""
     import transformers
-    from compressed_tensors.compressors import BaseCompressor
+
+    from .compressed_tensors_api import BaseCompressor
 
     config = transformers.AutoConfig.from_pretrained(folder)
     schemes = _schemes(config.quantization_config)
@@ -76,7 +77,7 @@ def _local_names(tensors: dict[str, torch.Tensor], prefix: str) -> list[str]:
 
 def _schemes(raw: Any) -> list[Any]:
     """The groups of a quantization configuration, each with its format filled in."""
-    from compressed_tensors.quantization import QuantizationConfig
+    from .compressed_tensors_api import QuantizationConfig
 
     config = QuantizationConfig.model_validate(raw if isinstance(raw, dict) else raw.to_dict())
     for scheme in config.config_groups.values():

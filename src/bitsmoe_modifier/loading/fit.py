@@ -7,12 +7,17 @@ states: a wrong file would fail in the middle of the first forward, and a forged
 from collections.abc import Mapping
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..errors import CheckpointError
 from ..storage.shards import Stored
+from .transformers_api import (
+    PreTrainedModel,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 #: What a model may need beyond its files: new heads, buffers. Below this, no size is suspicious.
 _MADE_UP_BYTES = 64 * 2**20

@@ -1,7 +1,7 @@
 """The compressed-tensors format "bitsmoe": enum member, compressor, and the scheme that config.json shows.
 
 Importing this module registers the format. compressed-tensors' `CompressionFormat` is a closed enum that pydantic
-compiled into its models, so the member is added at run time and the models are rebuilt (tested with 0.17 and 0.19).
+compiled into its models, so the member is added at run time and the models are rebuilt (see `versions`).
 
 A reader that does not know the format must fail instead of starting with random experts. Both known ones do:
 transformers rejects the unknown ``format`` of the config group, and vLLM finds through ``targets`` a scheme for the
@@ -14,21 +14,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
+
+from ..errors import CheckpointError
+from ..runtime.experts import BitsMoEExperts
+from ..storage.packed import TENSOR_NAMES
+from .claims import METHOD as FORMAT
+from .compressed_tensors_api import (
+    BaseCompressor,
+    CompressionFormat,
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
 )
-
-from ..errors import CheckpointError
-from ..runtime.experts import BitsMoEExperts
-from ..storage.packed import TENSOR_NAMES
-
-#: Name of the format in config.json.
-FORMAT = "bitsmoe"
 
 
 def _extend_enum() -> None:
@@ -68,17 +66,17 @@ class BitsMoECompressor(BaseCompressor):
     """Keeps compressed-tensors from touching `BitsMoEExperts`, which are packed from the start and run packed."""
 
     @classmethod
-    def can_compress(cls, module_type: type, scheme: QuantizationScheme) -> bool:
+    def can_compress(cls, module_type: type, *args: Any, **kwargs: Any) -> bool:
         """True for `BitsMoEExperts`."""
         return issubclass(module_type, BitsMoEExperts)
 
     @classmethod
-    def compression_param_names(cls, scheme: QuantizationScheme) -> tuple[str, ...]:
+    def compression_param_names(cls, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """Names of all tensors that a packed module may have."""
         return TENSOR_NAMES
 
     @classmethod
-    def compress_module(cls, module: torch.nn.Module) -> None:
+    def compress_module(cls, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Leave the packed module as it is; refuse any other."""
         if not isinstance(module, BitsMoEExperts):
             raise CheckpointError(
@@ -87,7 +85,7 @@ class BitsMoECompressor(BaseCompressor):
         module.quantization_status = QuantizationStatus.COMPRESSED
 
     @classmethod
-    def decompress_module(cls, module: torch.nn.Module) -> None:
+    def decompress_module(cls, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Leave the packed module as it is: compressed-tensors calls this before the first forward."""
 
 

@@ -1,25 +1,18 @@
 """Loading through transformers: ``AutoModelForCausalLM.from_pretrained`` reads checkpoints with packed experts.
 
 transformers builds the model on the meta device and hands it to the quantizer of the checkpoint's method before any
-weight is read. `BitsMoEHfQuantizer` takes the place of the stock compressed-tensors one there (other checkpoints pass
-through it unchanged), replaces every experts module by an empty `BitsMoEExperts` of the sizes that the files' headers
-state, and lets the stock loader fill them: dense experts are never allocated. Importing this module installs it.
+weight is read. For checkpoints with packed experts that is `BitsMoEHfQuantizer` (see `registration`). It replaces every
+experts module by an empty `BitsMoEExperts` of the sizes that the files' headers state, and lets the stock loader fill
+them: dense experts are never allocated. What it overrides takes and passes on arguments that it does not know.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ..errors import CheckpointError
 from ..method.gating import gating_of
@@ -28,46 +21,54 @@ from ..storage.layout import ExpertsLayout
 from ..storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_structure
 from ..storage.shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
 from . import format as bitsmoe_format
+from .compressed_tensors_api import match_named_modules
 from .fit import check_fits
+from .transformers_api import (
+    CompressedTensorsHfQuantizer,
+    PreTrainedModel,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 _LINEAR_SUFFIXES = (".weight_packed", ".weight_scale")
 
 
 class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
-    """The stock compressed-tensors quantizer, which also loads packed experts."""
+    """The stock compressed-tensors quantizer for checkpoints that have packed experts too.
 
-    #: whether the checkpoint has experts that another compressed-tensors format packs as Linears
-    _packed_linears = False
+    While weights are loaded the stock class's methods see the other config groups only: they take the first group that
+    names experts for all experts, and compressed-tensors 0.17 fails on targets that are not Linear.
+    """
 
-    def _schemes(self) -> list[Any]:
-        return bitsmoe_format.bitsmoe_schemes(self.quantization_config.quantization_config)
+    def __init__(self, quantization_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, *args, **kwargs)
+        self._whole: Any = self.quantization_config.quantization_config
+        self._schemes = bitsmoe_format.bitsmoe_schemes(self._whole)
+        #: whether the checkpoint has experts that another compressed-tensors format packs as Linears
+        self._packed_linears = False
 
-    @contextmanager
-    def _other_groups_only(self) -> Iterator[None]:
-        """Hide the groups of packed experts from the stock class's methods."""
-        whole: Any = self.quantization_config.quantization_config
-        ours = self._schemes()
-        others = {name: scheme for name, scheme in whole.config_groups.items() if scheme not in ours}
-        hidden = whole.model_copy(update={"config_groups": others})
-        self.quantization_config.quantization_config = self.compressor.quantization_config = hidden
-        try:
-            yield
-        finally:
-            self.quantization_config.quantization_config = self.compressor.quantization_config = whole
+    def _show(self, groups: Any) -> None:
+        """Let the stock class's methods see this configuration."""
+        self.quantization_config.quantization_config = self.compressor.quantization_config = groups
 
-    def update_tp_plan(self, config: Any) -> Any:
-        """Check a folder's list of files: no other call comes between reading config.json and opening files."""
-        folder = Path(getattr(config, "name_or_path", None) or "")
-        if self._schemes() and (folder / "config.json").is_file():
-            checkpoint_files(folder)
-        return super().update_tp_plan(config)
+    def _other_groups(self) -> Any:
+        others = {name: group for name, group in self._whole.config_groups.items() if group not in self._schemes}
+        return self._whole.model_copy(update={"config_groups": others})
+
+    def update_tp_plan(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Up to transformers 5.20, what is called between reading config.json and opening files: checks their list."""
+        _check_list_of_files(config)
+        return super().update_tp_plan(config, *args, **kwargs)
+
+    def update_attn_implementation(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same from transformers 5.21 on."""
+        _check_list_of_files(config)
+        return super().update_attn_implementation(config, *args, **kwargs)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, *args: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not self._schemes():
-            super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-            return
         if not checkpoint_files:
             raise CheckpointError("packed experts are loaded from safetensors files, not from a state dict")
         if self.quantization_config.dequantize and self.quantization_config.is_quantization_compressed:
@@ -80,10 +81,9 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         self.quantization_config.dequantize = False
         found = scan(checkpoint_files)
         self._packed_linears = any(".experts." in key and key.endswith(_LINEAR_SUFFIXES) for key in found)
-        with self._other_groups_only():  # compressed-tensors 0.17 fails on targets that are not Linear
-            super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        whole: Any = self.quantization_config.quantization_config
-        if len(self._schemes()) == len(whole.config_groups):
+        self._show(self._other_groups())
+        super()._process_model_before_weight_loading(model, *args, checkpoint_files=checkpoint_files, **kwargs)
+        if len(self._schemes) == len(self._whole.config_groups):
             # the hook would find nothing to decompress, but mark the configuration as decompressed
             self.compressor.remove_decompression_hook(model)
         self._replace_experts(model, packed_modules(found))
@@ -91,7 +91,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
 
     def _replace_experts(self, model: PreTrainedModel, stored: dict[str, dict[str, Stored]]) -> None:
         """Put an empty `BitsMoEExperts` in the place of every experts module that the checkpoint stores packed."""
-        schemes = {name: scheme for scheme in self._schemes() for name in _matches(model, scheme.targets)}
+        schemes = {name: scheme for scheme in self._schemes for name in _matches(model, scheme.targets)}
         tensors = _by_module_name(model, schemes, stored)
         for name in sorted(schemes.keys() - tensors.keys()):
             raise CheckpointError(
@@ -109,37 +109,37 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
             bitsmoe_format.attach(experts, scheme)
             model.set_submodule(name, experts)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._show(self._whole)
         packed = {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
         for name, experts in tqdm(packed.items(), desc="Checking packed experts", disable=not packed):
             experts.requires_grad_(False)
             _check_loaded(experts, name)
         _finish_casting(model)
-        return super()._process_model_after_weight_loading(model, **kwargs)
+        return super()._process_model_after_weight_loading(model, *args, **kwargs)
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Let the stock class decompress experts that other groups pack as Linears, and leave ours out of it.
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Let the stock class decompress experts that other groups pack as Linears.
 
-        The stock method rewrites every experts converter for packed Linears, also where no such tensors exist; the
-        converters of experts that stayed dense would then find nothing.
+        It rewrites every experts converter for packed Linears, also where no such tensors exist; the converters of
+        experts that stayed dense would then find nothing.
         """
-        if not self._schemes():
-            return super().update_weight_conversions(weight_conversions)
         if not self._packed_linears:
-            return HfQuantizer.update_weight_conversions(self, weight_conversions)
-        with self._other_groups_only():  # the stock method takes the first group that names experts for all experts
-            return super().update_weight_conversions(weight_conversions)
+            return [*weight_conversions, *self.get_weight_conversions()]
+        return super().update_weight_conversions(weight_conversions, *args, **kwargs)
 
 
-def install() -> None:
-    """Make transformers read compressed-tensors checkpoints through `BitsMoEHfQuantizer`."""
-    AUTO_QUANTIZER_MAPPING["compressed-tensors"] = BitsMoEHfQuantizer
+def _check_list_of_files(config: Any) -> None:
+    """Refuse a folder whose index names files that are missing or elsewhere, before they are opened."""
+    folder = Path(getattr(config, "name_or_path", None) or "")
+    if (folder / "config.json").is_file():
+        checkpoint_files(folder)
 
 
 def _finish_casting(model: PreTrainedModel) -> None:
     """Give what the files hold in fewer bits than the model was asked for its dtype.
 
-    With a quantizer, transformers 5.17 does not cast the tensors that it renames while loading, such as Mixtral's
+    With a quantizer, transformers up to 5.20 does not cast the tensors that it renames while loading, such as Mixtral's
     routers, and the first forward fails on two dtypes.
     """
     for module in model.modules():
@@ -175,8 +175,6 @@ def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
 
 def _matches(model: nn.Module, targets: list[str]) -> list[str]:
     """Names of the outermost modules that the targets match."""
-    from compressed_tensors.utils import match_named_modules
-
     names: list[str] = []
     for name, _ in match_named_modules(model, targets):  # parents come before their children
         if not names or not name.startswith(f"{names[-1]}."):
@@ -254,6 +252,3 @@ def _check_packed(packed: PackedExperts, expected: ExpertsLayout, name: str) -> 
     if check_structure(dict(packed.items()), name) != expected:
         raise CheckpointError(f"{name}.layout: changed while loading; the files are being written to")
     check_content(packed, name)
-
-
-install()

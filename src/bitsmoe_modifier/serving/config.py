@@ -7,8 +7,8 @@ import regex
 import torch
 
 from ..errors import CheckpointError
+from ..loading.claims import METHOD, is_bitsmoe, matches, split_groups
 from ..storage.packed import TENSOR_NAMES
-from .claims import METHOD, is_bitsmoe, matches, split_groups
 from .method import BitsMoEMethod
 from .vllm_api import (
     CompressedTensorsConfig,

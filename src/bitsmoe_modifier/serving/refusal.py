@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from .claims import METHOD, is_bitsmoe
+from ..loading.claims import METHOD, is_bitsmoe
 
 
 def refuse_checkpoints(reason: str) -> None:

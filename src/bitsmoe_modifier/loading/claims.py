@@ -1,10 +1,10 @@
-"""What config.json says about packed experts, read as plain dictionaries (no vLLM)."""
+"""What config.json says about packed experts, read as plain dictionaries (no framework)."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-#: Name of the format in config.json, and of the quantization method in vLLM.
+#: Name of the format in config.json, of the compressor in compressed-tensors and of the quantization method in vLLM.
 METHOD = "bitsmoe"
 
 
