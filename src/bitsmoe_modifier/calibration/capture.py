@@ -33,7 +33,7 @@ def routed_tokens(module: LinearExperts2D, inputs: list[Inputs]) -> RoutedTokens
     return RoutedTokens.from_router(x, index, weight, module.num_experts)
 
 
-def choices_per_token(model: torch.nn.Module) -> int:
+def choices_per_token(model: Any) -> int:
     """k of the model's router, 1 where the config does not tell."""
     config = model.config.get_text_config()
     return next(

@@ -128,7 +128,7 @@ class BitsMoEModifier(Modifier):
     _propagating: list[BitsMoEExperts] = PrivateAttr(default_factory=list)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
-    _ranks: Ranks = PrivateAttr(default=None)
+    _ranks: Ranks = PrivateAttr(default_factory=Ranks.alone)
     _resume: ResumeFolder | None = PrivateAttr(default=None)
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
@@ -224,11 +224,11 @@ class BitsMoEModifier(Modifier):
             self._designs = self._ranks.compute(lambda: self._choose(plans))
         for module, name in self._names.items():
             if name not in self._finished:
-                self.register_hook(module, self._capture, "forward_pre", with_kwargs=True)
+                self.register_hook(module, cast(Any, self._capture), "forward_pre", with_kwargs=True)
 
     def _open_resume(self, state: State) -> None:
         """Find what an earlier run finished, and refuse rows that several processes share."""
-        rows = self._ranks.everyones(rows_digest(state.data.calib))
+        rows = self._ranks.everyones(rows_digest(cast(Any, state.data).calib))
         check_shares(rows)
         if self.resume_dir is None:
             return
@@ -287,9 +287,7 @@ class BitsMoEModifier(Modifier):
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
         self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs))
 
-    def on_sequential_epoch_end(
-        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
-    ) -> None:
+    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[Any], **kwargs: Any) -> None:
         """Quantize and replace the layers that this part of the model calibrated."""
         self._drop_decoded()
         for module in modules:
@@ -338,10 +336,10 @@ class BitsMoEModifier(Modifier):
     def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
         """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
         packed, report = self._make(module, name, inputs)
-        replacement = BitsMoEExperts(packed.to(module[0].gate_proj.weight.device), gating_of(module))
+        leaf = cast(Any, module[0]).gate_proj
+        replacement = BitsMoEExperts(packed.to(leaf.weight.device), gating_of(module))
         replacement.report = report
         attach(replacement, self._scheme)
-        leaf = module[0].gate_proj
         if isinstance(leaf._parameters, OffloadCache):
             offload_module(replacement, **get_cache_init_kwargs(leaf))
         return replacement

@@ -11,7 +11,7 @@ token t has E[g gᵀ] = M, the Fisher information: a small error Δ costs ½ Δ�
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..errors import CalibrationError, RecipeError
 from ..method.allocation import allocate
@@ -76,10 +77,10 @@ def share_budget(curves: Mapping[str, Curve], total_bits: float) -> dict[str, fl
 
 
 def survey_layers(
-    model: nn.Module,
+    model: PreTrainedModel,
     dataloader: Any,
-    experts: Mapping[nn.Module, str],
-    measure: Callable[[nn.Module, list[Inputs], torch.Tensor], T],
+    experts: Mapping[Any, str],
+    measure: Callable[[Any, list[Inputs], torch.Tensor], T],
     sequential_targets: list[str] | str | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, T]:
@@ -102,6 +103,7 @@ def survey_layers(
     """
     ranks = ranks or Ranks()
     targets = infer_sequential_targets(model, sequential_targets)
+    targets = [targets] if isinstance(targets, str) else targets
     subgraphs = trace_subgraphs(model, next(iter(dataloader)), targets, DatasetArguments().tracing_ignore, 1)
     with (
         HooksMixin.disable_hooks(),
@@ -166,7 +168,7 @@ def _forward(
 
     ``kept`` receives, for every target, its inputs of every batch (on the CPU).
     """
-    activations = IntermediatesCache.from_dataloader(batches, get_main_device(), torch.device("cpu"))
+    activations = IntermediatesCache.from_dataloader(cast(Any, batches), get_main_device(), torch.device("cpu"))
     with calibration_forward_context(model):
         for subgraph in tqdm(subgraphs, desc=description):
             stored: list[dict[str, Any]] = []
@@ -199,7 +201,7 @@ def capture_inputs(experts: Mapping[nn.Module, str], captured: dict[nn.Module, l
             handle.remove()
 
 
-def experts_inputs(module: nn.Module, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> Inputs:
+def experts_inputs(module: Any, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> Inputs:
     """(hidden states, top-k ids, top-k weights) of a call of an experts module, however they were passed."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
     if len(args) + len(kwargs) == 1:
@@ -209,7 +211,7 @@ def experts_inputs(module: nn.Module, args: Inputs, kwargs: Mapping[str, torch.T
 
 
 def _backward(
-    model: nn.Module,
+    model: Any,
     subgraphs: list[Subgraph],
     kept: list[list[dict[str, Any]]],
     experts: Mapping[nn.Module, str],

@@ -5,6 +5,7 @@ This module and `modifier` are the only ones that know llm-compressor's classes.
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from compressed_tensors.offload import disable_offloading
@@ -59,7 +60,9 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     found = dict(experts_modules(model))
     if not found:
         raise RecipeError(_unsupported(model))
-    _check_gates(model, {name: LinearExperts2D.get_linear_experts_cls(type(m)).has_gate for name, m in found.items()})
+    _check_gates(
+        model, {name: LinearExperts2D.get_linear_experts_cls(cast(Any, type(m))).has_gate for name, m in found.items()}
+    )
     return found
 
 
@@ -85,7 +88,7 @@ def _check_gates(model: nn.Module, has_gate: dict[str, bool]) -> None:
         )
 
 
-def _family(model: nn.Module) -> str:
+def _family(model: Any) -> str:
     return f"{type(model).__name__} (model_type {model.config.model_type})"
 
 
@@ -134,9 +137,10 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
         gating_of(module)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
-    hidden, width = module[0].down_proj.weight.shape
+    down: torch.Tensor = cast(Any, module[0]).down_proj.weight
+    hidden, width = down.shape
     dense_share = num_dense / module.num_experts
-    dense_bits = 8 * module[0].down_proj.weight.element_size()
+    dense_bits = 8 * down.element_size()
     check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
     with torch.no_grad(), disable_offloading():
         for expert in range(module.num_experts):
@@ -202,7 +206,7 @@ def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSet
 
 def dense_experts(module: LinearExperts2D) -> DenseExperts:
     """Stack the Linears of a linearized experts module; call under ``disable_offloading`` for offloaded models."""
-    experts = [module[e] for e in range(module.num_experts)]
+    experts: list[Any] = [module[e] for e in range(module.num_experts)]
     with torch.no_grad():
         gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts])
         down = torch.stack([e.down_proj.weight for e in experts])

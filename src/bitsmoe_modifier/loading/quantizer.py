@@ -136,7 +136,7 @@ def _check_list_of_files(config: Any) -> None:
         checkpoint_files(folder)
 
 
-def _finish_casting(model: PreTrainedModel) -> None:
+def _finish_casting(model: Any) -> None:
     """Give what the files hold in fewer bits than the model was asked for its dtype.
 
     With a quantizer, transformers up to 5.20 does not cast the tensors that it renames while loading, such as Mixtral's
@@ -160,7 +160,8 @@ def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
         CheckpointError: when the module is neither.
     """
     if isinstance(experts, nn.ModuleList) and all(hasattr(expert, "down_proj") for expert in experts):
-        return len(experts), *experts[0].down_proj.weight.shape
+        first: Any = experts[0]
+        return len(experts), *first.down_proj.weight.shape
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor) or gate_up.ndim != 3:
         raise CheckpointError(
