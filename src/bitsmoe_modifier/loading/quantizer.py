@@ -64,7 +64,8 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
     def update_attn_implementation(self, config: Any, *args: Any, **kwargs: Any) -> Any:
         """The same from transformers 5.21 on."""
         _check_list_of_files(config)
-        return super().update_attn_implementation(config, *args, **kwargs)
+        base: Any = super()  # older versions have no such method, and call none
+        return base.update_attn_implementation(config, *args, **kwargs)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, *args: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
