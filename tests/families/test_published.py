@@ -11,9 +11,13 @@ from wrapper_families import WRAPPER_FAMILIES
 from bitsmoe_modifier.checkpoints.export import fused_weights
 from bitsmoe_modifier.cli import main
 from helpers import load, packed_modules
-from published import publish, stored_tensors
+from published import BESIDE, PROCESSOR, publish, stored_tensors
 from tiny_text import write_text
 
+MTP = {
+    "mtp.fc.weight": torch.arange(64 * 128).reshape(64, 128).bfloat16(),
+    "mtp.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 96, 64, dtype=torch.bfloat16),
+}
 RECIPE = "quant_stage: {quant_modifiers: {BitsMoEModifier: {bits: 4.0, group_size: 16, block_size: 16}}}"
 
 
@@ -31,18 +35,22 @@ def quantize(folder: Path, out: Path, *options: str) -> int:
 @pytest.mark.parametrize("model_type", ["qwen3_5_moe", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_a_wrapper_keeps_its_tower(model_type: str, tmp_path: Path) -> None:
     dense = model_of(family(model_type), torch.bfloat16)
-    source, out, back = publish(dense, tmp_path / "dense"), tmp_path / "packed", tmp_path / "back"
+    source, out, back = publish(dense, tmp_path / "dense", MTP), tmp_path / "packed", tmp_path / "back"
     assert quantize(source, out) == 0
     loaded = load(out)
     assert type(loaded) is type(dense)
     assert len(packed_modules(loaded)) == 2
     before, after = stored_tensors(source), stored_tensors(out)
-    others = [name for name in before if ".experts." not in name]
+    others = [name for name in before if ".experts." not in name or name in MTP]
     assert any("visual" in name or "vision" in name for name in others)
     assert not [name for name in others if name not in after or not torch.equal(before[name], after[name])]
     assert json.loads((out / "config.json").read_text())["architectures"] == [type(dense).__name__]
     card = (out / "README.md").read_text()
     assert "import AutoModelForImageTextToText, AutoProcessor" in card
+    assert "2 tensors (0.04 MB) for multi-token prediction" in card
+    for name in (*BESIDE, *PROCESSOR):
+        if name != "LICENSE":
+            assert (out / name).read_bytes() == (source / name).read_bytes(), name
 
     assert main(["export", str(out), "--to", "dense", "--out", str(back), "--dtype", "bfloat16"]) == 0
     assert type(load(back)) is type(dense)

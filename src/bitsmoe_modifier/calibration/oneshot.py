@@ -13,12 +13,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
+from loguru import logger
 from torch import nn
 
+from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
 from ..sources.provenance import REPORT_NAME, source_record
@@ -52,6 +54,8 @@ class QuantizeSettings:
             Hessians then come from the tokens that an expert sees in use, as BitsMoE's statistics always do.
         seed: by which the rows were chosen, for the record.
         model_name: as the user named the model, for the record; None: that of its folder.
+        mtp: what to do with layers for multi-token prediction, which transformers does not load: keep them as they
+            are, or leave them out.
         offload: for models larger than memory, with ``dtype`` None; None: all weights are in memory.
     """
 
@@ -62,6 +66,7 @@ class QuantizeSettings:
     seed: int | None = None
     offload: Offload | None = None
     model_name: str | None = None
+    mtp: Literal["keep", "drop"] = "keep"
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ def _quantize(
     started = time.perf_counter()
     source = source_record(model_folder, settings.model_name)
     model = _load(model_folder, settings.offload)
+    inventory = take_inventory(model, model_folder)
     let_save(model)
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
@@ -147,9 +153,13 @@ def _quantize(
     else:
         with output.written() as temporary:
             model.save_pretrained(temporary)
+            kept = keep_beside(inventory, temporary, settings.mtp)
+            check_nothing_lost(inventory, model, temporary)
+            for sentence in kept.sentences():
+                logger.info(sentence)
             copy_companions(model_folder, temporary)
             _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
-            noted: dict[str, Any] = {"source": source, "layers": reports}
+            noted: dict[str, Any] = {"source": source, "layers": reports, "beside": asdict(kept)}
             if reports:
                 noted["made_of"] = {**made_of, "seed": settings.seed}
             (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")

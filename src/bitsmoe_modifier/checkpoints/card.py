@@ -9,8 +9,9 @@ import yaml
 from ..evaluation.columns import table
 from ..rendering import render
 from ..sources.classes import auto_class_of, has_processor, read_auto_config
+from ..storage.mtp import decoder_layers, is_mtp
 from ..storage.records import write_text
-from ..storage.sizes import bits_per_expert_weight
+from ..storage.sizes import bits_per_expert_weight, tensor_sizes
 from .describe import describe
 
 
@@ -45,6 +46,10 @@ def card(folder: Path, base_model: str, recipe: str, quality: Mapping[str, Any] 
     ]
     if packed:
         sizes.append(f"{len(found['layers'])} layers of {found['layers'][0]['experts']} packed experts")
+    layers = decoder_layers(folder)
+    mtp = [size.nbytes for key, size in tensor_sizes(folder).items() if is_mtp(key, layers)]
+    if mtp:
+        sizes.append(f"{len(mtp)} tensors ({sum(mtp) / 1e6:.2f} MB) for multi-token prediction, as the model had them")
     return render(
         "card.md",
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import CheckpointError
+from ..loading.inventory import keep_beside, take_inventory
 from ..runtime.experts import BitsMoEExperts
 from ..sources.classes import load_published
 from ..sources.companions import copy_companions, let_save
@@ -42,6 +43,7 @@ def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat1
 
 def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
     model: Any = load_published(checkpoint, dtype="auto")
+    inventory = take_inventory(model, checkpoint)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BitsMoEExperts)}
     if not packed:
         raise CheckpointError(f"{checkpoint} has no experts packed by BitsMoE; there is nothing to decode")
@@ -62,6 +64,7 @@ def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
     let_save(dense)
     with output.written() as folder:
         dense.save_pretrained(folder)
+        keep_beside(inventory, folder)
         copy_companions(checkpoint, folder)
         source = read_source(checkpoint)
         if source:

@@ -1,7 +1,7 @@
 """``bitsmoe quantize``, and ``bitsmoe plan``, which says what it would take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,6 +44,10 @@ def quantize(
         str | None,
         typer.Option(metavar="DIR", help="Let weights that memory cannot hold wait there, in a temporary folder."),
     ] = None,
+    mtp: Annotated[
+        Literal["keep", "drop"],
+        typer.Option(help="Layers for multi-token prediction: keep them as they are, or leave them out."),
+    ] = "keep",
     no_preflight: o.NoPreflight = False,
     text_column: o.TextColumn = "text",
     seq_len: o.SeqLen = 256,
@@ -90,6 +94,7 @@ def quantize(
             preflight=not no_preflight,
             resume_dir=resume_dir,
             offload_dir=offload_dir,
+            mtp=mtp,
             verbose=verbose,
         ),
     )

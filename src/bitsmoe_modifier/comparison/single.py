@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -49,6 +49,7 @@ class Options:
     preflight: bool = True
     resume_dir: str | None = None
     offload_dir: str | None = None
+    mtp: Literal["keep", "drop"] = "keep"
     verbose: bool = False
 
 
@@ -118,6 +119,7 @@ def _quantize_each(
         options.calibrate_all_experts,
         options.seed,
         model_name=model,
+        mtp=options.mtp,
     )
     run = rows.numel(), dtype, str(device)
     made = []

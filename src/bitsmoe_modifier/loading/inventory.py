@@ -1,0 +1,186 @@
+"""Where every tensor of a source goes: into the model, or beside it.
+
+transformers leaves out what its class of a model does not have, without a word: layers for multi-token prediction
+(``mtp.*``, layers beyond the last, ``nextn``) above all, while config.json goes on counting them. An `Inventory` of the
+source, taken before anything is changed, knows those tensors; they are copied to the result bit for bit, and what else
+would be missing there is an error.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..errors import CheckpointError
+from ..storage.mtp import decoder_layers, is_mtp
+from ..storage.shards import Stored, checkpoint_files, read_json, scan
+
+#: bytes of a file of tensors that are copied; they pass through memory
+_SHARD_BYTES = 4 * 10**9
+_INDEX = "model.safetensors.index.json"
+#: what config.json calls the number of layers for multi-token prediction
+_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The tensors of a source.
+
+    Attributes:
+        loaded: by their keys in the files, the names of the model's tensors that they go into.
+        beside: those that the model's class does not have, by key.
+        mtp: keys of those among them that belong to multi-token prediction.
+    """
+
+    loaded: dict[str, str]
+    beside: dict[str, Stored]
+    mtp: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of the tensors beside the model.
+
+    Attributes:
+        kept, dropped: their keys.
+    """
+
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def sentences(self) -> list[str]:
+        """For the terminal and the model card; none where there was nothing beside the model."""
+        said = []
+        for keys, what in ((self.kept, "kept as they were, bit for bit"), (self.dropped, "dropped, as asked")):
+            if keys:
+                shown = ", ".join(keys[:2]) + (", …" if len(keys) > 2 else "")
+                said.append(f"{len(keys)} tensors that transformers does not load were {what} ({shown})")
+        return said
+
+
+def take_inventory(model: Any, folder: Path) -> Inventory:
+    """Compare a source's files with the model that was loaded from them.
+
+    Args:
+        model: of transformers, as loaded, nothing replaced.
+        folder: of the source.
+
+    Raises:
+        CheckpointError: when the files are damaged.
+    """
+    found = scan(map(str, checkpoint_files(folder)))
+    expected = model.state_dict()
+    names = _model_names(model, found, expected)
+    layers = decoder_layers(folder)
+    beside = {key: stored for key, stored in found.items() if names[key] not in expected}
+    return Inventory(
+        loaded={key: name for key, name in names.items() if key not in beside},
+        beside=beside,
+        mtp=frozenset(key for key in beside if is_mtp(key, layers)),
+    )
+
+
+def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> dict[str, str]:
+    """The model's names of stored tensors, by transformers' own conversion."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = {}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        names[key] = key if name not in expected and key in expected else name
+    return names
+
+
+def keep_beside(inventory: Inventory, target: Path, mtp: str = "keep") -> Kept:
+    """Copy what is beside the model to a checkpoint that was made of it.
+
+    Args:
+        inventory: of the source.
+        target: folder with the checkpoint's files, which may hold some of the tensors already.
+        mtp: "keep", or "drop" for layers of multi-token prediction, which config.json then counts no longer.
+    """
+    there = scan(map(str, checkpoint_files(target)))
+    dropped = inventory.mtp if mtp == "drop" else frozenset()
+    copied = {key: s for key, s in inventory.beside.items() if key not in dropped and key not in there}
+    files = {key: Path(stored.file).name for key, stored in there.items()}
+    for number, keys in enumerate(_shards(copied)):
+        name = f"beside-{number:05d}.safetensors"
+        save_file({key: copied[key].read() for key in keys}, target / name, {"format": "pt"})
+        files.update(dict.fromkeys(keys, name))
+    if copied:
+        _write_index(target, files)
+    if dropped:
+        _forget_mtp(target / "config.json")
+    return Kept(tuple(sorted(inventory.beside.keys() - dropped)), tuple(sorted(dropped)))
+
+
+def check_nothing_lost(inventory: Inventory, model: Any, target: Path) -> None:
+    """Check that every tensor of the source is in the checkpoint: itself, or what its module was packed to.
+
+    Args:
+        inventory: of the source.
+        model: that was saved.
+        target: folder with the checkpoint's files.
+
+    Raises:
+        CheckpointError: naming what is missing.
+    """
+    there = scan(map(str, checkpoint_files(target)))
+    names = {*there, *_model_names(model, there, model.state_dict()).values()}
+    modules = {".".join(parts[:n]) for name in names for parts in [name.split(".")] for n in range(1, len(parts))}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    packed = [name for name, one in model.named_modules() if getattr(one, "quantization_scheme", None) is not None]
+    replaced = (*(f"{name}." for name in packed), *(f"{name}." for name in _experts(model)))
+    lost = [
+        key
+        for key, name in inventory.loaded.items()
+        if key not in there
+        and name not in names
+        and name not in tied
+        and not (name.startswith(replaced) and name.rpartition(".")[0] in modules)
+    ]
+    lost += [key for key in inventory.beside if key not in there and key not in inventory.mtp]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} tensors of the source would be missing from the checkpoint ({', '.join(sorted(lost)[:3])}); "
+            "this is an error of the library that saves this family, please report it"
+        )
+
+
+def _experts(model: Any) -> list[str]:
+    """Names of modules of routed experts in whatever form they are in."""
+    return [name for name, _ in model.named_modules() if name.endswith("experts")]
+
+
+def _shards(tensors: Mapping[str, Stored]) -> list[list[str]]:
+    shards: list[list[str]] = []
+    room = 0
+    for key, stored in tensors.items():
+        size = math.prod(stored.shape) * (stored.dtype.itemsize if stored.dtype else 1)
+        if not shards or size > room:
+            shards.append([])
+            room = _SHARD_BYTES
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def _write_index(target: Path, files: Mapping[str, str]) -> None:
+    total = sum((target / name).stat().st_size for name in set(files.values()))
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    (target / _INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _forget_mtp(path: Path) -> None:
+    """Set the counts of MTP layers in a config.json to zero, those of the configs inside it too."""
+    content = read_json(path)
+    for config in (content, *(part for part in content.values() if isinstance(part, dict))):
+        config.update({name: 0 for name in _MTP_COUNTS if config.get(name)})
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,0 +1,89 @@
+"""Which tensors of a source its model holds, and what becomes of the others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitsmoe_modifier import CheckpointError
+from bitsmoe_modifier.loading.inventory import check_nothing_lost, keep_beside, take_inventory
+from bitsmoe_modifier.sources.companions import let_save
+from bitsmoe_modifier.storage.mtp import is_mtp
+from helpers import load, pack_randomly, save, tiny_model
+from published import publish, stored_tensors
+
+MTP = {
+    "model.layers.2.mlp.experts.0.gate_proj.weight": torch.ones(32, 64),
+    "model.layers.2.eh_proj.weight": torch.arange(64 * 128).reshape(64, 128).bfloat16(),
+    "model.layers.2.shared_head.fp8": torch.ones(4, 4).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.fixture(params=["qwen3_moe", "mixtral"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return publish(tiny_model(request.param, num_hidden_layers=2), tmp_path / "source", MTP)
+
+
+def test_the_layers_beyond_the_last_are_beside(source: Path) -> None:
+    inventory = take_inventory(load(source), source)
+    assert set(inventory.beside) == set(MTP) == set(inventory.mtp)
+    assert len(inventory.loaded) == len(stored_tensors(source)) - len(MTP)
+
+
+def test_they_are_kept_bit_for_bit(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    inventory = take_inventory(model, source)
+    pack_randomly(model)
+    let_save(model)
+    out = save(model, tmp_path / "out")
+    kept = keep_beside(inventory, out)
+    check_nothing_lost(inventory, model, out)
+    assert set(kept.kept) == set(MTP)
+    assert "bit for bit" in kept.sentences()[0]
+    stored = stored_tensors(out)
+    assert all(stored[key].dtype == tensor.dtype for key, tensor in MTP.items())
+    assert all(torch.equal(stored[key].float(), tensor.float()) for key, tensor in MTP.items())
+    load(out)
+
+
+def test_they_are_dropped_on_request_and_no_longer_counted(tmp_path: Path) -> None:
+    source = publish(tiny_model("deepseek_v3"), tmp_path / "source", {"model.layers.3.eh_proj.weight": torch.ones(4)})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    model = load(source)
+    inventory = take_inventory(model, source)
+    let_save(model)
+    out = save(model, tmp_path / "out")
+    kept = keep_beside(inventory, out, "drop")
+    check_nothing_lost(inventory, model, out)
+    assert kept.dropped == ("model.layers.3.eh_proj.weight",)
+    assert "dropped" in kept.sentences()[0]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_tensor_that_was_not_saved_is_an_error(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    inventory = take_inventory(model, source)
+    del model.model.norm
+    let_save(model)
+    out = save(model, tmp_path / "out")
+    keep_beside(inventory, out)
+    with pytest.raises(CheckpointError, match=r"1 tensors of the source would be missing .*\(model\.norm\.weight\)"):
+        check_nothing_lost(inventory, model, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mtp.layers.0.mlp.experts.gate_up_proj", True),
+        ("model.mtp.fc.weight", True),
+        ("model.layers.2.mlp.up_proj.weight", True),
+        ("model.language_model.layers.2.mlp.up_proj.weight", True),
+        ("model.layers.1.mlp.up_proj.weight", False),
+        ("model.visual.layers.7.mlp.up_proj.weight", False),
+        ("model.layers.1.prompt.weight", False),
+    ],
+)
+def test_names_of_multi_token_prediction(name: str, expected: bool) -> None:
+    assert is_mtp(name, 2) is expected
