@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import CheckpointError
 from ..storage.mtp import decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
+from .transformers_api import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
 
 #: bytes of a file of tensors that are copied; they pass through memory
 _SHARD_BYTES = 4 * 10**9
