@@ -63,6 +63,8 @@ def unsupported(layout: ExpertsLayout, dtype: torch.dtype = torch.bfloat16) -> s
         return "digits are decoded by NVIDIA instructions; this is a ROCm build of torch"
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         return "the GPU is older than sm_80, which has the bf16 instructions that decode digits"
+    if layout.codes:
+        return "trellis codes have no kernel yet"
     checks: list[tuple[str, object, tuple[object, ...]]] = [
         ("block_size", layout.block_size, _BLOCKS),
         ("group_size", layout.group_size, _GROUPS),

@@ -11,6 +11,7 @@ from bitsmoe_modifier.storage.factors import pack_basis, pack_factor
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import WIDTHS, code_values, levels
+from trellis_reader import read_factors
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,13 @@ def random_layer(
     widths: tuple[int, ...] = WIDTHS,
     dense: tuple[int, ...] = (),
     bias: bool = False,
+    stripes: int = 0,
     seed: int = 0,
 ) -> RandomLayer:
-    """A layer with random widths, codes, steps, bases, biases and super experts, sealed with checksums."""
+    """A layer with random widths, codes, steps, bases, biases and super experts, sealed with checksums.
+
+    Its codes are trellis codes where it has ``stripes``.
+    """
     gen = torch.Generator().manual_seed(seed)
     layout = ExpertsLayout(
         num_experts=num_experts,
@@ -74,8 +79,10 @@ def random_layer(
         basis_group_size=16,
         num_dense=len(dense),
         has_bias=int(bias),
+        codes=int(stripes > 0),
+        stripes=stripes,
     )
-    groups = layout.groups
+    groups, scalar = layout.groups, dataclasses.replace(layout, codes=0, stripes=0)
 
     def choose(*shape: int) -> torch.Tensor:
         drawn = torch.tensor(widths)[torch.randint(len(widths), shape, generator=gen)].to(torch.uint8)
@@ -102,14 +109,22 @@ def random_layer(
     codes = codes_for(wide)
     steps = steps_for(per_direction[:, :, None].expand(-1, -1, groups, -1))
     a = values_for(codes, wide, steps.repeat_interleave(group_size, 2)).flatten(1, 2)
-    codes_in, steps_in = pack_factor(codes, steps, widths_in, layout, "in")
+    codes_in, steps_in = pack_factor(codes, steps, widths_in, scalar, "in")
     # side "out": codes [E, R', I], steps [E, groups, R']
     per_direction = widths_out.repeat_interleave(block_size, -1)
     wide = per_direction[:, :, None].expand(-1, -1, intermediate)
     codes = codes_for(wide)
     steps = steps_for(per_direction[:, None].expand(-1, groups, -1))
     f = values_for(codes, wide, steps.transpose(1, 2).repeat_interleave(group_size, 2))
-    codes_out, steps_out = pack_factor(codes, steps, widths_out, layout, "out")
+    codes_out, steps_out = pack_factor(codes, steps, widths_out, scalar, "out")
+
+    if stripes:  # any bytes are trellis codes
+        codes_in, codes_out = (
+            torch.randint(256, codes.shape, generator=gen).to(torch.uint8) for codes in (codes_in, codes_out)
+        )
+        names = ("layout", "widths_in", "widths_out", "codes_in", "codes_out", "steps_in", "steps_out")
+        stored = (layout.to_tensor(), widths_in, widths_out, codes_in, codes_out, steps_in, steps_out)
+        a, f = read_factors(dict(zip(names, stored, strict=True)))
 
     tensors: dict[str, torch.Tensor | None] = {}
     bases = []

@@ -26,13 +26,14 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
 @cache
-def native_library(source: Path) -> ctypes.CDLL | None:
+def native_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The compiled form of a C++ file, or None where there is none, which a warning explains once.
 
     Calls through ctypes release Python's lock; a caller may run several at a time in threads.
 
     Args:
         source: of one file; every function that is called is ``extern "C"``.
+        flags: for the compiler, besides `FLAGS`.
     """
     if os.environ.get("BITSMOE_NATIVE") == "0":
         return None
@@ -41,7 +42,7 @@ def native_library(source: Path) -> ctypes.CDLL | None:
         _LOGGER.warning("%s is not compiled, PyTorch runs in its place, slower: no C++ compiler found", source.name)
         return None
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler)))
+        return ctypes.CDLL(str(_compiled(source, compiler, flags)))
     except (OSError, subprocess.SubprocessError) as error:
         details = getattr(error, "stderr", None) or str(error)
         _LOGGER.warning(
@@ -50,11 +51,11 @@ def native_library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _compiled(source: Path, compiler: str) -> Path:
+def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
     """Path of the shared object, compiled unless the cache has it."""
     text = source.read_bytes()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = (text, "\0".join((*FLAGS, version, _cpu())).encode())
+    parts = (text, "\0".join((*FLAGS, *flags, version, _cpu())).encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def _compiled(source: Path, compiler: str) -> Path:
         # compiled beside it and moved there in one step: other processes may be doing the same
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / name
-            command = [compiler, *FLAGS, str(source), "-o", str(fresh)]
+            command = [compiler, *FLAGS, *flags, str(source), "-o", str(fresh)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
             os.replace(fresh, path)
     return path

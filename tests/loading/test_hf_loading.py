@@ -292,7 +292,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "infinite-step": (_change(FIRST, "steps_out", lambda t: _put(t, float("inf"))), (FIRST, "steps_out", "infinity")),
     "unknown-width": (_change(FIRST, "widths_in", lambda t: _put(t, 5)), (FIRST, "widths_in", "[5]")),
     "other-width": (_change(FIRST, "widths_out", lambda t: _put(t, 8 - int(t.view(-1)[3]))), (FIRST, "codes_out")),
-    "newer-version": (_change(FIRST, "layout", lambda t: _put(t, 2, 0)), (FIRST, "layout", "version 2", "upgrade")),
+    "newer-version": (_change(FIRST, "layout", lambda t: _put(t, 3, 0)), (FIRST, "layout", "version 3", "upgrade")),
     "no-header": (_change(FIRST, "layout", torch.zeros_like), (FIRST, "layout", "not a bitsmoe header")),
     "absurd-header": (_change(FIRST, "layout", lambda t: _put(t, 2**31 - 1, 4)), (FIRST, "layout", "rank_in")),
     "negative-header": (_change(FIRST, "layout", lambda t: _put(t, -1, 1)), (FIRST, "layout", "num_experts")),

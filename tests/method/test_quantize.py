@@ -18,6 +18,7 @@ from bitsmoe_modifier.method.design import LayerPlan
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
 from bitsmoe_modifier.method.quantize import LayerReport, quantize_layer
+from bitsmoe_modifier.method.rounding import decode
 from bitsmoe_modifier.method.statistics import RoutedTokens, collect_statistics
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 from bitsmoe_modifier.storage.layout import ExpertsLayout
@@ -278,8 +279,9 @@ def test_rows_absorb_what_rows_before_them_lost() -> None:
     steps, level = (torch.full((48, 32, 1), value, dtype=torch.float64) for value in (0.5, 3.0))
 
     def cost(coupled: torch.Tensor | None) -> float:
-        codes, step = sides._round_row_blocks(w, moments, steps, level, 1, coupled)
-        error = w - sides.decode(codes, step.repeat_interleave(16, 2), level)
+        blocks = sides._row_blocks(32, 1 if coupled is None else 4, w.device)
+        codes, step = sides._round_row_blocks(w, moments, steps, level, 1, blocks, coupled)
+        error = w - decode(codes, step.repeat_interleave(16, 2), level)
         return float(torch.einsum("eik,ij,ejk->", error, coupling, error))
 
     assert cost(coupling) < cost(None)

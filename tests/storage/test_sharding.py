@@ -6,8 +6,9 @@ import torch
 from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
+from bitsmoe_modifier.storage.chains import index_side
 from bitsmoe_modifier.storage.factors import decode_factor
-from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
+from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts, check_structure
 from bitsmoe_modifier.storage.sharding import shard
 from helpers import RandomLayer, random_layer
@@ -23,6 +24,8 @@ LAYERS = {
     "biases": {"bias": True},
     "super experts with biases": {"dense": (0, 5), "bias": True},
     "wide groups": {"group_size": 32, "block_size": 8},
+    "trellis": {"stripes": 1},
+    "trellis in stripes": {"stripes": 3, "widths": (0, 2, 3), "dense": (1, 4), "bias": True},
 }
 SIZES = {"num_experts": 6, "hidden": 64, "intermediate": 192}
 
@@ -36,7 +39,7 @@ def factors(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tensor]:
     """A ``[E, 2, I, R]`` and F ``[E, R', I]``."""
     layout = ExpertsLayout.from_tensor(packed.layout)
     a, f = (
-        decode_factor(codes, steps, widths, index_units(widths, layout.groups, side == "in"), layout, side)
+        decode_factor(codes, steps, widths, index_side(widths, layout, side), layout, side)
         for side, codes, steps, widths in (
             ("in", packed.codes_in, packed.steps_in, packed.widths_in.flatten(0, 1)),
             ("out", packed.codes_out, packed.steps_out, packed.widths_out),

@@ -182,6 +182,13 @@ def check_sizes(
         fitting = [b for b in (8, 16, 32, 64, 128) if hidden % b == 0]
         advice = f"set block_size to one of {fitting}" if fitting else "add the layer to `ignore`"
         raise RecipeError(f"{name}: block_size {block} does not divide the hidden size H = {hidden}; {advice}")
+    if settings.codes == "trellis":
+        for field, size in (("group_size", settings.group_size), ("block_size", block)):
+            if size % 16:
+                raise RecipeError(
+                    f"{name}: codes: trellis needs a {field} that is a multiple of 16, not {size}; set codes: scalar "
+                    f"or another {field}"
+                )
     coded = least_bits(num_experts, hidden, width, settings)
     least = coded * (1 - dense_share) + dense_bits * dense_share
     if settings.bits < least:

@@ -143,7 +143,8 @@ def _plan_input(
     mine = ranks.mine(num_experts)
     factors = (experts.in_factors(part, inverse) for part in experts.parts(mine))
     own = range(2 * mine.start, 2 * mine.stop)
-    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, own, ranks)
+    trellis: Literal["group"] | None = "group" if settings.codes == "trellis" else None
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, own, ranks, trellis)
     return SidePlan(basis, costs, weight, gain.shape[1])
 
 
@@ -175,7 +176,8 @@ def _plan_output(
     weight = statistics.down_moment_diagonal
     mine = ranks.mine(num_experts)
     factors = (experts.out_factors(part, inverse).transpose(1, 2) for part in experts.parts(mine))
-    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, mine, ranks)
+    trellis: Literal["chain"] | None = "chain" if settings.codes == "trellis" else None
+    costs = side_costs(factors, weight, gain, settings.widths, block_size, settings.group_size, mine, ranks, trellis)
     return SidePlan(basis, costs, weight, gain.shape[1])
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from .distributed import Ranks
 from .rounding import search_step
+from .trellis import chain_error, group_error
 
 #: Elements of a factor that the step search holds at once. Small enough for a CPU's cache, where the search's dozens of
 #: passes over the same weights are three times faster than from memory; on a GPU many enough to be worth a launch.
@@ -43,6 +45,7 @@ def side_costs(
     group_size: int,
     own: range | None = None,
     ranks: Ranks | None = None,
+    trellis: Literal["group", "chain"] | None = None,
 ) -> SideCosts:
     """The distortion of every unit at every width.
 
@@ -61,6 +64,8 @@ def side_costs(
         group_size: columns along I per step.
         own: which matrices the factors are; None for all.
         ranks: the processes that have the others; None where this one has all.
+        trellis: measure trellis codes: with sequences along I ("group", gate and up) or along the directions ("chain",
+            down). None measures the grid.
     """
     ranks = ranks or Ranks.alone()
     matrices, directions = gain.shape
@@ -72,7 +77,7 @@ def side_costs(
     for at, factor in zip(range(matrices) if own is None else own, each, strict=True):
         whole[at] = _per_unit(weight[at] @ factor.square(), gain[at], block_size)
         if at % stride == 0:
-            left += _left(factor, weight[at], gain[at], widths, block_size, group_size)
+            left += _left(factor, weight[at], gain[at], widths, block_size, group_size, trellis)
     whole, left = ranks.total(whole), ranks.total(left)
     reference = whole[::stride].sum(0).clamp_min(torch.finfo(torch.float64).tiny)
     distortion = whole[:, :, None] * (left / reference[:, None])
@@ -93,6 +98,7 @@ def _left(
     widths: Sequence[int],
     block_size: int,
     group_size: int,
+    trellis: str | None,
 ) -> torch.Tensor:
     """Distortion of one matrix's units after rounding, float64 ``[units, widths]``; 0 at width 0."""
     w = factor.reshape(-1, group_size, factor.shape[1]).contiguous()
@@ -100,7 +106,13 @@ def _left(
     left = torch.zeros(factor.shape[1] // block_size, len(widths), dtype=torch.float64, device=factor.device)
     for column, width in enumerate(widths):
         if width:
-            left[:, column] = _per_unit(search_step(w, rho, width)[1].sum(0), gain, block_size)
+            if trellis is None:
+                error = search_step(w, rho, width)[1].sum(0)
+            elif trellis == "group":
+                error = group_error(factor, weight, width, group_size)
+            else:
+                error = chain_error(factor, weight, gain, width, group_size, block_size)
+            left[:, column] = _per_unit(error, gain, block_size)
     return left
 
 

@@ -14,6 +14,7 @@ from .numerics import all_finite
 PART_ELEMENTS = 1 << 26
 
 BasisChoice = Literal["auto", "spectral", "none"]
+CodesChoice = Literal["scalar", "trellis"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class QuantizerSettings:
     """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users."""
 
     bits: float = 2.0
+    codes: CodesChoice = "scalar"
     widths: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
     block_size: int | None = None
     group_size: int = 128

@@ -137,6 +137,8 @@ def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> Packed
         basis_group_size=settings.resolve_basis_group(hidden),
         num_dense=len(design.dense_ids),
         has_bias=int(experts.in_bias is not None),
+        codes=int(settings.codes == "trellis"),
+        stripes=outputs.stripes,
     )
     device = inputs.codes.device
     width_in, width_out = inputs.widths[:, :units_in].to(device).contiguous(), outputs.widths.to(device)

@@ -8,6 +8,8 @@ Grid: ``value = step * (2 * code - (2**b - 1))``; the step is half the distance 
 fp16, so every function here rounds it to fp16 before it is used.
 """
 
+from typing import Protocol
+
 import torch
 
 from ..devices import kernels_wanted
@@ -25,6 +27,25 @@ _COLUMN_BLOCK = 32
 _NORMAL_STEP = {1: 0.798, 2: 0.498, 3: 0.293, 4: 0.1677, 6: 0.0519, 8: 0.0155}
 #: Where the search ends for coarse grids, relative to its start; finer ones go up to the covering step.
 _COARSE_SPAN = {1: 1.8, 2: 2.2}
+
+
+class ColumnCoder(Protocol):
+    """Codes of another family than the grid's, a column at a time (`trellis`)."""
+
+    def grid(self, codes: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Values of codes in units of the step; ``level`` broadcasts against them."""
+        ...
+
+    def column(
+        self,
+        target: torch.Tensor,
+        step: torch.Tensor,
+        level: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        codes: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `_round_column` does for the grid."""
+        ...
 
 
 def to_step(step: torch.Tensor) -> torch.Tensor:
@@ -159,6 +180,7 @@ def round_with_feedback(
     level: torch.Tensor,
     order: torch.Tensor,
     row_weight: torch.Tensor | None = None,
+    coder: ColumnCoder | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the columns of a batch of matrices in order, each absorbing the errors of those before it.
 
@@ -170,6 +192,7 @@ def round_with_feedback(
         order: int64 ``[N, n]``, columns in order of rounding.
         row_weight: importance of the rows, ``[N, m]``: steps are refitted to what each column has to absorb. None keeps
             the steps.
+        coder: of other codes than the grid's.
 
     Returns:
         (codes float32 ``[N, m, n]``, steps ``[N, groups, n]``) in the original column order.
@@ -187,7 +210,7 @@ def round_with_feedback(
             target.baddbmm_(factor[:, : block.start, block].mT, change[:, : block.start], alpha=-1)
         # what later columns absorb is measured against the original weight
         codes[:, block], step[:, block], change[:, block] = round_block(
-            target, factor[:, block, block], w[:, block], step[:, block], level[:, block], row_weight
+            target, factor[:, block, block], w[:, block], step[:, block], level[:, block], row_weight, coder=coder
         )
     return (
         torch.empty_like(codes).scatter_(1, turn.expand_as(codes), codes).mT,
@@ -202,6 +225,7 @@ def refine(
     step: torch.Tensor,
     level: torch.Tensor,
     row_weight: torch.Tensor | None = None,
+    coder: ColumnCoder | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass of coordinate descent on ``tr((W - Q) H (W - Q)ᵀ)``: every column absorbs the errors of all others.
 
@@ -211,7 +235,7 @@ def refine(
     Args:
         moment: H, float32 ``[N, n, n]``, damped.
         codes, step: to start from, ``[N, m, n]`` and ``[N, groups, n]``.
-        w, level, row_weight: as in `round_with_feedback`.
+        w, level, row_weight, coder: as in `round_with_feedback`.
 
     Returns:
         (codes float32 ``[N, m, n]``, steps ``[N, groups, n]``).
@@ -222,7 +246,7 @@ def refine(
     level = level.expand(count, -1, -1).mT.expand(-1, n, -1)
     groups = step.shape[2]
     limits = level[..., None] if level.shape[2] == 1 else level.unflatten(2, (groups, -1))
-    value = decode(codes.unflatten(2, (groups, -1)), step[..., None], limits).flatten(2)
+    value = (grid_of(codes.unflatten(2, (groups, -1)), limits, coder) * step[..., None]).flatten(2)
     # H (W - Q)ᵀ: minus half the objective's slope in Qᵀ
     pull, change = torch.bmm(moment, w.mT - value), torch.empty_like(value)
     for block in _column_blocks(n):
@@ -233,7 +257,7 @@ def refine(
         target.div_(diagonal[:, block, None]).add_(value[:, block])
         response = moment[:, block, block] / diagonal[:, None, block]
         codes[:, block], step[:, block], change[:, block] = round_block(
-            target, response, value[:, block], step[:, block], level[:, block], row_weight, codes[:, block]
+            target, response, value[:, block], step[:, block], level[:, block], row_weight, codes[:, block], coder
         )
     return codes.mT, step.mT
 
@@ -251,6 +275,7 @@ def round_block(
     level: torch.Tensor,
     row_weight: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
+    coder: ColumnCoder | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round a few columns one after another; what one changes moves the targets of those after it.
 
@@ -261,41 +286,54 @@ def round_block(
         step: ``[N, B, groups]``; level: ``[N, B, m]`` or ``[N, B, 1]``.
         row_weight: ``[N, m]`` or None, as in `round_with_feedback`.
         codes: ``[N, B, m]`` codes from before, which the steps are refitted to; None takes the nearest.
+        coder: as in `round_with_feedback`.
 
     Returns:
         (codes ``[N, B, m]``, steps ``[N, B, groups]``, changes ``[N, B, m]``).
     """
-    if _on_kernels(target):
+    if coder is None and _on_kernels(target):
         from bitsmoe_kernels.rounding import round_block as fused
 
         return fused(target, response, reference, step, level, row_weight, codes)
     found, step, change = torch.zeros_like(target), step.clone(), -reference
+    round_column = _round_column if coder is None else coder.column
     kept = (level.amax((0, 2)) > 0).tolist()  # what every matrix drops needs no rounding
     for at, needed in enumerate(kept):
         if needed:
             column = target[:, at], step[:, at], level[:, at]
             before = None if codes is None else codes[:, at]
-            found[:, at], step[:, at], value = _round_column(*column, row_weight, before)
+            found[:, at], step[:, at], value = round_column(*column, row_weight, before)
             change[:, at] += value
         target[:, at + 1 :].addcmul_(response[:, at, at + 1 :, None], change[:, at, None], value=-1)
     return found, step, change
 
 
+def grid_of(codes: torch.Tensor, level: torch.Tensor, coder: ColumnCoder | None) -> torch.Tensor:
+    """Values of float codes in units of the step."""
+    return codes * 2 - level if coder is None else coder.grid(codes, level)
+
+
 def refit_row_steps(
-    w: torch.Tensor, moment: torch.Tensor, codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor
+    w: torch.Tensor,
+    moment: torch.Tensor,
+    codes: torch.Tensor,
+    step: torch.Tensor,
+    level: torch.Tensor,
+    coder: ColumnCoder | None = None,
 ) -> torch.Tensor:
     """Least-squares steps of groups of columns, given their codes, one group after another.
 
     Args:
         w, codes: float32 ``[N, m, n]``; moment ``[N, n, n]``, damped; level broadcastable to ``w``.
         step: float32 ``[N, m, groups]``: a group is ``n / groups`` consecutive columns of a row.
+        coder: as in `round_with_feedback`.
 
     Returns:
         float32 ``[N, m, groups]``, storable; a step that would raise the row's objective is left as it was.
     """
     groups = step.shape[2]
     size = w.shape[2] // groups
-    grid = codes * 2 - level
+    grid = grid_of(codes, level, coder)
     step = step.clone()
     rest = w - grid * step.repeat_interleave(size, dim=2)
     for group in range(groups):

@@ -10,9 +10,19 @@ from .design import LayerDesign
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .linear_systems import solve_positive
-from .rounding import damp_, decode, encode, feedback_factor, refine, refit_row_steps, round_with_feedback
+from .rounding import (
+    ColumnCoder,
+    damp_,
+    encode,
+    feedback_factor,
+    grid_of,
+    refine,
+    refit_row_steps,
+    round_with_feedback,
+)
 from .spectral import refit_inverse
 from .statistics import RoutedTokens, down_moments, expert_moments, prior_share, second_moment, shrink
+from .trellis import ChainTrellis, GroupTrellis, chain_steps
 
 #: Groups of output directions, each absorbing in the loss what those before it lost. More gain little.
 _ROW_BLOCKS = 4
@@ -40,26 +50,28 @@ class RoundedSide:
     """One side's factors, rounded.
 
     Attributes:
-        codes: uint8 ``[matrices, I, directions]``.
+        codes: uint8 ``[matrices, I, directions]``; windows of trellis codes.
         steps: float32 ``[matrices, groups, directions]``.
         widths: uint8 ``[matrices, units]``.
         block_size: directions per unit.
+        stripes: of the layout, 0 of scalar codes.
     """
 
     codes: torch.Tensor
     steps: torch.Tensor
     widths: torch.Tensor
     block_size: int
+    stripes: int
 
     @classmethod
     def empty(
-        cls, widths: torch.Tensor, block_size: int, length: int, group_size: int, device: torch.device
+        cls, widths: torch.Tensor, block_size: int, length: int, group_size: int, device: torch.device, stripes: int
     ) -> "RoundedSide":
         """To be filled part by part."""
         directions = widths.shape[1] * block_size
         codes = torch.zeros(len(widths), length, directions, dtype=torch.uint8, device=device)
         steps = torch.ones(len(widths), length // group_size, directions, device=device)
-        return cls(codes, steps, widths, block_size)
+        return cls(codes, steps, widths, block_size, stripes)
 
     def gather(self, ranks: Ranks, num_experts: int) -> None:
         """Fill in, on the first process, the experts that the others rounded."""
@@ -73,18 +85,33 @@ class RoundedSide:
 
     def decoded(self, matrices: slice) -> torch.Tensor:
         """Values of some matrices, float32 ``[n, I, directions]``."""
-        return _decoded(self.codes[matrices].to(torch.float32), self.steps[matrices], self.levels(matrices))
+        codes, coder = self.codes[matrices], GroupTrellis() if self.stripes else None
+        return _decoded(codes.to(torch.float32), self.steps[matrices], self.levels(matrices), coder)
 
 
-def _decoded(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """`decode` of codes ``[matrices, I, directions]``, steps ``[matrices, groups, directions]``, levels without I."""
-    return decode(codes.unflatten(1, (step.shape[1], -1)), step[:, :, None], level[:, None, None]).flatten(1, 2)
+def _decoded(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor, coder: ColumnCoder | None) -> torch.Tensor:
+    """Values of codes ``[matrices, I, directions]``, steps ``[matrices, groups, directions]``, levels without I."""
+    grid = grid_of(codes.unflatten(1, (step.shape[1], -1)), level[:, None, None], coder)
+    return (grid * step[:, :, None]).flatten(1, 2)
 
 
 def _encoded(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """`encode` to uint8 of weights ``[matrices, I, directions]``; steps and levels as in `_decoded`."""
     codes = encode(w.unflatten(1, (step.shape[1], -1)), step[:, :, None], level[:, None, None])
     return codes.flatten(1, 2).to(torch.uint8)
+
+
+def _columns(
+    coder: ColumnCoder, w: torch.Tensor, step: torch.Tensor, level: torch.Tensor, row_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`round_with_feedback` without feedback: codes uint8 ``[N, m, n]``, steps ``[N, groups, n]``."""
+    level = level.expand(-1, -1, w.shape[2])
+    found = [
+        coder.column(w[:, :, at].contiguous(), step[:, :, at].contiguous(), level[:, :, at], row_weight)
+        for at in range(w.shape[2])
+    ]
+    codes, steps, _ = zip(*found, strict=True)
+    return torch.stack(codes, 2).to(torch.uint8), torch.stack(steps, 2)
 
 
 def expert_gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:
@@ -103,14 +130,22 @@ def round_input(layer: LayerTask) -> RoundedSide:
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "in")
     share = prior_share(tokens.counts, rank, h.device)
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
+    coder = GroupTrellis() if settings.codes == "trellis" else None
+    stripes = 0 if coder is None else 1
+    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device, stripes)
     for part in experts.parts(layer.ranks.mine(len(tokens.counts))):
         matrices = slice(2 * part.start, 2 * part.stop)
         factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
-        steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
+        if coder is None:
+            steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
+        else:  # its columns find their own
+            steps = torch.ones_like(rounded.steps[matrices])
         if not settings.error_feedback:
-            rounded.codes[matrices] = _encoded(factor, steps, level)
-            rounded.steps[matrices] = steps
+            if coder is None:
+                codes = _encoded(factor, steps, level)
+            else:
+                codes, steps = _columns(coder, factor, steps, level[:, None], weight)
+            rounded.codes[matrices], rounded.steps[matrices] = codes, steps
             continue
         ids = range(part.start, part.stop)
         moments = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, rank)
@@ -121,13 +156,13 @@ def round_input(layer: LayerTask) -> RoundedSide:
         target = factor[0::2]
         for half in (0, 1):
             limits, rho = level[half::2, None], weight[half::2]
-            codes, step = round_with_feedback(target, feedback, steps[half::2], limits, order, rho)
+            codes, step = round_with_feedback(target, feedback, steps[half::2], limits, order, rho, coder)
             for _ in range(settings.refine_passes):
-                codes, step = refine(target, moments, codes, step, limits, rho)
+                codes, step = refine(target, moments, codes, step, limits, rho, coder)
             rounded.codes[matrices][half::2] = codes.to(torch.uint8)
             rounded.steps[matrices][half::2] = step
             if half == 0:
-                lost = target - _decoded(codes, step, level[half::2])
+                lost = target - _decoded(codes, step, level[half::2], coder)
                 target = factor[1::2]
                 if settings.compensation:
                     target = target + design.slope_ratio[part, :, None] * lost
@@ -144,11 +179,18 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
     experts, tokens, design, settings, h = layer.experts, layer.tokens, layer.design, layer.settings, layer.h
     side, (_, hidden, length) = design.outputs, experts.down.shape
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "out")
-    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device)
+    coupled = output_coupling(side.basis, layer.metric, hidden, h.device)
     coupling = None
-    if settings.compensation and not (side.basis is None and layer.metric is None):
-        coupling = output_coupling(side.basis, layer.metric, hidden, h.device)
-        coupling = damp_(coupling.clone(), settings.dampening_frac)
+    if settings.error_feedback and settings.compensation and not (side.basis is None and layer.metric is None):
+        coupling = damp_(coupled.clone(), settings.dampening_frac)
+    blocks = _row_blocks(len(coupled), 1 if coupling is None else _ROW_BLOCKS, h.device)
+    stripes = 0
+    if settings.codes == "trellis":  # whole units, of which sequences are made
+        units = _row_blocks(side.widths.shape[1], 1 if coupling is None else _ROW_BLOCKS, h.device)
+        inside = torch.arange(design.block_size, device=h.device)
+        blocks = [(block[:, None] * design.block_size + inside).flatten() for block in units]
+        stripes = len(blocks)
+    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device, stripes)
     mine = layer.ranks.mine(len(tokens.counts))
     if settings.error_feedback:
         moments, lost = down_moments(experts, tokens, h, lambda expert: expert_gate_up(inputs, expert), mine)
@@ -162,14 +204,27 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
         at = slice(part.start - mine.start, part.stop - mine.start)
         factor, level = experts.out_factors(part, inverse), rounded.levels(part)
         columns = factor.transpose(1, 2)
-        steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
+        coders: list[ColumnCoder] | None = None
+        if stripes:
+            widths = side.widths[part]
+            coders = [
+                ChainTrellis(widths, stripes, stripe, coupled.diagonal()[block], design.block_size)
+                for stripe, block in enumerate(blocks)
+            ]
+            steps = chain_steps(columns, side.weight[part], rounded.levels(part), settings.group_size)
+        else:
+            steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
         if settings.error_feedback:
             if settings.compensation:
                 factor = _compensated(factor, moments[at], lost[at])
             # rows are directions here, so that the columns to round are those along I
             rows = steps.transpose(1, 2), level[:, :, None]
-            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, settings.refine_passes, coupling)
+            passes = settings.refine_passes
+            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, passes, blocks, coupling, coders)
             codes, steps = codes.transpose(1, 2).to(torch.uint8), rows_steps.transpose(1, 2)
+        elif coders is not None:
+            each = steps.transpose(1, 2).repeat_interleave(settings.group_size, dim=2)
+            codes = _columns(coders[0], factor, each, level[:, :, None], None)[0].transpose(1, 2)
         else:
             codes = _encoded(columns, steps, level)
         rounded.codes[part], rounded.steps[part] = codes, steps
@@ -194,7 +249,9 @@ def _round_row_blocks(
     steps: torch.Tensor,
     level: torch.Tensor,
     refine_passes: int,
+    blocks: list[torch.Tensor],
     coupling: torch.Tensor | None,
+    coders: list[ColumnCoder] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round ``w [E, R', I]`` with feedback along its columns and, with a coupling, from block to block of its rows.
 
@@ -202,34 +259,38 @@ def _round_row_blocks(
         w: target.
         moments: ``[E, I, I]``, damped; steps: ``[E, R', groups]``; level: ``[E, R', 1]``.
         refine_passes: of `refine`, each after the steps were refitted.
+        blocks: of rows, in order.
         coupling: ``[R', R']``, damped, or None for rows that the loss sees apart.
+        coders: of the blocks, of other codes than the grid's.
 
     Returns:
         (codes ``[E, R', I]``, steps ``[E, R', groups]``).
     """
-    rows = w.shape[1]
     order = torch.argsort(moments.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
     feedback = feedback_factor(moments, order)
-    # every n-th row, so that neighbours, which are most alike, stand in different blocks
-    apart = 1 if coupling is None else _ROW_BLOCKS
-    blocks = [torch.arange(first, rows, apart, device=w.device) for first in range(apart)]
     done = blocks[0][:0]
     codes, steps, lost = torch.empty_like(w), steps.clone(), torch.zeros_like(w)
     factor = None if coupling is None else feedback_factor(coupling[None], torch.cat(blocks)[None])[0]
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        coder = None if coders is None else coders[number]
         target, limits, step = w[:, block], level[:, block], steps[:, block]
         if factor is not None and len(done):
             response = factor[: len(done), len(done) : len(done) + len(block)]
             target = target + torch.einsum("jb,eji->ebi", response, lost[:, done])
-        found, _ = round_with_feedback(target, feedback, _per_row(step, w.shape[2]), limits, order)
+        found, _ = round_with_feedback(target, feedback, _per_row(step, w.shape[2]), limits, order, coder=coder)
         for _ in range(refine_passes):
-            step = refit_row_steps(target, moments, found, step, limits)
-            found, _ = refine(target, moments, found, _per_row(step, w.shape[2]), limits)
+            step = refit_row_steps(target, moments, found, step, limits, coder)
+            found, _ = refine(target, moments, found, _per_row(step, w.shape[2]), limits, coder=coder)
         codes[:, block], steps[:, block] = found, step
         # what later rows absorb is measured against the weights, not against the target
-        lost[:, block] = w[:, block] - decode(found, _per_row(step, w.shape[2]), limits)
+        lost[:, block] = w[:, block] - grid_of(found, limits, coder) * _per_row(step, w.shape[2])
         done = torch.cat([done, block])
     return codes, steps
+
+
+def _row_blocks(rows: int, apart: int, device: torch.device) -> list[torch.Tensor]:
+    """Every n-th row, so that neighbours, which are most alike, stand in different blocks; none is empty."""
+    return [torch.arange(first, rows, apart, device=device) for first in range(min(apart, rows))]
 
 
 def _per_row(step: torch.Tensor, length: int) -> torch.Tensor:

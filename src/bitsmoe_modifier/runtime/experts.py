@@ -17,8 +17,9 @@ from torch import nn
 
 from ..devices import kernels_wanted
 from ..method.gating import Gating
+from ..storage.chains import index_side
 from ..storage.factors import decode_basis, decode_factor
-from ..storage.layout import ExpertsLayout, UnitIndex, index_units
+from ..storage.layout import ExpertsLayout, UnitIndex
 from ..storage.packed import TENSOR_NAMES, PackedExperts
 from .decoded import DecodedCache
 from .native_product import fastest_product, is_compiled
@@ -159,8 +160,8 @@ class BitsMoEExperts(nn.Module):
         if self._units is None:
             spec = self.spec
             self._units = (
-                index_units(self.widths_in.reshape(-1, spec.units_in), spec.groups, group_major=True),
-                index_units(self.widths_out, spec.groups, group_major=False),
+                index_side(self.widths_in.reshape(-1, spec.units_in), spec, "in"),
+                index_side(self.widths_out, spec, "out"),
             )
         return self._units
 
@@ -336,7 +337,8 @@ class BitsMoEExperts(nn.Module):
 
     def _runs_packed(self, x: torch.Tensor, pairs: int, reached: int) -> bool:
         """Whether so many pairs on so many experts are multiplied from the codes, and no expert is decoded."""
-        if x.is_cuda:  # there the packed sums would depend on the order in which threads finish
+        # on a GPU the packed sums would depend on the order in which threads finish; trellis codes have no such product
+        if x.is_cuda or self.spec.codes:
             return False
         return pairs <= FEW_PAIRS or (
             pairs <= FEW_PER_EXPERT * reached and not self._cache.whole and is_compiled(x, torch.float32)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .chains import decode_trellis_factor, pack_trellis_factor
 from .layout import ExpertsLayout, UnitIndex, index_units
 from .planes import code_values, pack_codes, unpack_codes
 
@@ -14,7 +15,8 @@ def pack_factor(
     """Lay out the codes and steps of one side in payload order.
 
     Args:
-        codes: uint8, ``[E, 2, I, R]`` (side "in") or ``[E, R', I]`` (side "out").
+        codes: uint8, ``[E, 2, I, R]`` (side "in") or ``[E, R', I]`` (side "out"); windows where the layout's codes are
+            trellis codes.
         steps: fp16, ``[E, 2, groups, R]`` or ``[E, groups, R']``.
         widths: uint8, ``[E, 2, units]`` or ``[E, units]``.
         layout: sizes.
@@ -23,6 +25,8 @@ def pack_factor(
     Returns:
         (codes uint8 1-D, steps fp16 1-D) as stored.
     """
+    if layout.codes:
+        return pack_trellis_factor(codes, steps, widths, layout, side)
     bs, gs, groups = layout.block_size, layout.group_size, layout.groups
     if side == "in":
         flat = widths.reshape(-1, layout.units_in)
@@ -71,6 +75,8 @@ def decode_factor(
     Returns:
         ``[matrices, I, R]`` (side "in") or ``[matrices, R', I]`` (side "out").
     """
+    if layout.codes:
+        return decode_trellis_factor(codes, steps, widths, index, layout, side, dtype)
     bs, gs, groups = layout.block_size, layout.group_size, layout.groups
     matrices, units = widths.shape
     m, n = (gs, bs) if side == "in" else (bs, gs)

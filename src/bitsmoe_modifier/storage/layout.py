@@ -20,7 +20,8 @@ import torch
 
 from ..errors import CheckpointError
 
-FORMAT_VERSION = 1
+#: The newest format version that is read. Scalar codes are written as version 1, trellis codes as version 2.
+FORMAT_VERSION = 2
 BASIS_BITS = (0, 4, 8, 16)
 _HEADER_SIZE = 16
 
@@ -42,7 +43,8 @@ class ExpertsLayout:
         basis_group_size: elements of a basis row that share a step (4 and 8 bits).
         num_dense: experts kept dense (super experts).
         has_bias: 1 where gate/up and down have biases.
-        version: format version.
+        codes: family of the experts' codes, 0 scalar (`planes`), 1 trellis (`trellis`).
+        stripes: of trellis codes, which units of the output side may share a sequence: every n-th; 0 of scalar codes.
     """
 
     num_experts: int
@@ -57,7 +59,8 @@ class ExpertsLayout:
     basis_group_size: int
     num_dense: int = 0
     has_bias: int = 0
-    version: int = FORMAT_VERSION
+    codes: int = 0
+    stripes: int = 0
 
     def __post_init__(self) -> None:
         problems = [f.name for f in fields(self) if not 0 <= getattr(self, f.name) < 2**31]
@@ -92,8 +95,19 @@ class ExpertsLayout:
             problems.append(f"num_dense {self.num_dense} of {self.num_experts} experts")
         if self.has_bias not in (0, 1):
             problems.append(f"has_bias = {self.has_bias}")
+        if self.codes not in (0, 1) or (self.stripes > 0) != (self.codes == 1):
+            problems.append(f"codes = {self.codes} with stripes = {self.stripes}")
+        if self.codes == 1:
+            for name in ("block_size", "group_size"):
+                if getattr(self, name) % 16:
+                    problems.append(f"{name} = {getattr(self, name)} is not a multiple of 16, as trellis codes need")
         if problems:
             raise CheckpointError("impossible layout: " + ", ".join(problems))
+
+    @property
+    def version(self) -> int:
+        """The format version, the oldest that knows these codes."""
+        return 1 + self.codes
 
     @property
     def groups(self) -> int:
@@ -122,7 +136,7 @@ class ExpertsLayout:
 
     def to_tensor(self) -> torch.Tensor:
         """The header as int32 ``[16]``: version first, then the fields in order, zero-padded."""
-        values = [self.version] + [getattr(self, f.name) for f in fields(self) if f.name != "version"]
+        values = [self.version] + [getattr(self, f.name) for f in fields(self)]
         return torch.tensor(values + [0] * (_HEADER_SIZE - len(values)), dtype=torch.int32)
 
     @classmethod
@@ -140,10 +154,11 @@ class ExpertsLayout:
                 f"layout: the checkpoint has format version {version}, this package reads up to {FORMAT_VERSION}; "
                 "upgrade bitsmoe-modifier"
             )
-        names = [f.name for f in fields(cls) if f.name != "version"]
-        if version < 1 or any(values[len(names) :]):
+        names = [f.name for f in fields(cls)]
+        layout = None if version < 1 or any(values[len(names) :]) else cls(**dict(zip(names, values, strict=False)))
+        if layout is None or layout.version != version:
             raise CheckpointError(f"layout: not a bitsmoe header: {header.tolist()}")
-        return cls(**dict(zip(names, values, strict=False)), version=version)
+        return layout
 
     def shapes(
         self, widths_in: torch.Tensor, widths_out: torch.Tensor

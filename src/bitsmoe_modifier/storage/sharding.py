@@ -1,9 +1,9 @@
 """One rank's part of a stored layer: slices along I (tensor parallelism) and by expert (expert parallelism).
 
 The payload order of `layout` makes both of them slices. Along I, an (expert, gate | up) of the input side and an
-(expert, unit) of the output side is a *run*: equal pieces for every group along I, one after another, so a range of
-groups is one range of bytes. The bases are shared by all experts and have no axis along I: every rank holds them whole,
-and the layer's output is the sum of what the ranks compute.
+(expert, unit) of the output side, with trellis codes an (expert, chain), is a *run*: equal pieces for every group along
+I, one after another, so a range of groups is one range of bytes. The bases are shared by all experts and have no axis
+along I: every rank holds them whole, and the layer's output is the sum of what the ranks compute.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .chains import chains_of
 from .layout import ExpertsLayout
 from .packed import PackedExperts
 
@@ -62,7 +63,7 @@ def shard(
         "dense_out": None,
     }
     for side, widths in (("in", packed.widths_in), ("out", packed.widths_out)):
-        bits, kept_units = _run_sizes(widths, side)
+        bits, kept_units = _run_sizes(widths, side, whole)
         for name, sizes, row in (("codes", bits, whole.quantum), ("steps", kept_units, whole.block_size)):
             rows = getattr(packed, f"{name}_{side}").view(-1, row)
             tensors[f"{name}_{side}"] = _cut_runs(rows, sizes, whole.groups, groups, kept).flatten()
@@ -91,13 +92,20 @@ def _check(whole: ExpertsLayout, tp_rank: int, tp_size: int, experts: list[int])
         raise CheckpointError(f"{unknown or experts} are not distinct experts of the layer's {whole.num_experts}")
 
 
-def _run_sizes(widths: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_sizes(widths: torch.Tensor, side: str, layout: ExpertsLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """(quanta, rows of steps) that one group takes in every run: int64 ``[E, runs]`` each."""
     wide = widths.to(torch.int64)
     if side == "in":  # a run is a matrix: its units lie inside a group
         return wide.sum(-1), (wide > 0).sum(-1)
     bits = wide.sort(dim=-1, descending=True).values  # a run is a unit, widest first
-    return bits, (bits > 0).to(torch.int64)
+    kept = (bits > 0).to(torch.int64)
+    if layout.codes:  # or, of codes, a chain of units
+        bits = torch.zeros_like(bits)
+        for expert, row in enumerate(wide.tolist()):
+            chains = chains_of(row, layout.stripes, layout.block_size)
+            for number, units in enumerate(chains):
+                bits[expert, number] = len(units) * row[units[0]]
+    return bits, kept
 
 
 def _cut_runs(rows: torch.Tensor, sizes: torch.Tensor, groups: int, wanted: range, experts: list[int]) -> torch.Tensor:

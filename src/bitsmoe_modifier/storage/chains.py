@@ -1,0 +1,139 @@
+"""Factors in trellis codes to stored bytes and back (docs/format.md).
+
+On the input side a sequence is one direction's column of a group along I; the payload has the order of scalar codes. On
+the output side it is one channel's column of a *chain*: units of one width, as many as give 128 directions, because
+short sequences lose. A chain's units are every n-th of their matrix, n being the layout's ``stripes``.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from .layout import ExpertsLayout, UnitIndex, index_units
+from .trellis import pack_windows, trellis_values, unpack_windows
+
+#: Directions that a chain has at most, unless one unit has more.
+CHAIN_DIRECTIONS = 128
+
+
+def chains_of(widths: Sequence[int], stripes: int, block_size: int) -> list[list[int]]:
+    """The chains of one matrix of the output side in the order of the payload: unit numbers of each.
+
+    Units > 0 wide, widest first, then by stripe (unit modulo ``stripes``), then by index; of each stripe's units of a
+    width the fewest chains that hold them, the first ones longer by a unit where they are not equally long.
+    """
+    runs: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for unit, width in enumerate(widths):
+        if width:
+            runs[-width, unit % stripes].append(unit)
+    most = max(1, CHAIN_DIRECTIONS // block_size)
+    chains = []
+    for _, units in sorted(runs.items()):
+        count = -(-len(units) // most)
+        size, longer = divmod(len(units), count)
+        at = 0
+        for number in range(count):
+            end = at + size + (number < longer)
+            chains.append(units[at:end])
+            at = end
+    return chains
+
+
+def index_side(widths: torch.Tensor, layout: ExpertsLayout, side: str) -> UnitIndex:
+    """The payload index of one side (`index_units`) of either family of codes.
+
+    All units of a chain have the ``code_offset`` of the chain.
+
+    Args:
+        widths: uint8 ``[matrices, units]``.
+        layout: sizes.
+        side: "in" or "out".
+    """
+    if side == "in" or not layout.codes:
+        return index_units(widths, layout.groups, group_major=side == "in")
+    code_offset = torch.zeros(len(widths), layout.groups, widths.shape[1], dtype=torch.int64)
+    step_offset = torch.full_like(code_offset, -1)
+    group = torch.arange(layout.groups)[:, None]
+    quanta = rows = 0
+    for matrix, row in enumerate(widths.tolist()):
+        for units in chains_of(row, layout.stripes, layout.block_size):
+            size = len(units) * row[units[0]]
+            code_offset[matrix, :, units] = quanta + group * size
+            step_offset[matrix, :, units] = rows + torch.arange(len(units)) * layout.groups + group
+            quanta, rows = quanta + size * layout.groups, rows + len(units) * layout.groups
+    return UnitIndex(code_offset.to(widths.device), step_offset.to(widths.device))
+
+
+def _tiles(widths: torch.Tensor, layout: ExpertsLayout, side: str) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Tiles of one shape each: (width, matrices ``[n]``, units ``[n, units of a tile]``)."""
+    found: dict[tuple[int, int], list[tuple[int, list[int]]]] = defaultdict(list)
+    for matrix, row in enumerate(widths.tolist()):
+        if side == "in":
+            chains = [[unit] for unit, width in enumerate(row) if width]
+        else:
+            chains = chains_of(row, layout.stripes, layout.block_size)
+        for units in chains:
+            found[row[units[0]], len(units)].append((matrix, units))
+    device = widths.device
+    return [
+        (width, torch.tensor([m for m, _ in tiles], device=device), torch.tensor([u for _, u in tiles], device=device))
+        for (width, _), tiles in sorted(found.items())
+    ]
+
+
+def pack_trellis_factor(
+    windows: torch.Tensor, steps: torch.Tensor, widths: torch.Tensor, layout: ExpertsLayout, side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`factors.pack_factor` of trellis codes; ``windows`` in place of codes."""
+    bs, gs, groups = layout.block_size, layout.group_size, layout.groups
+    flat = widths.reshape(-1, widths.shape[-1])
+    if side == "in":
+        # [matrix, group, unit, row of the sequence, column]
+        tiles = windows.reshape(len(flat), groups, gs, layout.units_in, bs).transpose(2, 3)
+    else:
+        tiles = windows.reshape(len(flat), layout.units_out, bs, groups, gs).permute(0, 3, 1, 2, 4)
+    step_rows = steps.reshape(len(flat), groups, -1, bs)
+    index = index_side(flat, layout, side)
+    bits = int(flat.sum(dtype=torch.int64)) * groups
+    kept = int((flat > 0).sum()) * groups
+    payload = torch.empty(bits, layout.quantum, dtype=torch.uint8, device=windows.device)
+    packed_steps = torch.empty(kept, bs, dtype=torch.float16, device=windows.device)
+    for width, matrix, units in _tiles(flat, layout, side):
+        # the rows of a chain's units, one unit after the other; [tile, group, rows, columns]
+        rows = tiles[matrix[:, None], :, units].transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        size = width * units.shape[1]
+        start = index.code_offset[matrix, :, units[:, 0]].flatten()
+        places = start[:, None] + torch.arange(size, device=windows.device)
+        payload[places.flatten()] = pack_windows(rows, width).view(-1, layout.quantum)
+        packed_steps[index.step_offset[matrix[:, None], :, units]] = step_rows[matrix[:, None], :, units].half()
+    return payload.flatten(), packed_steps.flatten()
+
+
+def decode_trellis_factor(
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    widths: torch.Tensor,
+    index: UnitIndex,
+    layout: ExpertsLayout,
+    side: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`factors.decode_factor` of trellis codes."""
+    bs, gs, groups = layout.block_size, layout.group_size, layout.groups
+    matrices, units = widths.shape
+    inward = side == "in"
+    m, n = (gs, bs) if inward else (bs, gs)
+    tiles = torch.zeros(matrices, groups, units, m, n, dtype=dtype, device=codes.device)
+    payload, step_rows = codes.view(-1, layout.quantum), steps.view(-1, bs)
+    for width, matrix, chosen in _tiles(widths, layout, side):
+        joined = chosen.shape[1]
+        start = index.code_offset[matrix, :, chosen[:, 0]].flatten()
+        places = start[:, None] + torch.arange(width * joined, device=codes.device)
+        windows = unpack_windows(payload[places].flatten(1), width, m * joined, n)
+        values = trellis_values(windows, width).view(len(matrix), groups, joined, m, n).transpose(1, 2)
+        step = step_rows[index.step_offset[matrix[:, None], :, chosen]].to(torch.float32)
+        tiles[matrix[:, None], :, chosen] = (values * (step[..., None, :] if inward else step[..., None])).to(dtype)
+    if inward:
+        return tiles.transpose(2, 3).reshape(matrices, layout.intermediate_size, layout.rank_in)
+    return tiles.permute(0, 2, 3, 1, 4).reshape(matrices, layout.rank_out, layout.intermediate_size)
