@@ -17,17 +17,23 @@ _INTERNAL = ("torch.fx", "compressed_tensors")
 def set_up_logging(verbose: bool) -> None:
     """Route the libraries' messages to stderr: warnings that matter, or with ``verbose`` all of them.
 
-    Imports llmcompressor's logger, which otherwise configures itself for stdout as soon as it is imported.
+    Where llm-compressor is installed, imports its logger, which otherwise configures itself for stdout as soon as it is
+    imported.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         warnings.filterwarnings("ignore", category=UserWarning, module="transformers|compressed_tensors|torch")
     import transformers
     from compressed_tensors.offload import dispatch
-    from llmcompressor.entrypoints import utils  # its own configuration comes first, ours replaces it
     from loguru import logger
 
-    utils.configure_distributed_logger = lambda *_: None  # oneshot would turn back to stdout in a torchrun job
+    try:
+        from llmcompressor.entrypoints import utils  # its own configuration comes first, ours replaces it
+
+        utils.configure_distributed_logger = lambda *_: None  # oneshot would turn back to stdout in a torchrun job
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "llmcompressor":
+            raise
     if messages.mode() != "text":
         dispatch.tqdm = lambda items, **_: items  # the one bar that ignores TQDM_DISABLE
     logger.remove()

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
+from ..extras import require
 
 _SUFFIX = "_stage"
 _SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; checkout
@@ -151,6 +152,7 @@ def check_stage(stage: Stage) -> None:
     Raises:
         RecipeError: naming the stage and what is wrong with it.
     """
+    require("llmcompressor", "a recipe")
     from llmcompressor.recipe import Recipe
 
     import bitsmoe_modifier  # noqa: F401 - registers BitsMoEModifier

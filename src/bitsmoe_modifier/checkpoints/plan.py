@@ -13,6 +13,7 @@ import torch
 
 from ..calibration.recipe import Stage, check_stage, one_stage
 from ..errors import BitsMoEError, RecipeError
+from ..extras import require
 from ..sources.classes import build_published, read_auto_config
 from ..sources.model import find_model
 from ..storage.folders import existing_parent
@@ -158,12 +159,13 @@ def plan_command(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = one_stage(recipe, stage)
+    headers = read_headers(model)
+    check_unquantized(model, headers)
+    require("llmcompressor", "planning, which asks it what it can do with a family,")
     check_stage(chosen)
     fields = bitsmoe_fields(chosen)
     if fields is None:
         raise RecipeError(f"the stage {chosen.name} has no BitsMoEModifier to plan for")
-    headers = read_headers(model)
-    check_unquantized(model, headers)
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

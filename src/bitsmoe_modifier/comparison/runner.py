@@ -16,6 +16,7 @@ from ..calibration.recipe import Stage, find_recipe, read_stages, select
 from ..checkpoints.card import write_card
 from ..errors import BitsMoEError, RecipeError
 from ..evaluation.accuracy import Accuracy, compare_accuracy
+from ..extras import require
 from ..pages.verdicts import LEGEND, how_measured
 from ..sources.model import DenseModel, load_tokenizer, open_dense, read_config
 from ..sources.text import Text, calibration_rows, evaluation_rows, read_text, tokenize
@@ -89,6 +90,8 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work. A run that fails is an entry of the report.
     """
+    require("llmcompressor", "comparing, which quantizes,")
+    require("matplotlib", "the report's charts")
     with Workspace(resolved(settings.out)).alone():
         return _compare(settings, command)
 

@@ -21,6 +21,7 @@ from ..errors import BitsMoEError
 from ..evaluation.accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
 from ..evaluation.reference import record
+from ..extras import require
 from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
 from ..sources.model import find_model, load_tokenizer, open_dense
@@ -90,6 +91,7 @@ def quantize_each(
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work.
     """
+    require("llmcompressor", "quantizing")
     with ExitStack() as held:
         outputs = [OutputFolder(out) for _, out in stages]
         if not int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
@@ -276,6 +278,8 @@ def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int,
     Raises:
         BitsMoEError: when the checkpoint or the folder cannot be used.
     """
+    if to == "w4":
+        require("llmcompressor", "export --to w4, which rounds once more,")
     check_new_folder(resolved(out))
     folder = find_model(checkpoint)
     set_up_logging(verbose)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BitsMoEError
+from ..extras import require
 from .paired import mean, paired
 from .tasks import FOLDER
 from .tasks.items import read
@@ -31,6 +32,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         BitsMoEError: naming the task that cannot be used, and why.
     """
     if tasks:
+        require("lm_eval", "accuracy on tasks")
         _load(tasks)
 
 

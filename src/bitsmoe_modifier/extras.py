@@ -1,0 +1,26 @@
+"""What the base install leaves out, and the message that says how to get it."""
+
+from importlib.util import find_spec
+
+from .errors import BitsMoEError
+
+
+def require(package: str, purpose: str, extra: str = "quantize") -> None:
+    """Refuse what a package of an extra is needed for, in the words of the one who wants it, before any work.
+
+    Args:
+        package: name for ``import``.
+        purpose: what needs it, as the start of a sentence.
+        extra: of this package, that installs it.
+
+    Raises:
+        BitsMoEError: when it is not installed.
+    """
+    try:
+        found = find_spec(package) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise BitsMoEError(
+            f"{purpose} needs {package}, which is not installed: pip install 'bitsmoe-modifier[{extra}]'"
+        )
