@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_demo_moe as demo
+from demo_moe import choices, training
+from demo_moe import documents as collected
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "src" / "bitsmoe_modifier" / "assets"
@@ -19,25 +21,15 @@ TEXTS = ("docmoe_calibration.txt", "docmoe_heldout.txt", "docmoe_continuations.j
 PERPLEXITY_BOUND = 50.0
 
 
-def load_script() -> ModuleType:
-    """Import examples/train_demo_moe.py, which is a script and not part of a package."""
-    spec = importlib.util.spec_from_file_location("train_demo_moe", ROOT / "examples" / "train_demo_moe.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_script()
-
-
 @pytest.fixture(scope="module")
 def documents() -> list:
     """Documents of a slice of the shipped text: enough of them for both sides of the split."""
     text = (ASSETS / "docmoe_calibration.txt").read_text(encoding="utf-8")[:200_000]
-    return [demo.Document(f"part{index}", part) for index, part in enumerate(text.split(demo.DOCUMENT_GAP)) if part]
+    return [
+        collected.Document(f"part{index}", part)
+        for index, part in enumerate(text.split(collected.DOCUMENT_GAP))
+        if part
+    ]
 
 
 def stdlib(folder: Path, files: dict[str, str]) -> Path:
@@ -57,7 +49,7 @@ def options(**values: object) -> list[str]:
 def test_docstrings_are_named_and_cleaned():
     method = '    def f(self):\n        """\n        Go.\n        """\n'
     source = f'"""Module.\n\n    Indented.\n"""\nclass A:\n    """Class."""\n{method}'
-    assert demo.docstrings(source) == [("", "Module.\n\nIndented."), ("A", "Class."), ("A.f", "Go.")]
+    assert collected.docstrings(source) == [("", "Module.\n\nIndented."), ("A", "Class."), ("A.f", "Go.")]
 
 
 def test_stdlib_documents_leave_out_what_is_not_ours_and_what_repeats(tmp_path):
@@ -74,7 +66,7 @@ def test_stdlib_documents_leave_out_what_is_not_ours_and_what_repeats(tmp_path):
             "psf.py": '# Copyright (C) 2001 Python Software Foundation\n"""Ours."""\n',
         },
     )
-    texts = {document.name: document.text for document in demo.stdlib_documents(root)}
+    texts = {document.name: document.text for document in collected.stdlib_documents(root)}
     modules = {name: text for name, text in texts.items() if not name.startswith("topic:")}
     assert modules == {
         "a": f"module a\n\nFirst of all.\n\n{long}",
@@ -86,45 +78,45 @@ def test_stdlib_documents_leave_out_what_is_not_ours_and_what_repeats(tmp_path):
 
 
 def test_split_is_disjoint_by_module_and_stable(documents):
-    train, held_out = demo.split(documents)
+    train, held_out = collected.split(documents)
     names = {document.name for document in train}, {document.name for document in held_out}
     assert not names[0] & names[1]
     assert names[0] | names[1] == {document.name for document in documents}
-    assert demo.split(documents[::-1]) == (train, held_out)
-    assert [demo.is_held_out(name) for name in ("unittest.mock", "json")] == [True, False]
-    share = sum(demo.is_held_out(f"module{index}") for index in range(5000)) / 5000
+    assert collected.split(documents[::-1]) == (train, held_out)
+    assert [collected.is_held_out(name) for name in ("unittest.mock", "json")] == [True, False]
+    share = sum(collected.is_held_out(f"module{index}") for index in range(5000)) / 5000
     assert share == pytest.approx(0.08, abs=0.015)
 
 
 def test_split_needs_text_on_both_sides():
     with pytest.raises(ValueError, match="one side of the split empty"):
-        demo.split([demo.Document("alone", "text")])
+        collected.split([collected.Document("alone", "text")])
 
 
 def test_text_files_become_documents(tmp_path):
     text = "\n\n".join(f"Paragraph {index}." for index in range(100))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    documents = demo.file_documents([tmp_path / "book.txt"], block=200)
+    documents = collected.file_documents([tmp_path / "book.txt"], block=200)
     assert len(documents) > 3
     assert [document.name for document in documents[:2]] == ["book:0", "book:1"]
     assert "\n\n".join(document.text for document in documents) == text
     (tmp_path / "book.txt").write_text(text.replace("\n\n", "\n \n"), encoding="utf-8")
-    assert demo.file_documents([tmp_path / "book.txt"], block=200) == documents, "a line of blanks is a blank line"
+    assert collected.file_documents([tmp_path / "book.txt"], block=200) == documents, "a line of blanks is a blank line"
 
 
 def test_excerpt_ends_with_a_paragraph(documents):
-    text = demo.excerpt(documents, 10_000)
+    text = collected.excerpt(documents, 10_000)
     assert 5_000 < len(text.encode()) <= 10_000
-    assert demo.excerpt(documents, 10**9).startswith(text.strip())
+    assert collected.excerpt(documents, 10**9).startswith(text.strip())
 
 
 def test_tokenizer_round_trips_text(documents):
-    tokenizer = demo.train_tokenizer([document.text for document in documents], 512, 128)
+    tokenizer = training.train_tokenizer([document.text for document in documents], 512, 128)
     assert len(tokenizer) == 512
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
     for text in (documents[0].text, "  indented\n\n\tcode(x) != 'naïve – ☃' \n", " a , b ."):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    ids = demo.encode(tokenizer, documents[:2]).tolist()
+    ids = training.encode(tokenizer, documents[:2]).tolist()
     assert ids.count(0) == ids.count(1) == 2
     assert (ids[0], ids[-1]) == (0, 1)
 
@@ -145,27 +137,27 @@ def check_items(items: list[dict], texts: list[str]) -> None:
 
 
 def test_continuations_are_well_formed_and_balanced(documents):
-    items = demo.make_continuations(documents, 30)
+    items = choices.make_continuations(documents, 30)
     assert len(items) == 30
-    assert items == demo.make_continuations(documents, 30)
-    assert items != demo.make_continuations(documents, 30, seed=1)
+    assert items == choices.make_continuations(documents, 30)
+    assert items != choices.make_continuations(documents, 30, seed=1)
     check_items(items, [document.text for document in documents])
 
 
 def test_continuations_need_other_documents(documents):
-    assert demo.make_continuations(documents[:1], 30) == []
+    assert choices.make_continuations(documents[:1], 30) == []
 
 
 def test_balance_loss_is_one_when_even_and_the_number_of_experts_when_collapsed():
     even = torch.arange(8).repeat(4).view(-1, 2)
-    assert demo.balance_loss(torch.zeros(16, 8), even).item() == pytest.approx(1)
+    assert training.balance_loss(torch.zeros(16, 8), even).item() == pytest.approx(1)
     collapsed = torch.full((16, 8), -50.0)
     collapsed[:, 3] = 50.0
-    assert demo.balance_loss(collapsed, torch.full((16, 1), 3)).item() == pytest.approx(8)
+    assert training.balance_loss(collapsed, torch.full((16, 1), 3)).item() == pytest.approx(8)
 
 
 def test_learning_rate_rises_then_falls():
-    factors = [demo.cosine_with_warmup(step, 100) for step in range(100)]
+    factors = [training.cosine_with_warmup(step, 100) for step in range(100)]
     assert max(factors) == factors[4] == 1
     assert factors[0] == 0.25
     assert factors[4:] == sorted(factors[4:], reverse=True)
@@ -175,7 +167,7 @@ def test_learning_rate_rises_then_falls():
 @pytest.fixture(scope="module")
 def book(tmp_path_factory, documents) -> Path:
     path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(demo.excerpt(documents, 100_000), encoding="utf-8")
+    path.write_text(collected.excerpt(documents, 100_000), encoding="utf-8")
     return path
 
 
@@ -190,7 +182,7 @@ def test_script_writes_a_model_that_loads(tmp_path, book, arch):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert model.config.model_type == arch
-    assert len(demo.moe_blocks(model)) == len(report.usage) == (1 if arch == "deepseek_v3" else 2)
+    assert len(training.moe_blocks(model)) == len(report.usage) == (1 if arch == "deepseek_v3" else 2)
     assert model(**tokenizer("Return the sum.", return_tensors="pt")).logits.isfinite().all()
 
     assert (tmp_path / "tiny_calibration.txt").stat().st_size > 50_000
@@ -244,7 +236,7 @@ class Bigram(torch.nn.Module):
 
 def test_ending_log_likelihoods_and_both_accuracies():
     model = Bigram()
-    short, long = demo.ending_log_likelihoods(model, [1], [[2], [2, 3]])
+    short, long = choices.ending_log_likelihoods(model, [1], [[2], [2, 3]])
     step = math.log(math.exp(3) / (math.exp(3) + math.exp(4) + 6))
     assert (short.item(), long.item()) == pytest.approx((step, 2 * step))
 
@@ -256,7 +248,7 @@ def test_ending_log_likelihoods_and_both_accuracies():
 
     # Token 5 is likely after anything: only the score that subtracts log p(ending) sees that 3 belongs after 2.
     items = [{"context": "1 2", "endings": ["5", "7", "3", "6"], "label": 2}]
-    assert demo.continuation_accuracy(model, Digits(), items) == (0, 1)
+    assert choices.continuation_accuracy(model, Digits(), items) == (0, 1)
 
 
 def test_shipped_sizes():
@@ -272,7 +264,7 @@ def test_shipped_model_is_trained_and_uses_every_expert():
     assert config.model_type == "qwen3_moe"
     assert config.hidden_size % 128 == config.moe_intermediate_size % 128 == 0
     ids = torch.tensor(tokenizer((ASSETS / TEXTS[1]).read_text(encoding="utf-8"), verbose=False).input_ids)
-    perplexity, usage = demo.evaluate(model, ids, config.max_position_embeddings)
+    perplexity, usage = training.evaluate(model, ids, config.max_position_embeddings)
     assert perplexity < PERPLEXITY_BOUND
     assert usage.shape == (config.num_hidden_layers, config.num_experts)
     assert usage.min() > 0
