@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 from building import Family, config_of
+from others import OTHERS
 from text_families import TEXT_FAMILIES
 from wrapper_families import WRAPPER_FAMILIES
 
@@ -36,9 +38,14 @@ test` runs the rows marked ·, `make test-slow` all.
 _REFUSED = """
 ## Refused
 
-These are refused before calibration, by name:
+These are refused before calibration, by name. Together with the table above they are every module of transformers
+{version} that has routed experts (`tests/families/test_matrix.py` looks for them in its source):
 
 """
+_OTHER = {
+    "is not a language model": "it is not a decoder that predicts the next token of a text",
+    "no forward pass of its own": "its class has no forward pass, its parts call each other while they generate",
+}
 _TAIL = """
 Which of them vLLM serves is another question: it needs a model class of its own there. Tested with vLLM: Qwen3-MoE,
 Mixtral, OLMoE, DeepSeek-V2 and V3.
@@ -53,8 +60,18 @@ def page() -> str:
         for family in FAMILIES
         if family.refusal
     ]
+    refused += [f"- `{model_type}`: {_OTHER[words]}" for model_type, words in OTHERS.values()]
     head = "| | model_type | class | auto class | experts | stored by transformers | gating |\n" + "|---" * 7 + "|\n"
-    return _HEAD + head + "\n".join(rows) + "\n" + _REFUSED + "\n".join(refused) + "\n" + _TAIL
+    return (
+        _HEAD
+        + head
+        + "\n".join(rows)
+        + "\n"
+        + _REFUSED.format(version=transformers.__version__)
+        + "\n".join(refused)
+        + "\n"
+        + _TAIL
+    )
 
 
 def current_page() -> str:

@@ -1,5 +1,6 @@
 """`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -20,7 +21,7 @@ from ..method.candidates import plan_layer
 from ..method.design import LayerDesign, LayerPlan, moved
 from ..method.distributed import Ranks, check_shares
 from ..method.gating import gating_of
-from ..method.layer import DenseExperts, QuantizerSettings
+from ..method.layer import AUTO_GROUP_SIZE, DenseExperts, QuantizerSettings
 from ..method.quantize import LayerReport, quantize_layer
 from ..method.statistics import RoutedTokens
 from ..runtime.experts import BitsMoEExperts
@@ -76,7 +77,8 @@ class BitsMoEModifier(Modifier):
         bit_widths: what a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it). Its old name `widths` goes with 0.2.
         block_size: consecutive spectral directions that share a bit-width; a multiple of 8 that divides H.
             None: H / 16 within 16 and 128.
-        group_size: weights along I that share a scale; a multiple of 8 that divides I.
+        group_size: weights along I that share a scale; a multiple of 8 that divides I. "auto": 128 where
+            it divides I, else the largest power of two that does.
         basis_bits: 16 (bfloat16), 8 or 4: storage of the shared bases.
         input_basis: basis shared by gate and up of all experts. "spectral", "none" (the hidden channels themselves), or
             "auto": what promises the lower loss at equal bytes, layer by layer.
@@ -107,7 +109,7 @@ class BitsMoEModifier(Modifier):
     codes: Literal["scalar", "trellis"] = "scalar"
     bit_widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
     block_size: int | None = None
-    group_size: int = 128
+    group_size: int | Literal["auto"] = "auto"
     basis_bits: Literal[4, 8, 16] = 4
     input_basis: Literal["auto", "spectral", "none"] = "auto"
     output_basis: Literal["auto", "spectral", "none"] = "auto"
@@ -159,8 +161,8 @@ class BitsMoEModifier(Modifier):
 
     @field_validator("block_size", "group_size")
     @classmethod
-    def _check_multiple(cls, size: int | None) -> int | None:
-        if size is not None and (size < 8 or size % 8):
+    def _check_multiple(cls, size: int | str | None) -> int | str | None:
+        if isinstance(size, int) and (size < 8 or size % 8):
             raise ValueError(f"{size} is not a positive multiple of 8")
         return size
 
@@ -180,7 +182,7 @@ class BitsMoEModifier(Modifier):
             codes=self.codes,
             widths=tuple(self.bit_widths),
             block_size=self.block_size,
-            group_size=self.group_size,
+            group_size=AUTO_GROUP_SIZE if self.group_size == "auto" else self.group_size,
             basis_bits=self.basis_bits,
             input_basis=self.input_basis,
             output_basis=self.output_basis,
@@ -211,7 +213,8 @@ class BitsMoEModifier(Modifier):
             check_calibration(name, module.num_experts, tokens, choices_per_token(state.model))
         self._names = {module: name for name, module in experts.items()}
         self._sequential_targets = kwargs.get("sequential_targets")
-        self._scheme = make_scheme(experts, self.group_size)
+        groups = [self.settings.resolve_group_size(module.intermediate_size) for module in experts.values()]
+        self._scheme = make_scheme(experts, math.gcd(*groups))
         self._open_resume(state)
         self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
         return True

@@ -68,11 +68,6 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def _check_class(model: nn.Module) -> None:
     """Refuse classes that cannot be calibrated on rows of tokens as one model."""
-    if type(model).forward is nn.Module.forward:
-        raise RecipeError(
-            f"{_family(model)} is not supported: it has no forward pass of its own, its parts run apart "
-            "from each other; there is nothing to calibrate"
-        )
     if not isinstance(model, GenerationMixin):
         raise RecipeError(
             f"{_family(model)} is not supported: it does not predict the next token of a text, which calibration needs"
@@ -171,6 +166,7 @@ def check_sizes(
     Raises:
         RecipeError: naming the field and values that would do.
     """
+    settings = settings.for_length(width)
     if width % settings.group_size:
         fitting = [g for g in range(8, 257, 8) if width % g == 0]
         advice = f"set group_size to one of {fitting}" if fitting else "add the layer to `ignore`"
@@ -200,6 +196,7 @@ def check_sizes(
 
 def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> float:
     """Bits per weight at the narrowest width, steps of every unit counted: forced bases, steps, widths, codes."""
+    settings = settings.for_length(width)
     basis_group = settings.resolve_basis_group(hidden)
     forced = sum(choice == "spectral" for choice in (settings.input_basis, settings.output_basis))
     per_entry = settings.basis_bits + (0 if settings.basis_bits == 16 else 16 / basis_group)

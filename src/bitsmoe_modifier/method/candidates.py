@@ -42,6 +42,7 @@ def plan_layer(
     Raises:
         CalibrationError: NaN or infinity in weights or activations, naming the expert.
     """
+    settings = settings.for_length(experts.down.shape[2])
     ranks = ranks or Ranks.alone()
     experts.check_finite()
     statistics = collect_statistics(

@@ -1,6 +1,6 @@
 """A layer's unquantized experts and the settings that decide how they are quantized."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,10 @@ BasisChoice = Literal["auto", "spectral", "none"]
 CodesChoice = Literal["scalar", "trellis"]
 
 
+#: in the place of a group size: the one that fits a layer (`QuantizerSettings.resolve_group_size`)
+AUTO_GROUP_SIZE = 0
+
+
 @dataclass(frozen=True)
 class QuantizerSettings:
     """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users."""
@@ -25,7 +29,7 @@ class QuantizerSettings:
     codes: CodesChoice = "scalar"
     widths: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
     block_size: int | None = None
-    group_size: int = 128
+    group_size: int = AUTO_GROUP_SIZE
     basis_bits: int = 4
     input_basis: BasisChoice = "auto"
     output_basis: BasisChoice = "auto"
@@ -43,6 +47,20 @@ class QuantizerSettings:
         while size > 16 and (size > rank // 16 or rank % size):
             size //= 2
         return size if rank % size == 0 else 8
+
+    def resolve_group_size(self, length: int) -> int:
+        """Weights along I that share a scale in a layer of expert size ``length``.
+
+        As set; else 128 where it divides I, or the largest power of two from 64 to 16 that does, which the kernels
+        take; where none does, the largest multiple of 8 below 128, or 128, which then is refused by name.
+        """
+        if self.group_size != AUTO_GROUP_SIZE:
+            return self.group_size
+        return next((g for g in (128, 64, 32, 16, *range(120, 0, -8)) if length % g == 0), 128)
+
+    def for_length(self, length: int) -> "QuantizerSettings":
+        """The settings of a layer of expert size I, with its group size."""
+        return replace(self, group_size=self.resolve_group_size(length))
 
     def resolve_basis_group(self, columns: int) -> int:
         """Elements of a basis row per step: the largest of 128, 64, … 8 that divides ``columns``."""

@@ -74,7 +74,15 @@ def quantize_layer(
     """
     ranks = ranks or Ranks.alone()
     experts.check_finite()
-    layer = LayerTask(experts, tokens, design, settings, metric, ranks, project(tokens.x, design.inputs.basis))
+    layer = LayerTask(
+        experts,
+        tokens,
+        design,
+        settings.for_length(experts.down.shape[2]),
+        metric,
+        ranks,
+        project(tokens.x, design.inputs.basis),
+    )
     warnings: list[str] = []
     with collected(warnings):
         inputs = round_input(layer)

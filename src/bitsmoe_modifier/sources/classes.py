@@ -33,9 +33,15 @@ def auto_class_of(config: Any) -> Any:
     for name in AUTO_CLASSES:
         auto = getattr(transformers, name, None)
         if auto is not None and type(config) in auto._model_mapping:
-            known.append((auto, _class_names(auto._model_mapping[type(config)])))
+            known.append((auto, [k for k in _classes(auto._model_mapping[type(config)]) if _has_forward(k)]))
+    if known and not any(classes for _, classes in known):
+        raise CheckpointError(
+            f"model_type {config.model_type!r}: its class has no forward pass of its own, its parts run apart; "
+            "it cannot be calibrated or measured as one model"
+        )
+    known = [(auto, classes) for auto, classes in known if classes]
     for auto, classes in known:
-        if named & classes:
+        if named & {kind.__name__ for kind in classes}:
             return auto
     if not known:
         raise CheckpointError(
@@ -47,9 +53,7 @@ def auto_class_of(config: Any) -> Any:
 
 def class_of(config: Any) -> Any:
     """The model class that `auto_class_of` leads to."""
-    classes = auto_class_of(config)._model_mapping[type(config)]
-    if not isinstance(classes, (list, tuple)):
-        return classes
+    classes = _classes(auto_class_of(config)._model_mapping[type(config)])
     return next((kind for kind in classes if kind.__name__ in (config.architectures or ())), classes[0])
 
 
@@ -90,5 +94,11 @@ def has_processor(folder: Path) -> bool:
     return any((folder / name).exists() for name in PROCESSOR_FILES)
 
 
-def _class_names(classes: Any) -> set[str]:
-    return {kind.__name__ for kind in (classes if isinstance(classes, (list, tuple)) else (classes,))}
+def _classes(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def _has_forward(kind: Any) -> bool:
+    from torch import nn
+
+    return kind.forward is not nn.Module.forward
