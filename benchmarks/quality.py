@@ -4,6 +4,7 @@
     python benchmarks/quality.py --testbed DIR --out DIR        bookmoe and its texts
     python benchmarks/quality.py --model M --calibration C --eval-text T --out DIR      any other
     python benchmarks/quality.py --ablate --budgets 2.125 …     one stage per ablation of the method
+    python benchmarks/quality.py --codes scalar,trellis …       both families of codes side by side
 
 Every arm is a stage of a generated recipe and runs through `bitsmoe compare`: own process, same rows, checkpoint saved
 and loaded again, bits measured on the files. Prints one table (mean over seeds, spread as ± half the range) and writes
@@ -13,6 +14,7 @@ it with a plot to DIR. Rerunning continues where an interrupted run stopped.
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,9 @@ def _scheme(bits: int, group: int) -> dict[str, Any]:
     return {"targets": [_EXPERTS], "weights": weights}
 
 
-def recipe(budgets: list[float], baselines: bool, ablate: bool, group: int = 128) -> dict[str, Any]:
+def recipe(
+    budgets: list[float], baselines: bool, ablate: bool, group: int = 128, codes: Sequence[str] = ("scalar",)
+) -> dict[str, Any]:
     """The stages of the benchmark, by arm name."""
     arms: dict[str, dict[str, Any]] = {}
     if baselines:
@@ -72,8 +76,10 @@ def recipe(budgets: list[float], baselines: bool, ablate: bool, group: int = 128
         arms["autoround_w2"] = autoround(2, group)
     for budget in budgets:
         label = str(budget).replace(".", "_")
-        for name, change in ABLATIONS.items() if ablate else [("bitsmoe", {})]:
-            arms[f"{name}_{label}"] = {"BitsMoEModifier": {"bits": budget, **change}}
+        for family in codes:
+            prefix = "" if family == "scalar" else f"{family}_"
+            for name, change in ABLATIONS.items() if ablate else [("bitsmoe", {})]:
+                arms[f"{prefix}{name}_{label}"] = {"BitsMoEModifier": {"bits": budget, "codes": family, **change}}
     return {f"{name}_stage": {"quant_modifiers": modifiers} for name, modifiers in arms.items()}
 
 
@@ -194,9 +200,11 @@ def main() -> None:
     parser.add_argument("--task-items", type=int, default=0, help="multiple-choice items; 0: none are measured")
     parser.add_argument("--group", type=int, default=128, help="weights per scale of GPTQ and round-to-nearest")
     parser.add_argument("--no-baselines", action="store_true", help="BitsMoE only")
+    parser.add_argument("--codes", default="scalar", help="families of codes, comma-separated: scalar, trellis")
     parser.add_argument("--ablate", action="store_true", help="one stage per ablation and budget")
     args = parser.parse_args()
-    stages = recipe([float(b) for b in args.budgets.split(",")], not args.no_baselines, args.ablate, args.group)
+    budgets, codes = [float(b) for b in args.budgets.split(",")], args.codes.split(",")
+    stages = recipe(budgets, not args.no_baselines, args.ablate, args.group, codes)
     bed = args.testbed
     settings = CompareSettings(
         model=args.model or (str(bed / "bookmoe") if bed else demo_asset("docmoe")),

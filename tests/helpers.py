@@ -99,7 +99,7 @@ def random_layer(
         return torch.where(elementwise > 0, (2 * codes.long() - top).float() * steps.float(), 0.0)
 
     def steps_for(elementwise: torch.Tensor) -> torch.Tensor:
-        top = ((1 << elementwise.long()) - 1).clamp(min=1)
+        top = ((1 << elementwise.long()) - 1).clamp(min=1, max=1 if stripes else None)  # of the largest value
         return ((0.5 + torch.rand(elementwise.shape, generator=gen)) / (4 * hidden**0.5 * top)).half()
 
     widths_in, widths_out = choose(num_experts, 2, layout.units_in), choose(num_experts, layout.units_out)

@@ -34,12 +34,12 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two checkpoints: super experts and coded bases in one file; a 16-bit basis in several; and a file beside them."""
+    """Super experts and coded bases in one file; a 16-bit basis and trellis codes in several; a file beside them."""
     root = tmp_path_factory.mktemp("bases")
     sizes = {"vocab_size": 64, "max_position_embeddings": 64}
     one, several = tiny_model("qwen3_moe", **sizes), tiny_model("qwen3_moe", **sizes)
     pack_randomly(one, dense=(1,))
-    pack_randomly(several, basis_bits=(0, 16))
+    pack_randomly(several, basis_bits=(0, 16), stripes=2)
     folders = [save(one, root / "one"), save(several, root / "several", max_shard_size="60KB")]
     shutil.copy(folders[0] / "model.safetensors", root / "outside.safetensors")
     return folders

@@ -24,6 +24,7 @@ LAYERS = {
     "output-basis-only": {"basis_bits": (0, 16)},
     "truncated-bf16": {"basis_bits": (16, 16), "rank_in": 48, "rank_out": 32},
     "one-width": {"widths": (2,)},
+    "trellis": {"stripes": 2},
     "all-dropped": {"widths": (0,)},
     "mostly-dropped": {"widths": (0, 0, 0, 6)},
     "odd-sizes": {"num_experts": 3, "hidden": 80, "intermediate": 24, "group_size": 8},

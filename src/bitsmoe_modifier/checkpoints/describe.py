@@ -89,6 +89,7 @@ def describe(folder: Path) -> dict[str, Any]:
                 "experts": layer.layout.num_experts,
                 "hidden_size": layer.layout.hidden_size,
                 "intermediate_size": layer.layout.intermediate_size,
+                "codes": "trellis" if layer.layout.codes else "scalar",
                 "block_size": layer.layout.block_size,
                 "group_size": layer.layout.group_size,
                 "basis_in_bits": layer.layout.basis_in_bits,
@@ -125,7 +126,8 @@ def render(found: dict[str, Any]) -> str:
             f"{layer['name']}: {layer['experts']} experts of {layer['intermediate_size']} × {layer['hidden_size']}, "
             f"{layer['bits']:.4f} bits, {whole / 1e6:.3f} MB",
             f"  bytes   {parts}",
-            f"  bases   bits: {', '.join(bases)}; blocks of {layer['block_size']}, groups of {layer['group_size']}",
+            f"  bases   bits: {', '.join(bases)}; blocks of {layer['block_size']}, "
+            f"groups of {layer['group_size']}, {layer['codes']} codes",
         ]
         for matrix, counts in layer["bit_widths"].items():
             units = sum(counts.values())
