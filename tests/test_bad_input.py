@@ -91,6 +91,40 @@ def test_no_layer_matched(model: PreTrainedModel, out: Path, fields: dict[str, l
     assert "drop `targets`" in said
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"ignore": ["model.layers.0.mlp.expert"]},
+            f"ignore: 'model.layers.0.mlp.expert' matches no module of the model; near it are {FIRST}",
+        ),
+        ({"ignore": ["re:.*layer[.]0[.].*"]}, "ignore: 're:.*layer[.]0[.].*' matches no module of the model; near it"),
+        ({"ignore": ["lm_haed"]}, "ignore: 'lm_haed' matches no module of the model; near it is lm_head"),
+        (
+            {"targets": [FIRST, "model.layers.7.mlp.experts"]},
+            "targets: 'model.layers.7.mlp.experts' matches no experts module of the model; near it are model.layers.",
+        ),
+        (
+            {"targets": [FIRST, "lm_head"]},
+            f"'lm_head' matches no experts module of the model; the experts modules are {FIRST}",
+        ),
+        ({"ignore": ["re:*experts"]}, "'re:*experts' is no regular expression (nothing to repeat at position 0)"),
+        ({"ignore": ["re:.*mtp.*"]}, "ignore: 're:.*mtp.*' matches no module of the model"),
+    ],
+    ids=["name", "pattern", "other", "second-target", "no-experts", "regex", "absent"],
+)
+def test_an_entry_that_matches_nothing(
+    model: PreTrainedModel, out: Path, fields: dict[str, list[str]], said: str
+) -> None:
+    assert said in refused(model, out, [modifier(**fields)])
+
+
+def test_entries_that_match_something_are_fine(model: PreTrainedModel, out: Path) -> None:
+    fields = {"targets": ["re:.*experts$"], "ignore": ["lm_head", "re:.*layers[.]0[.].*"]}
+    oneshot(model=model, recipe=[modifier(**fields)], dataset=calibration())
+    assert list(packed_modules(model)) == [SECOND]
+
+
 # ------------------------------------------------------------------------------- what could not be saved at the end
 
 

@@ -1,11 +1,14 @@
 """Stages of recipes: what is read, what is refused, and that the shipped recipes are sound."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bitsmoe_modifier.calibration.recipe import check_stage, find_recipe, read_stages, select
+from bitsmoe_modifier.calibration.recipe_names import fields_of, modifiers
 from bitsmoe_modifier.errors import RecipeError
 
 SHIPPED = ("ab_gptq_bitsmoe", "w2", "w2_attn_gptq_w4")
@@ -117,10 +120,10 @@ def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
     ("modifier", "message"),
     [
         ("BitsMoEModifier: {bits: -1}", r"a: bits: .*greater than 0"),
-        ("BitsMoEModifier: {bitz: 2}", r"a: bitz: .*not permitted"),
+        ("BitsMoEModifier: {bitz: 2}", r"recipe\.yaml:1: BitsMoEModifier has no field 'bitz'; did you mean 'bits'\?"),
         ("BitsMoEModifier: {bit_widths: [5]}", r"a: bit_widths: .*5.* cannot be stored"),
         ("GPTQModifier: {block_size: many}", r"a: block_size: .*integer"),
-        ("NoSuchModifier: {}", r"a: .*NoSuchModifier"),
+        ("NoSuchModifier: {}", r"recipe\.yaml:1: no modifier is called 'NoSuchModifier'; there are .*BitsMoEModifier"),
     ],
     ids=["value", "field", "width", "other-modifier", "modifier"],
 )
@@ -128,6 +131,71 @@ def test_wrong_fields_are_found_before_any_work(tmp_path, modifier, message):
     stage = read_stages(recipe(tmp_path, f"a_stage: {{q_modifiers: {{{modifier}}}}}"))[0]
     with pytest.raises(RecipeError, match=message):
         check_stage(stage)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "q_stage:\n  q_modifiers:\n    BitsMoEModifer:\n      bits: 2",
+            "l:3: no modifier .*; did you mean 'BitsMoEMod",
+        ),
+        ("q_stage:\n  q_modifiers:\n    bitsmoemodifier: {}", "l:3: no modifier .*; did you mean 'BitsMoEModifier'"),
+        ("q_stage:\n  q_modifiers:\n    GTPQModifier: {}", "l:3: no modifier .*; did you mean 'GPTQModifier'"),
+        (
+            "# a\nq_stage:\n  q_modifiers:\n    BitsMoEModifier:\n      bits: 2\n      groupsize: 64",
+            r"l:6: BitsMoEModifier has no field 'groupsize'; did you mean 'group_size'\?",
+        ),
+        (
+            "q_stage:\n  q_modifiers:\n    GPTQModifier:\n      damp: 0.1",
+            "l:4: GPTQModifier has no field 'damp'; .*dampening_frac",
+        ),
+        (
+            "q_stage:\n  q_modifiers:\n    BitsMoEModifier:\n      bits: 2\n      bits: 3",
+            r"l:5: 'bits' .*second .*line 4",
+        ),
+        (
+            "q_stages:\n  q_modifiers: {}\nb_stage: {q_modifiers: {BitsMoEModifier: {}}}",
+            "l:1: 'q_stages' .*write q_stage",
+        ),
+        ("q_stage:\n  quant_modifier: {BitsMoEModifier: {}}", "l:2: 'quant_modifier' .*write quant_modifiers"),
+    ],
+    ids=["modifier", "case", "other-modifier", "field", "other-field", "twice", "stage", "group"],
+)
+def test_typos_say_file_line_and_the_nearest_name_before_heavy_imports(tmp_path, text, message):
+    path = recipe(tmp_path, text)
+    with pytest.raises(RecipeError, match=message):
+        select(read_stages(path), None)
+    code = (
+        "import sys; from pathlib import Path; from bitsmoe_modifier.calibration.recipe import read_stages, select\n"
+        f"try: select(read_stages(Path({str(path)!r})), None)\n"
+        "except ValueError: print([m for m in ('torch', 'transformers', 'llmcompressor') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_typo_in_a_stage_that_is_not_run_does_not_matter(tmp_path):
+    text = "a_stage: {q_modifiers: {BitsMoEModifier: {}}}\nb_stage: {q_modifiers: {BitsMoEModifier: {bitz: 2}}}"
+    assert [stage.name for stage in select(read_stages(recipe(tmp_path, text)), ["a"])] == ["a"]
+
+
+def test_fields_and_modifiers_are_those_that_there_are():
+    """What is read from the sources is what the classes have."""
+    from llmcompressor.modifiers import ModifierFactory
+
+    import bitsmoe_modifier  # noqa: F401
+
+    ModifierFactory.refresh()
+    registered = {**ModifierFactory._main_registry, **ModifierFactory._registered_registry}
+    assert {name for name in registered if name.endswith("Modifier") and name != "Modifier"} <= modifiers()
+    for name, kind in registered.items():
+        if kind.__name__ == name:
+            assert set(kind.model_fields) <= fields_of(name), name
+
+
+def test_an_unknown_recipe_name_gets_the_nearest():
+    with pytest.raises(RecipeError, match=r"ab_gptq_bitmoe: no such recipe file; did you mean 'ab_gptq_bitsmoe'\?"):
+        find_recipe("ab_gptq_bitmoe")
 
 
 def test_autoround_is_calibrated_row_by_row() -> None:

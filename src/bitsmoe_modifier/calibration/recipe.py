@@ -9,6 +9,7 @@ import yaml
 
 from ..errors import RecipeError
 from ..extras import require
+from .recipe_names import check_keys, did_you_mean
 
 _SUFFIX = "_stage"
 _SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; checkout
@@ -23,11 +24,13 @@ class Stage:
         modifiers: the modifiers' class names and arguments, in order.
         text: the stage alone as a YAML recipe. llm-compressor itself selects stages by a prefix of their names, which
             would take ``gptq_w2_long_stage`` along with ``gptq_w2``.
+        problem: a modifier or field in it that does not exist, with file and line; "" where there is none.
     """
 
     name: str
     modifiers: tuple[tuple[str, dict[str, Any]], ...]
     text: str
+    problem: str = ""
 
     @property
     def nominal_bits(self) -> float | None:
@@ -63,7 +66,8 @@ def find_recipe(recipe: str) -> Path:
         if (folder / f"{recipe}.yaml").is_file():
             return folder / f"{recipe}.yaml"
     known = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.yaml")})
-    raise RecipeError(f"{recipe}: no such recipe file; the shipped recipes are {', '.join(known)}")
+    near = did_you_mean(recipe, known)
+    raise RecipeError(f"{recipe}: no such recipe file{near or ';'} the shipped recipes are {', '.join(known)}")
 
 
 def read_stages(path: Path) -> list[Stage]:
@@ -73,9 +77,13 @@ def read_stages(path: Path) -> list[Stage]:
         RecipeError: when the file is not YAML, has no stages, or a stage has no modifiers or an unusable name.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    problems = check_keys(path, text)
     stages = []
     for key, body in (content if isinstance(content, dict) else {}).items():
         name = str(key).removesuffix(_SUFFIX)
@@ -85,7 +93,8 @@ def read_stages(path: Path) -> list[Stage]:
             raise RecipeError(f"{path}: the stage {key!r} names a folder; use letters, digits, '_', '-' and '.' only")
         groups = _modifier_groups(body, f"{path}: {key}")
         modifiers = tuple(pair for group in groups.values() for pair in group.items())
-        stages.append(Stage(name, modifiers, yaml.safe_dump({key: groups}, sort_keys=False)))
+        text = yaml.safe_dump({key: groups}, sort_keys=False)
+        stages.append(Stage(name, modifiers, text, problems.get(str(key), "")))
     if not stages:
         raise RecipeError(f"{path} has no stages; write its modifiers under a key that ends in '_stage' (quant_stage:)")
     return stages
@@ -95,13 +104,17 @@ def select(stages: list[Stage], names: list[str] | None) -> list[Stage]:
     """The stages of the given names, in the recipe's order; all where no names are given.
 
     Raises:
-        RecipeError: naming those that the recipe does not have.
+        RecipeError: naming those that the recipe does not have, or what is wrong with one of them.
     """
     known = [stage.name for stage in stages]
     unknown = [name for name in names or [] if name not in known]
     if unknown:
         raise RecipeError(f"the recipe has no stage {', '.join(unknown)}; it has {', '.join(known)}")
-    return [stage for stage in stages if not names or stage.name in names]
+    chosen = [stage for stage in stages if not names or stage.name in names]
+    for stage in chosen:
+        if stage.problem:
+            raise RecipeError(stage.problem)
+    return chosen
 
 
 def one_stage(recipe: str, name: str | None) -> Stage:
@@ -153,6 +166,8 @@ def check_stage(stage: Stage) -> None:
         RecipeError: naming the stage and what is wrong with it.
     """
     require("llmcompressor", "a recipe")
+    if stage.problem:
+        raise RecipeError(stage.problem)
     from llmcompressor.recipe import Recipe
 
     import bitsmoe_modifier  # noqa: F401 - registers BitsMoEModifier

@@ -20,6 +20,7 @@ from ..method.numerics import all_finite
 from ..method.quantize import DenseExperts, QuantizerSettings
 from ..runtime.experts import BitsMoEExperts
 from ..storage.layout import ExpertsLayout
+from .entries import check_entries, check_patterns
 from .linearizing import experts_modules
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -29,23 +30,25 @@ def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
     """Experts modules that the recipe targets, by name, in model order.
 
     Raises:
-        RecipeError: when none is matched, or the model's experts are already quantized, or of a kind that the format
-            cannot hold; naming the model's family.
+        RecipeError: when none is matched, an entry matches nothing, or the model's experts are already quantized, or of
+            a kind that the format cannot hold; naming the model's family.
     """
     _check_class(model)
+    check_patterns(targets, ignore)
     matched = dict(match_named_modules(model, list(targets), list(ignore)))
     packed = [name for name, module in matched.items() if isinstance(module, BitsMoEExperts)]
     if packed:
         raise RecipeError(f"the experts of {_some(packed)} are already packed; start from the unquantized model")
     found = {name: module for name, module in matched.items() if isinstance(module, LinearExperts2D)}
-    if not found:
-        present = [name for name, module in model.named_modules() if isinstance(module, LinearExperts2D)]
-        if present:
-            raise RecipeError(
-                f"targets {list(targets)} minus ignore {list(ignore)} match none of the model's MoE layers "
-                f"({_some(present)}); drop `targets` to quantize them all"
-            )
+    present = {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts2D)}
+    if not found and not present:
         raise RecipeError(_unsupported(model))
+    if not found:
+        raise RecipeError(
+            f"targets {list(targets)} minus ignore {list(ignore)} match none of the model's MoE layers "
+            f"({_some(list(present))}); drop `targets` to quantize them all"
+        )
+    check_entries(model, present, targets, ignore)
     _check_gates(model, {name: module.has_gate for name, module in found.items()})
     return found
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..calibration.recipe import Stage, check_stage, one_stage
-from ..errors import BitsMoEError, RecipeError
+from ..calibration.recipe import Stage, check_stage, one_stage, with_fields
+from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..extras import require
 from ..sources.classes import build_published, read_auto_config
-from ..sources.model import find_model
+from ..sources.model import check_hub_name, find_model
 from ..storage.folders import existing_parent
 from ..storage.sizes import TensorSize, tensor_sizes
 from .planning import LayerShape, ModelShape, Plan, Run, plan_run, table
@@ -41,6 +41,7 @@ def read_headers(model: str) -> Headers:
     """
     if Path(model).is_dir():
         return Headers(model, tensor_sizes(find_model(model)))
+    check_hub_name(model)
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
 
@@ -95,6 +96,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
     from compressed_tensors.utils import match_named_modules
 
     from ..calibration.capture import choices_per_token
+    from ..calibration.entries import check_entries
     from ..calibration.targets import check_sizes, fused_experts
     from ..loading.quantizer import experts_sizes
 
@@ -105,6 +107,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
     except (ValueError, OSError, KeyError) as error:
         raise RecipeError(f"{headers.source}: transformers cannot build this model ({error})") from error
     present = fused_experts(model)
+    check_entries(model, present, modifier.targets, modifier.ignore)
     chosen = {name for name, _ in match_named_modules(model, modifier.targets, modifier.ignore)} & present.keys()
     if not chosen:
         raise RecipeError(f"targets and ignore of the recipe match none of {', '.join(present)}")
@@ -158,7 +161,12 @@ def plan_command(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = one_stage(recipe, stage)
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise BitsMoEError(f"--device {device} is unknown: {str(error).splitlines()[0]}") from None
+    check_at_least(1, samples=tokens)
+    chosen = with_fields(one_stage(recipe, stage), bits=bits)
     headers = read_headers(model)
     check_unquantized(model, headers)
     require("llmcompressor", "planning, which asks it what it can do with a family,")
@@ -169,7 +177,6 @@ def plan_command(
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    fields = fields if bits is None else {**fields, "bits": bits}
     shape, plan = make_plan(headers, fields, tokens, known[dtype], device)
     rated = device if torch.device(device).type == "cuda" and torch.cuda.is_available() else "cpu"
     return render(f"{model}, {tokens} calibration tokens, {dtype} on {device}", shape, plan, matrix_rate(rated))

@@ -29,7 +29,10 @@ def inspect(
     """What a checkpoint stores, from its headers: sizes per layer, bit-widths, bases, tokens per expert."""
     from ..checkpoints.describe import describe, render
     from ..sources.model import find_model
+    from ..storage.folders import check_file_place
 
+    if html:
+        check_file_place(html, "--html")
     folder = find_model(checkpoint)
     if html:
         from ..pages.checkpoint import checkpoint_page

@@ -52,12 +52,17 @@ def compare(
     checkpoint is loaded again and measured. The result is report.json, report.md and report.html. A rerun with the
     same inputs uses what is finished.
     """
+    from ..calibration.recipe import find_recipe, read_stages, select
+
+    select(read_stages(find_recipe(recipe)), list(o.names(arms)) or None)  # typos, before the heavy imports
     from ..comparison.runner import CompareSettings
     from ..comparison.runner import compare as run
     from ..evaluation.columns import table
     from ..pages.verdicts import headline
     from ..sources.demo import demo_asset
 
+    o.say_whose_text(model, calibration, "--calibration")
+    o.say_whose_text(model, eval_text, "--eval-text")
     settings = CompareSettings(
         model=model or demo_asset("docmoe"),
         recipe=recipe,
@@ -132,6 +137,10 @@ def evaluate(
     log_json: o.LogJson = False,
 ) -> None:
     """Perplexity of a checkpoint, and how far its predictions are from the unquantized model's."""
+    if json_file:
+        from ..storage.folders import check_file_place
+
+        check_file_place(json_file, "--json")
     figures: dict[str, Any]
     if backend == "vllm":
         from ..serving.evaluation import evaluate_served, table
@@ -143,6 +152,7 @@ def evaluate(
         from ..evaluation.columns import table as all_columns
         from ..sources.demo import demo_asset
 
+        o.say_whose_text(model or checkpoint, eval_text, "--eval-text")
         figures = evaluate_one(
             checkpoint=checkpoint,
             model=model,

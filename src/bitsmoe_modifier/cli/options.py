@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .. import messages
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
 Pipeline = Literal["independent", "sequential", "basic", "datafree"]
@@ -11,6 +13,16 @@ Pipeline = Literal["independent", "sequential", "basic", "datafree"]
 _CALIBRATION = "Calibration"
 _EVALUATION = "Evaluation"
 _MESSAGES = "Messages"
+
+
+def say_whose_text(model: str | None, text: str | None, option: str) -> None:
+    """Say that the demo's text is used with a model that is not the demo's."""
+    if model is not None and text is None:
+        messages.say(
+            "warning",
+            f"no {option}: the demo's text is used, which is hardly what {model} will see; "
+            f"give text of your own by {option}",
+        )
 
 
 def names(value: str) -> tuple[str, ...]:

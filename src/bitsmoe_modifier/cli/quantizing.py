@@ -69,12 +69,14 @@ def quantize(
     for a model to keep. Every expert should see some 64 tokens at least; `inspect` says how many each saw.
     """
     from ..calibration.recipe import one_stage, with_fields
+
+    chosen = with_fields(one_stage(recipe, stage), ignore=list(o.names(ignore)) or None)  # before the heavy imports
     from ..checkpoints.budget import Budget
     from ..comparison.single import Options, quantize_each
     from ..sources.demo import demo_asset
 
+    o.say_whose_text(model, calibration, "--calibration")
     model = model or demo_asset("docmoe")
-    chosen = with_fields(one_stage(recipe, stage), ignore=list(o.names(ignore)) or None)
     stages = Budget(o.names(bits), size, fit, context, batch).stages(chosen, model)
     folders = [Path(out)] if len(stages) == 1 else [Path(out) / f"{text}-bits" for text in o.names(bits)]
     made = quantize_each(
@@ -134,5 +136,8 @@ def plan(
     are fetched.
     """
     from ..checkpoints.plan import plan_command
+    from ..errors import check_at_least
 
+    check_at_least(1, samples=samples)
+    check_at_least(2, seq_len=seq_len)
     print(plan_command(model, recipe, stage, bits, samples * seq_len, dtype, device))

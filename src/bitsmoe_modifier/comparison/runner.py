@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..calibration.recipe import Stage, find_recipe, read_stages, select
 from ..checkpoints.card import write_card
-from ..errors import BitsMoEError, RecipeError
+from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..evaluation.accuracy import Accuracy, compare_accuracy
 from ..extras import require
 from ..pages.verdicts import LEGEND, how_measured
@@ -98,8 +98,9 @@ def compare(settings: CompareSettings, command: str | None = None) -> dict[str, 
 
 def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     device = resolve_device(settings.device)
-    if settings.batch_size < 1:
-        raise BitsMoEError(f"--batch-size {settings.batch_size} must be 1 or more")
+    check_at_least(1, batch_size=settings.batch_size, samples=settings.samples)
+    check_at_least(2, seq_len=settings.seq_len)
+    check_at_least(0, eval_rows=settings.eval_rows, task_items=settings.task_items)
     recipe = find_recipe(settings.recipe)
     stages = select(read_stages(recipe), settings.arms)
     model = open_dense(settings.model)

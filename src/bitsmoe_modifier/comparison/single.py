@@ -17,7 +17,7 @@ from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, wit
 from ..checkpoints.card import write_card
 from ..checkpoints.export import export_dense
 from ..checkpoints.plan import check_machine, working_memory
-from ..errors import BitsMoEError
+from ..errors import BitsMoEError, check_at_least
 from ..evaluation.accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
 from ..evaluation.reference import record
@@ -52,6 +52,13 @@ class Options:
     offload_dir: str | None = None
     mtp: Literal["keep", "drop"] = "keep"
     verbose: bool = False
+
+
+def _check_options(options: Options) -> None:
+    """Refuse numbers that nothing can be done with, before anything is read."""
+    check_at_least(1, batch_size=options.batch_size, samples=options.samples)
+    check_at_least(2, seq_len=options.seq_len)
+    check_at_least(0, task_items=options.task_items)
 
 
 def quantize_one(
@@ -92,6 +99,7 @@ def quantize_each(
         BitsMoEError: when the inputs cannot be used, before any long work.
     """
     require("llmcompressor", "quantizing")
+    _check_options(options)
     with ExitStack() as held:
         outputs = [OutputFolder(out) for _, out in stages]
         if not int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
@@ -217,6 +225,8 @@ def evaluate_one(
     Raises:
         BitsMoEError: when the inputs cannot be used, or the checkpoint was made from another model.
     """
+    _check_options(options)
+    check_at_least(0, eval_rows=eval_rows)
     folder = find_model(checkpoint)
     dense = open_dense(model or source_of(folder))
     if not any_model:
@@ -280,6 +290,7 @@ def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int,
     """
     if to == "w4":
         require("llmcompressor", "export --to w4, which rounds once more,")
+    check_at_least(1, group_size=group_size)
     check_new_folder(resolved(out))
     folder = find_model(checkpoint)
     set_up_logging(verbose)

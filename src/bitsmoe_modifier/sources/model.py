@@ -1,6 +1,7 @@
 """The model that a comparison starts from: where it is, whether it can be quantized, its tokenizer."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def find_model(model: str) -> Path:
         if not (path / "config.json").exists():
             raise CheckpointError(f"{model} has no config.json; give the folder of a saved model")
         return path
-    if path.is_absolute() or path.exists() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model}: no such model folder")
+    check_hub_name(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -51,6 +51,30 @@ def find_model(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(f"{model} is neither a folder nor a model that can be downloaded: {first}") from error
+
+
+def check_hub_name(model: str) -> None:
+    """Refuse what is not a folder and cannot be the name of a model on the hub.
+
+    Raises:
+        CheckpointError: naming the nearest folder.
+    """
+    path = Path(model)
+    if path.is_file():
+        raise CheckpointError(f"{model} is a file; give the folder of a saved model")
+    if path.is_absolute() or path.exists() or model.startswith((".", "~")) or model.count("/") != 1:
+        hub = "" if "/" in model else "; a model of the hub is named ORG/NAME"
+        raise CheckpointError(f"{model}: no such model folder{_near(path)}{hub}")
+
+
+def _near(path: Path) -> str:
+    """The folder beside that was perhaps meant, for a message."""
+    try:
+        folders = [entry.name for entry in path.expanduser().absolute().parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, folders, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def open_dense(model: str) -> DenseModel:
