@@ -172,7 +172,8 @@ def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return {"reference": {"name": "unquantized"}, "arms": [{"name": "a", "error": "no"}]}
 
     monkeypatch.setattr(runner, "compare", fake)
-    options = "--model m --recipe ab_gptq_bitsmoe --calibration c --eval-text e --out o --arms gptq_w2,gptq_w3 --samples 3 --seq-len 4 --seed 5"
+    options = "--model m --recipe ab_gptq_bitsmoe --calibration c --eval-text e --out o --arms gptq_w2,gptq_w3"
+    options += " --samples 3 --seq-len 4 --seed 5"
     options += " --eval-rows 6 --batch-size 7 --device cpu --dtype bfloat16 --pipeline sequential --text-column body"
     options += " --tasks t,u --task-items 8"
     flags = ["--calibrate-all-experts", "--fresh", "--verbose"]
