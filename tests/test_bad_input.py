@@ -258,7 +258,7 @@ def test_unknown_super_expert(model: PreTrainedModel, out: Path, entry: str) -> 
 @pytest.mark.parametrize(
     ("line", "field", "remedy"),
     [
-        ("widths: [0, 5]", "widths", "choose from [0, 1, 2, 3, 4, 6, 8]"),
+        ("bit_widths: [0, 5]", "widths", "choose from [0, 1, 2, 3, 4, 6, 8]"),
         ("group_size: 12", "group_size", "multiple of 8"),
         ("bits: many", "bits", "valid number"),
         ("basis_bits: 2", "basis_bits", "4, 8 or 16"),

@@ -198,7 +198,7 @@ def check_sizes(
 
 
 def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> float:
-    """Bits per weight at the narrowest width, steps of every unit counted: forced bases, steps, widths, codes."""
+    """Bits per weight at the narrowest bit-width: forced bases, scales and bit-widths of every unit, codes."""
     settings = settings.for_length(width)
     basis_group = settings.resolve_basis_group(hidden)
     forced = sum(choice == "spectral" for choice in (settings.input_basis, settings.output_basis))

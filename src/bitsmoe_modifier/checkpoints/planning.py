@@ -14,7 +14,7 @@ _LIBRARIES = 700 * 2**20
 _PART_TENSORS = 12
 #: Of the machine's speed in large matrix products, what the quantizer reaches on average.
 _EFFICIENCY = 0.25
-#: Float operations per element, candidate width and step tried, of the search for steps.
+#: Float operations per element, candidate bit-width and scale tried, of the search for scales.
 _SEARCH = 60
 
 

@@ -115,7 +115,7 @@ def make_scheme(names: Iterable[str], group_size: int) -> BitsMoEScheme:
 
     Args:
         names: full module names, e.g. ``model.layers.0.mlp.experts``.
-        group_size: columns along I that share a step. It is shown in config.json only; readers take every size from
+        group_size: columns along I that share a scale. It is shown in config.json only; readers take every size from
             the stored layout. So is the number of bits there, which compressed-tensors wants as a whole number.
     """
     args = QuantizationArgs(num_bits=2, type="int", strategy="group", group_size=group_size, symmetric=True)

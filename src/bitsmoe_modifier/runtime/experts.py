@@ -156,7 +156,7 @@ class BitsMoEExperts(nn.Module):
         self._cache.whole = keep
 
     def _index(self) -> tuple[UnitIndex, UnitIndex]:
-        """Payload index of both sides, rebuilt from the widths once."""
+        """Payload index of both sides, rebuilt from the bit-widths once."""
         if self._units is None:
             spec = self.spec
             self._units = (
