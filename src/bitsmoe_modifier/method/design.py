@@ -172,8 +172,8 @@ class LayerPlan:
             weights = self.elements
             raise RecipeError(
                 f"bits: {budget_bits / weights:.3f} is below the {least / weights:.3f} bits per weight that this "
-                "layer's bases, bit-widths, dense experts and narrowest codes take; raise `bits`, lower `basis_bits`, set "
-                "the bases to none or add 0 to `bit_widths`"
+                "layer's bases, bit-widths, dense experts and narrowest codes take; raise `bits`, lower `basis_bits`, "
+                "set the bases to none or add 0 to `bit_widths`"
             )
         inputs, outputs, solved = best
         return self._design(inputs, outputs, self._without_idle(inputs, outputs, solved, budget_bits))
