@@ -124,6 +124,18 @@ def test_verbose_adds_the_traceback(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_process_that_died_is_not_taken_for_the_end_of_input(monkeypatch):
+    from bitsmoe_modifier.checkpoints import describe
+
+    def died(folder):
+        raise EOFError
+
+    monkeypatch.setattr(describe, "describe", died)
+    monkeypatch.setattr("bitsmoe_modifier.sources.model.find_model", Path)
+    with pytest.raises(RuntimeError, match="ended before it answered"):
+        main(["inspect", "x"])
+
+
 def test_errors_as_json(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "missing"), "--log-json"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

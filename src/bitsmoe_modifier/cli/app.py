@@ -76,6 +76,8 @@ class Command(TyperCommand):
                 traceback.print_exc()
             messages.say("error", f"bitsmoe {ctx.info_name}: {error}")
             sys.exit(2)
+        except EOFError as error:  # typer would take it for the end of a prompt, and hide it
+            raise RuntimeError("a process ended before it answered") from error
         except KeyboardInterrupt:
             messages.say("error", f"bitsmoe {ctx.info_name}: interrupted")
             sys.exit(130)
