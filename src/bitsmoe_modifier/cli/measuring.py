@@ -63,28 +63,15 @@ def compare(
 
     o.say_whose_text(model, calibration, "--calibration")
     o.say_whose_text(model, eval_text, "--eval-text")
-    settings = CompareSettings(
+    settings = o.settings(
+        CompareSettings,
+        context,
         model=model or demo_asset("docmoe"),
-        recipe=recipe,
         calibration=calibration or demo_asset("docmoe_calibration.txt"),
         eval_text=eval_text or demo_asset("docmoe_heldout.txt"),
-        out=out,
         arms=list(o.names(arms)) or None,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        eval_rows=eval_rows,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        pipeline=pipeline,
-        calibrate_all_experts=calibrate_all_experts,
         tasks=o.names(tasks),
-        task_items=task_items,
-        text_column=text_column,
         preflight=not no_preflight,
-        fresh=fresh,
-        verbose=verbose,
     )
     report = run(settings, context.obj)
     done = [arm for arm in report["arms"] if "error" not in arm]
@@ -100,6 +87,7 @@ def compare(
     "bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --tasks arc_easy,hellaswag --task-items 500",
 )
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of the quantized model.")],
     model: Annotated[
         str | None,
@@ -159,16 +147,7 @@ def evaluate(
             any_model=any_model,
             eval_text=eval_text or demo_asset("docmoe_heldout.txt"),
             eval_rows=eval_rows,
-            options=Options(
-                seq_len=seq_len,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-                text_column=text_column,
-                tasks=o.names(tasks),
-                task_items=task_items,
-                verbose=verbose,
-            ),
+            options=o.settings(Options, context, tasks=o.names(tasks)),
         )
         print(f"\n{all_columns(figures['reference'], [figures['checkpoint']])}")
     if json_file:

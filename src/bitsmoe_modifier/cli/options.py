@@ -1,11 +1,13 @@
 """Options that several commands know: their names, types, and what the help says of them."""
 
-from typing import Annotated, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
 from .. import messages
 
+T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16", "float16"]
 DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
 Pipeline = Literal["independent", "sequential", "basic", "datafree"]
@@ -28,6 +30,12 @@ def say_whose_text(model: str | None, text: str | None, option: str) -> None:
 def names(value: str) -> tuple[str, ...]:
     """A comma-separated list."""
     return tuple(name for name in value.split(",") if name)
+
+
+def settings(kind: type[T], context: typer.Context, **others: object) -> T:
+    """A dataclass whose fields are named like the command's options; ``others``: fields that are not as given."""
+    known = {field.name for field in fields(cast(Any, kind))}
+    return kind(**{**{name: value for name, value in context.params.items() if name in known}, **others})
 
 
 # ---------------------------------------------------------------------------------------- the model and the recipe
