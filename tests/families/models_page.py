@@ -42,6 +42,21 @@ These are refused before calibration, by name. Together with the table above the
 {version} that has routed experts (`tests/families/test_matrix.py` looks for them in its source):
 
 """
+_SOURCES = """
+## What is published beside the experts
+
+- **Towers.** A folder is loaded as the class that its config.json names. `AutoModelForCausalLM` would leave out the
+  vision tower of some families without a word. Calibration on text goes through the wrapper; towers are not quantized.
+- **Processors** and every other file beside the weights are copied as they are. Where the packages that a processor
+  needs are missing, the tokenizer stands in for it during calibration.
+- **Layers for multi-token prediction** (`mtp.*`, `nextn`, decoder layers beyond the last), which transformers does not
+  load, are kept bit for bit; `bitsmoe quantize --mtp drop` leaves them out. They are not quantized. Every tensor of the
+  source is accounted for before a checkpoint appears.
+- **Sources in low precision.** Block-FP8 (`quant_method: fp8`, DeepSeek-V3) and MXFP4 (gpt-oss) are decoded while they
+  are loaded; the model that predictions are compared with is the decoded one. The decoded model, in bfloat16, has to
+  fit in memory (no `--offload-dir`), and what is not quantized is stored in bfloat16, not in the source's precision.
+  Sources in other formats (compressed-tensors INT4, FP8, NVFP4) are refused.
+"""
 _OTHER = {
     "is not a language model": "it is not a decoder that predicts the next token of a text",
     "no forward pass of its own": "its class has no forward pass, its parts call each other while they generate",
@@ -70,6 +85,7 @@ def page() -> str:
         + _REFUSED.format(version=transformers.__version__)
         + "\n".join(refused)
         + "\n"
+        + _SOURCES
         + _TAIL
     )
 

@@ -20,9 +20,12 @@ import yaml
 from loguru import logger
 from torch import nn
 
+from ..errors import BitsMoEError
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
+from ..sources.model import read_config
+from ..sources.precision import load_source, low_precision
 from ..sources.provenance import REPORT_NAME, source_record
 from ..sources.text import dataloader
 from ..storage.folders import OutputFolder, check_new_folder, resolved
@@ -178,6 +181,10 @@ def _quantize(
 def _load(folder: Path, offload: Offload | None) -> Any:
     """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk."""
     auto = auto_class_of(read_auto_config(folder))
+    if low_precision(read_config(folder)):
+        if offload is not None:
+            raise BitsMoEError(f"{folder}: a model in low precision is decoded in memory; leave out --offload-dir")
+        return load_source(folder)
     if offload is None:
         return auto.from_pretrained(folder, dtype="auto")
     from compressed_tensors.offload import load_offloaded_model

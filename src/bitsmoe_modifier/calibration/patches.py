@@ -26,7 +26,8 @@ from loguru import logger
 from torch import nn
 
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
-from ..sources.model import load_tokenizer
+from ..sources.model import load_tokenizer, read_config
+from ..sources.precision import load_source, low_precision
 from .linearizing import experts_modules, linearize
 
 
@@ -63,7 +64,23 @@ class _Published:
 
     @classmethod
     def from_pretrained(cls, folder: Any, config: Any, **kwargs: Any) -> Any:
+        if Path(folder).is_dir() and low_precision(read_config(Path(folder))):
+            return load_source(Path(folder), kwargs.get("dtype", "auto"))
         return auto_class_of(config).from_pretrained(folder, config=config, **kwargs)
+
+
+def _install_validation() -> None:
+    """Let pass what was decoded on loading: llm-compressor looks at the config.json that it came from."""
+    original = _oneshot.Oneshot.validate_model
+    if getattr(original, "knows_decoded", False):
+        return
+
+    def validate_model(run: Any, model: Any) -> None:
+        if getattr(model, "decoded_from", None) is None:
+            original(run, model)
+
+    validate_model.knows_decoded = True  # type: ignore[attr-defined]
+    _oneshot.Oneshot.validate_model = validate_model
 
 
 def _install_processors() -> None:
@@ -102,3 +119,4 @@ _oneshot.linearize_moe, _oneshot.get_non_linearized_moes = linearize, experts_mo
 _entrypoints: Any = importlib.import_module("llmcompressor.entrypoints.utils")
 _entrypoints.AutoModelForCausalLM = _Published
 _install_processors()
+_install_validation()

@@ -16,6 +16,7 @@ from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..extras import require
 from ..sources.classes import build_published, read_auto_config
 from ..sources.model import check_hub_name, find_model
+from ..sources.precision import METHODS, decoded_sizes
 from ..storage.folders import existing_parent
 from ..storage.sizes import TensorSize, tensor_sizes
 from .planning import LayerShape, ModelShape, Plan, Run, plan_run, table
@@ -40,7 +41,8 @@ def read_headers(model: str) -> Headers:
         CheckpointError: when there is no such folder, or its files are damaged.
     """
     if Path(model).is_dir():
-        return Headers(model, tensor_sizes(find_model(model)))
+        folder = find_model(model)
+        return Headers(model, decoded_sizes(folder, tensor_sizes(folder)))
     check_hub_name(model)
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
@@ -71,6 +73,8 @@ def check_unquantized(model: str, headers: Headers) -> None:
         return  # `model_shape` says what is wrong with it
     if scheme is not None:
         known = scheme if isinstance(scheme, dict) else vars(scheme)
+        if str(known.get("quant_method")) in METHODS:
+            return  # a source like any other
         kind = known.get("format") or known.get("quant_method") or "of an unknown kind"
         raise RecipeError(
             f"{model} is quantized already ({kind}); plan takes the unquantized model, `bitsmoe inspect` shows what a "

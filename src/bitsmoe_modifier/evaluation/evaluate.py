@@ -10,6 +10,8 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..loading.decoding import load_decoded, misread_experts
 from ..sources.classes import load_published
+from ..sources.model import read_config
+from ..sources.precision import load_source, low_precision
 from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
 from .reference import Reference
 
@@ -24,6 +26,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """
     if misread_experts(Path(path)):
         return load_decoded(Path(path), dtype).to(device).eval()
+    if low_precision(read_config(Path(path))):
+        return load_source(Path(path), dtype).to(device).eval()
     loaded: Any = load_published(path, dtype=dtype, output_loading_info=True)
     model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if ".experts." in name)

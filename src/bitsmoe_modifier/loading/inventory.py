@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
+from ..sources.precision import source_tensors
 from ..storage.mtp import decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
 from .transformers_api import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
@@ -73,7 +74,7 @@ def take_inventory(model: Any, folder: Path) -> Inventory:
     Raises:
         CheckpointError: when the files are damaged.
     """
-    found = scan(map(str, checkpoint_files(folder)))
+    found = source_tensors(folder)
     expected = model.state_dict()
     names = _model_names(model, found, expected)
     layers = decoder_layers(folder)

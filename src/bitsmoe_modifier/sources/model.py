@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CheckpointError, RecipeError
 from ..storage.shards import read_json
 from ..storage.sizes import checkpoint_bytes, expert_elements, tensor_sizes
+from .precision import low_precision, source_sizes
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _near(path: Path) -> str:
 
 
 def open_dense(model: str) -> DenseModel:
-    """Find a model and check that it is an unquantized mixture of experts.
+    """Find a model and check that it is an unquantized mixture of experts, or published in a low precision.
 
     Raises:
         CheckpointError: when there is no such model, or its files are damaged.
@@ -87,10 +88,10 @@ def open_dense(model: str) -> DenseModel:
     folder = find_model(model)
     config = read_config(folder)
     scheme = config.get("quantization_config")
-    if scheme is not None:
+    if scheme is not None and low_precision(config) is None:
         method = scheme.get("format") or scheme.get("quant_method") if isinstance(scheme, dict) else scheme
         raise RecipeError(f"{model} is quantized already ({method}); give the unquantized model that it was made from")
-    sizes = tensor_sizes(folder)
+    sizes = source_sizes(folder, tensor_sizes(folder))
     elements = expert_elements(sizes)
     if elements == 0:
         raise RecipeError(
