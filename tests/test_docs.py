@@ -19,6 +19,19 @@ def test_the_examples_of_a_page(page):
     assert found.failed == 0
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_every_file_that_a_page_names_exists(page):
+    """A path counts from the root or from the package; a mere name may stand in any of the project's folders."""
+    named = set(re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|cpp))(?:::\w+)?`", (ROOT / page).read_text()))
+    files = {
+        file for folder in ("src", "kernels", "tests", "benchmarks", "examples") for file in ROOT.glob(f"{folder}/**/*")
+    }
+    places = {
+        name for f in files for name in (f.name, str(f.relative_to(ROOT)), str(f).partition("/bitsmoe_modifier/")[2])
+    }
+    assert named <= places
+
+
 def test_every_recipe_that_a_text_names_exists():
     texts = "".join(p.read_text() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     named = set(re.findall(r"(?:--recipe |recipes/)(?!recipes/)([a-z]\w+)(?:\.yaml)?\b", texts))
