@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from llmcompressor import oneshot
@@ -59,11 +59,12 @@ class Shape:
         return f"E {self.experts}, H {self.hidden}, I {self.width}, k {self.choices}, {tokens} tokens"
 
 
-def bitsmoe(feedback: bool, group_size: int) -> BitsMoEModifier:
+def bitsmoe(feedback: bool, group_size: int, codes: Literal["scalar", "trellis"] = "scalar") -> BitsMoEModifier:
     """2 bits, with everything on or on the fast path."""
     return BitsMoEModifier(
         bits=2.0,
         scope="layer",
+        codes=codes,
         group_size=group_size,
         error_feedback=feedback,
         refine_passes=BitsMoEModifier.model_fields["refine_passes"].default if feedback else 0,
@@ -91,6 +92,7 @@ ARMS = {
     BASELINES[0]: Arm(gptq, all_experts=True),
     BASELINES[1]: Arm(gptq),
     "BitsMoE": Arm(lambda group: bitsmoe(True, group)),
+    "BitsMoE, trellis codes": Arm(lambda group: bitsmoe(True, group, "trellis")),
     "BitsMoE without feedback": Arm(lambda group: bitsmoe(False, group)),
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CheckpointError
+from bitsmoe_modifier.storage import native_trellis
 from bitsmoe_modifier.storage.chains import chains_of, index_side
 from bitsmoe_modifier.storage.factors import decode_factor, pack_factor
 from bitsmoe_modifier.storage.layout import ExpertsLayout
@@ -77,8 +78,15 @@ def test_chains_are_those_of_the_format(seed: int) -> None:
             assert all(len(chain) == 1 or len(chain) * block_size <= 128 for chain in found)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
 @pytest.mark.parametrize("sizes", LAYERS.values(), ids=LAYERS)
-def test_factors_decode_to_what_another_reader_finds(sizes: dict[str, object]) -> None:
+def test_factors_decode_to_what_another_reader_finds(
+    sizes: dict[str, object], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native_trellis, "library", lambda: None)
+    elif native_trellis.library() is None:
+        pytest.skip("no C++ compiler here")
     layer = random_layer(num_experts=3, **sizes)
     packed, layout = layer.packed, layer.layout
     assert layout.version == 2
@@ -129,6 +137,38 @@ def test_packing_gives_back_the_bytes(sizes: dict[str, object]) -> None:
         packed = pack_factor(elementwise, scales, widths, layout, side)
         assert torch.equal(packed[0], codes)
         assert torch.equal(packed[1], steps.flatten())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offset": torch.tensor([0, 17])}, "outside of the payload"),
+        ({"offset": torch.tensor([0, -8])}, "outside of the payload"),
+        ({"place": torch.arange(32).view(2, 16) * 4 + 1}, "outside of its result"),
+        ({"offset": torch.tensor([0])}, "belong together"),
+        ({"scale": torch.ones(2, 4)}, "belong together"),
+        ({"scale": torch.ones(2, 16, dtype=torch.float64)}, "dtypes"),
+        ({"columns": 3}, "belong together"),
+    ],
+    ids=str,
+)
+def test_the_compiled_decoder_believes_nothing(changes: dict[str, object], message: str) -> None:
+    library = native_trellis.library()
+    if library is None:
+        pytest.skip("no C++ compiler here")
+    arguments = {
+        "payload": torch.zeros(32, dtype=torch.uint8),
+        "offset": torch.tensor([0, 16]),
+        "width": 2,
+        "scale": torch.ones(2, 16),
+        "by_row": True,
+        "place": torch.arange(32).view(2, 16) * 4,
+        "columns": 4,
+        "out": torch.zeros(32, 4),
+    }
+    native_trellis.decode_tiles(library, **arguments)
+    with pytest.raises(ValueError, match=message):
+        native_trellis.decode_tiles(library, **{**arguments, **changes})
 
 
 HEADERS = {

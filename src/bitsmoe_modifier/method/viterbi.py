@@ -1,7 +1,8 @@
 """The encoder of trellis codes: of all windows that a sequence may have, those of least weighted squared error.
 
 `encode_plain` is Viterbi's algorithm in PyTorch, on any device, readable, and the oracle of the tests. `encode` runs
-the same in C++ on a CPU where a compiler is (`native_viterbi`), and falls back to it elsewhere.
+the same in C++ on the CPU where a compiler is (`native_viterbi`), for weights on a GPU as well: there is no kernel yet,
+and PyTorch's operations, several for each weight of a sequence, take longer there than a CPU's core.
 
 A sequence is circular (storage/trellis.py), which Viterbi's algorithm is not: a free run over its end and its beginning
 decides the bits that both share, and the run proper is held to them. This is what makes an encoded sequence only nearly
@@ -52,13 +53,11 @@ def encode(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences) -> to
     Returns:
         uint8 of the shape of ``target``; 0 outside of all sequences.
     """
-    if target.device.type == "cpu" and len(sequences.width):
-        library = native_viterbi.library()
-        if library is not None:
-            return native_viterbi.encode(
-                library, target, gain, sequences.begin, sequences.place, sequences.width, PRELUDE
-            )
-    return encode_plain(target, gain, sequences)
+    library = native_viterbi.library() if len(sequences.width) else None
+    if library is None:
+        return encode_plain(target, gain, sequences)
+    places = sequences.begin, sequences.place, sequences.width
+    return native_viterbi.encode(library, target.cpu(), gain.cpu(), *places, PRELUDE).to(target.device)
 
 
 def encode_plain(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences) -> torch.Tensor:

@@ -5,11 +5,13 @@ the output side it is one channel's column of a *chain*: units of one width, as 
 short sequences lose. A chain's units are every n-th of their matrix, n being the layout's ``stripes``.
 """
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
+from . import native_trellis
 from .layout import ExpertsLayout, UnitIndex, index_units
 from .trellis import pack_windows, trellis_values, unpack_windows
 
@@ -120,6 +122,9 @@ def decode_trellis_factor(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`factors.decode_factor` of trellis codes."""
+    library = native_trellis.library() if codes.device.type == "cpu" else None
+    if library is not None:
+        return _decode_compiled(library, codes, steps, widths, index, layout, side).to(dtype)
     bs, gs, groups = layout.block_size, layout.group_size, layout.groups
     matrices, units = widths.shape
     inward = side == "in"
@@ -137,3 +142,43 @@ def decode_trellis_factor(
     if inward:
         return tiles.transpose(2, 3).reshape(matrices, layout.intermediate_size, layout.rank_in)
     return tiles.permute(0, 2, 3, 1, 4).reshape(matrices, layout.rank_out, layout.intermediate_size)
+
+
+def _decode_compiled(
+    library: ctypes.CDLL,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    widths: torch.Tensor,
+    index: UnitIndex,
+    layout: ExpertsLayout,
+    side: str,
+) -> torch.Tensor:
+    """`decode_trellis_factor` in float32 by the compiled decoder."""
+    bs, gs, groups = layout.block_size, layout.group_size, layout.groups
+    inward = side == "in"
+    rows, columns = (
+        (layout.intermediate_size, layout.rank_in) if inward else (layout.rank_out, layout.intermediate_size)
+    )
+    out = torch.zeros(len(widths), rows, columns)
+    step_rows, group = steps.view(-1, bs), torch.arange(groups)[:, None]
+    for width, matrix, units in _tiles(widths, layout, side):
+        offset = index.code_offset[matrix, :, units[:, 0]] * layout.quantum
+        scale = step_rows[index.step_offset[matrix[:, None], :, units]].to(torch.float32).transpose(1, 2)
+        # where a tile's rows begin: those of the group along I, or those of the chain's units
+        if inward:
+            own = ((group * gs + torch.arange(gs)) * columns)[None] + units[:, :, None] * bs
+        else:
+            own = ((units[:, :, None] * bs + torch.arange(bs)).flatten(1) * columns)[:, None] + group * gs
+        place = own + matrix[:, None, None] * (rows * columns)
+        native_trellis.decode_tiles(
+            library,
+            codes,
+            offset.flatten(),
+            width,
+            scale.flatten(2).flatten(0, 1),
+            not inward,
+            place.flatten(0, 1),
+            bs if inward else gs,
+            out,
+        )
+    return out
