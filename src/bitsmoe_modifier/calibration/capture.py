@@ -11,6 +11,7 @@ from loguru import logger
 from ..errors import BitsMoEError, CalibrationError
 from ..method.quantize import LayerReport
 from ..method.statistics import RoutedTokens
+from .padding import mask_of
 from .survey import Inputs
 
 #: Calibration tokens per expert, on average, below which a run is refused / warned about.
@@ -42,15 +43,20 @@ def choices_per_token(model: Any) -> int:
 
 
 def count_tokens(calibration: Any) -> int:
-    """Calibration tokens in a dataloader.
+    """Calibration tokens in a dataloader, padding not counted.
 
     Raises:
         CalibrationError: when there is no dataloader or it is empty.
     """
-    total = 0 if calibration is None else sum(batch["input_ids"].numel() for batch in calibration)
+    total = 0 if calibration is None else sum(_text_tokens(batch) for batch in calibration)
     if not total:
         raise CalibrationError("there is no calibration data; pass `dataset` to oneshot")
     return total
+
+
+def _text_tokens(batch: Any) -> int:
+    mask = mask_of(batch)
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
 def check_calibration(name: str, num_experts: int, tokens: int, choices: int) -> None:

@@ -39,6 +39,7 @@ from .capture import (
 )
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
+from .padding import Padding
 from .resume import ResumeFolder
 from .survey import Inputs, experts_inputs, share_budget, survey_layers
 from .targets import check_experts, check_unclaimed, dense_experts, find_experts
@@ -128,6 +129,7 @@ class BitsMoEModifier(Modifier):
 
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
+    _padding: Padding = PrivateAttr(default_factory=Padding)
     _designs: dict[str, LayerDesign] = PrivateAttr(default_factory=dict)
     _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _propagating: list[BitsMoEExperts] = PrivateAttr(default_factory=list)
@@ -229,6 +231,8 @@ class BitsMoEModifier(Modifier):
                 if self._resume is not None:
                     self._resume.keep_survey(self._metrics, plans)
             self._designs = self._ranks.compute(lambda: self._choose(plans))
+        self._padding = Padding()
+        self.register_hook(state.model, cast(Any, self._padding.begin), "forward_pre", with_kwargs=True)
         for module, name in self._names.items():
             if name not in self._finished:
                 self.register_hook(module, cast(Any, self._capture), "forward_pre", with_kwargs=True)
@@ -292,7 +296,8 @@ class BitsMoEModifier(Modifier):
         return designs
 
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
-        self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs))
+        mask = self._padding.mask()
+        self._inputs.setdefault(module, []).append(experts_inputs(module, args, kwargs, mask))
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[Any], **kwargs: Any) -> None:
         """Quantize and replace the layers that this part of the model calibrated."""

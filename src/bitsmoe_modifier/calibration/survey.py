@@ -18,6 +18,7 @@ import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.utils import patch_attr
 from llmcompressor.args import DatasetArguments
+from llmcompressor.core import active_session
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
@@ -43,6 +44,7 @@ from ..method.distributed import Ranks
 from ..method.numerics import all_finite
 from ..method.statistics import prior_share
 from ..runtime.sorted_rows import routed_rows
+from .padding import Padding, mask_of, text_rows
 
 #: Tokens of the backward pass.
 _BACKWARD_TOKENS = 4096
@@ -112,11 +114,12 @@ def survey_layers(
     ):
         kept: list[list[dict[str, Any]]] = []
         captured: dict[nn.Module, list[Inputs]] = {}
+        first = _first(dataloader, ranks)
         with capture_inputs(experts, captured):
-            for _ in _forward(model, _first(dataloader, ranks), subgraphs, "Surveying predictions", kept):
+            for _ in _forward(model, first, subgraphs, "Surveying predictions", kept):
                 for module in list(captured):
                     _check_finite(experts[module], captured.pop(module))
-        metrics = _backward(model, subgraphs, kept, experts, ranks)
+        metrics = _backward(model, subgraphs, kept, [mask_of(batch) for batch in first], experts, ranks)
         del kept
         measured: dict[nn.Module, T] = {}
         with (
@@ -166,7 +169,8 @@ def _forward(
 ) -> Generator[None]:
     """Run batches through the model one sequential target at a time, and yield after each.
 
-    ``kept`` receives, for every target, its inputs of every batch (on the CPU).
+    ``kept`` receives, for every target, its inputs of every batch (on the CPU). The session's state says which batch is
+    in the model, as llm-compressor's pipelines do.
     """
     activations = IntermediatesCache.from_dataloader(cast(Any, batches), get_main_device(), torch.device("cpu"))
     with calibration_forward_context(model):
@@ -174,6 +178,7 @@ def _forward(
             stored: list[dict[str, Any]] = []
             with disable_offloading():
                 for batch in range(len(batches)):
+                    active_session().state.current_batch_idx = batch
                     inputs = activations.fetch(batch, subgraph.input_names)
                     if kept is not None:
                         stored.append(tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, inputs))
@@ -190,8 +195,10 @@ def _forward(
 def capture_inputs(experts: Mapping[nn.Module, str], captured: dict[nn.Module, list[Inputs]]) -> Iterator[None]:
     """Append the inputs of every call of an experts module to ``captured[module]``."""
 
+    padding = Padding()
+
     def hook(module: nn.Module, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
-        captured.setdefault(module, []).append(experts_inputs(module, args, kwargs))
+        captured.setdefault(module, []).append(experts_inputs(module, args, kwargs, padding.mask()))
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in experts]
     try:
@@ -201,25 +208,39 @@ def capture_inputs(experts: Mapping[nn.Module, str], captured: dict[nn.Module, l
             handle.remove()
 
 
-def experts_inputs(module: Any, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> Inputs:
-    """(hidden states, top-k ids, top-k weights) of a call of an experts module, however they were passed."""
+def experts_inputs(
+    module: Any, args: Inputs, kwargs: Mapping[str, torch.Tensor], mask: torch.Tensor | None = None
+) -> Inputs:
+    """(hidden states, top-k ids, top-k weights) of a call of an experts module, however they were passed.
+
+    Args:
+        module: of experts.
+        args, kwargs: of the call.
+        mask: the tokens of the batch that are text, whose rows alone are taken; None: all (`padding.mask_of`).
+    """
     names = ("hidden_states", "top_k_index", "top_k_weights")
     if len(args) + len(kwargs) == 1:
         rows = args[0] if args else kwargs[names[0]]
+        text = text_rows(mask, rows)
+        rows = rows if text is None else rows[text]
         return tuple(v.detach() for v in routed_rows(rows, module.num_experts))
-    return tuple(v.detach().clone() for v in (*args, *(kwargs[name] for name in names[len(args) :])))
+    values = (*args, *(kwargs[name] for name in names[len(args) :]))
+    text = text_rows(mask, values[0])
+    return tuple(v.detach().clone() if text is None else v.detach()[text] for v in values)
 
 
 def _backward(
     model: Any,
     subgraphs: list[Subgraph],
     kept: list[list[dict[str, Any]]],
+    masks: list[torch.Tensor | None],
     experts: Mapping[nn.Module, str],
     ranks: Ranks,
 ) -> dict[nn.Module, torch.Tensor]:
     """M of every layer: from the last sequential target back to the first, each recomputed on the way.
 
-    Every batch has a generator of its own for its labels, so that they do not depend on which process draws them.
+    Every batch has a generator of its own for its labels, so that they do not depend on which process draws them. Its
+    mask says which of its tokens are text: the others predict nothing, and do not count.
     """
     squares: dict[nn.Module, torch.Tensor] = {}
     tokens = dict.fromkeys(experts, 0)
@@ -243,11 +264,13 @@ def _backward(
                         ends = _ends(outputs, slope)
                         if logits:
                             generator = torch.Generator().manual_seed(ranks.rank + number * ranks.size)
-                            likelihood = _sampled_likelihood(logits[-1], generator)
+                            likelihood = _sampled_likelihood(logits[-1], generator, masks[number])
                             ends.append((likelihood, torch.ones_like(likelihood)))
                         _pull_back(ends, inputs, outputs_of, slope)
                         for module, output in outputs_of.items():
                             g = slope.pop(("", id(module)), torch.zeros_like(output)).to(torch.float32).flatten(0, -2)
+                            text = text_rows(masks[number], g)
+                            g = g if text is None else g[text]
                             squares[module] = squares.get(module, 0) + g.T @ g
                             tokens[module] += len(g)
     finally:
@@ -287,9 +310,12 @@ def _ends(outputs: Any, slope: _Slopes) -> list[tuple[torch.Tensor, torch.Tensor
     return ends
 
 
-def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _sampled_likelihood(
+    logits: torch.Tensor, generator: torch.Generator, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Log-likelihood, summed over tokens, of labels drawn from the model's own predictions ``[batch, tokens, V]``."""
     scores = logits.to(torch.float32).log_softmax(-1).flatten(0, -2)
+    scores = scores if mask is None else scores[mask.to(scores.device)]
     if not bool(all_finite(scores)):
         raise CalibrationError("the model's predictions hold NaN or infinity; check the base model")
     labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
