@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
+NEWEST_VENV := .venv-newest
 DEMO_OUT ?= demo-report
 PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/pip $(PIP_INSTALL) -c constraints.txt
 VLLM_PIP := $(VLLM_VENV)/bin/pip $(PIP_INSTALL) -c constraints-vllm.txt
+NEWEST_PIP := $(NEWEST_VENV)/bin/pip $(PIP_INSTALL) -c constraints-newest.txt
+# What needs nothing but the base install.
+NEWEST_TESTS := tests/newest tests/loading/test_registration.py tests/runtime tests/storage tests/test_after_import.py \
+	tests/test_base_install.py tests/test_first_import.py
 
 # Interpreted Triton kernels and small models gain nothing from more threads than cores.
 export TOKENIZERS_PARALLELISM := false
@@ -14,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 # compiles torch, transformers and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-vllm lint docs clean
+.PHONY: demo test test-slow test-vllm test-newest lint docs clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +51,16 @@ $(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/pytest -m vllm tests/serving
 
+## The base install with the newest versions that pyproject.toml allows, without llm-compressor (which holds them back)
+$(NEWEST_VENV)/ready: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_PIP) torch==2.13.0
+	$(NEWEST_PIP) -e . pytest
+	touch $@
+
+test-newest: $(NEWEST_VENV)/ready
+	$(NEWEST_VENV)/bin/pytest $(NEWEST_TESTS)
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +71,4 @@ docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) site build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(DEMO_OUT) site build *.egg-info src/*.egg-info

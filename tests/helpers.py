@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -267,6 +268,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def save(model: torch.nn.Module, folder: Path, **kwargs: object) -> Path:
     """Save through llm-compressor's wrapper of ``save_pretrained``, as ``oneshot`` does."""
+    pytest.importorskip("llmcompressor", reason="saves as llm-compressor does")
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
     modify_save_pretrained(model)

@@ -9,9 +9,11 @@ Both are registered as soon as compressed-tensors and llm-compressor are in the 
 """
 
 import importlib
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from ._after_import import after_import
+from ._after_import import after_import, is_imported
 from .errors import BitsMoEError, CalibrationError, CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -35,6 +37,19 @@ def _register_loader() -> None:
     register()
 
 
+def _import_modifier() -> None:
+    """Import it with llm-compressor, so that recipes find it; a module of ours that waits for llm-compressor first."""
+    room = f"{__name__}.calibration."
+    busy = [name for name in sys.modules if name.startswith(room) and not is_imported(name)]
+    if busy:
+        after_import(busy[0], _import_modifier)
+        return
+    try:
+        importlib.import_module(".calibration.modifier", __name__)
+    except ImportError as error:  # another release of llm-compressor: it works as without us
+        warnings.warn(f"BitsMoEModifier cannot be used in recipes: {error}", stacklevel=2)
+
+
 def _register_modifier() -> None:
     from llmcompressor.modifiers import ModifierFactory
 
@@ -44,7 +59,7 @@ def _register_modifier() -> None:
 
 
 after_import("compressed_tensors", _register_loader)
-after_import("llmcompressor", lambda: importlib.import_module(".calibration.modifier", __name__))
+after_import("llmcompressor", _import_modifier)
 # not in the callback above: importing the modifier first imports llm-compressor in the middle of it
 after_import(f"{__name__}.calibration.modifier", _register_modifier)
 

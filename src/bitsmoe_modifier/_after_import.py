@@ -33,7 +33,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             return None
         if fullname != self.name:
             # the package's import had begun before this finder was there
-            if _is_imported(self.name):
+            if is_imported(self.name):
                 self.fire()
             return None
         self.searching = True
@@ -53,7 +53,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _is_imported(name: str) -> bool:
+def is_imported(name: str) -> bool:
     """Whether the package's code has run to its end."""
     module = sys.modules.get(name)
     return module is not None and not getattr(module.__spec__, "_initializing", False)
@@ -65,7 +65,7 @@ def after_import(name: str, callback: Callable[[], object]) -> None:
     Where the import of ``name`` is going on further up the stack, the call comes with the first import after it. An
     error that ``callback`` raises makes the import fail that triggered it.
     """
-    if _is_imported(name):
+    if is_imported(name):
         callback()
     else:
         sys.meta_path.insert(0, _AfterImport(name, callback))

