@@ -3,11 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from compressed_tensors.utils.match import is_match
 from torch import nn
 
+from .. import messages
 from ..errors import RecipeError
+from .linearizing import experts_modules
 
 #: names that a message offers
 _OFFERED = 3
@@ -71,3 +74,47 @@ def near_names(entry: str, modules: Mapping[str, nn.Module], experts: Mapping[st
     rest = len(experts) - _OFFERED
     shown = ", ".join(list(experts)[:_OFFERED]) + (f" and {rest} more" if rest > 0 else "")
     return f"the experts modules are {shown}"
+
+
+def check_others(model: nn.Module, recipe: Mapping[str, Any]) -> None:
+    """Check the entries of a recipe's other modifiers, of which llm-compressor says nothing: it quantizes nothing then.
+
+    An entry of ``ignore`` that matches nothing is only said: recipes are written for many models, and it does no harm.
+
+    Args:
+        model: as transformers builds it.
+        recipe: its YAML as an object.
+
+    Raises:
+        RecipeError: when an entry of ``targets`` matches nothing, naming the nearest names.
+    """
+    linear = nn.Linear(1, 1, device="meta")
+    modules = dict(model.named_modules())
+    experts = dict(experts_modules(model))
+    for name, module in experts.items():
+        for expert in range(int(getattr(module, "num_experts", 0))):
+            modules |= {f"{name}.{expert}.{projection}_proj": linear for projection in ("gate", "up", "down")}
+    groups = (group for stage in recipe.values() for group in (stage or {}).values())
+    for kind, fields in ((kind, fields or {}) for group in groups for kind, fields in (group or {}).items()):
+        if kind == "BitsMoEModifier":
+            continue
+        within = [body for body in (fields.get("config_groups") or {}).values() if isinstance(body, Mapping)]
+        targets = [entry for body in (fields, *within) for entry in _entries(body.get("targets"))]
+        ignore = _entries(fields.get("ignore"))
+        check_patterns(targets, ignore)
+        for entry in targets:
+            if not _matches(entry, modules):
+                near = near_names(entry, modules, experts)
+                raise RecipeError(f"{kind}: targets: {entry!r} matches no module of the model; {near}")
+        for entry in ignore:
+            if not _matches(entry, modules):
+                near = near_names(entry, modules, experts)
+                messages.say("warning", f"{kind}: ignore: {entry!r} matches no module of the model; {near}")
+
+
+def _entries(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [entry for entry in value or () if isinstance(entry, str)]
+
+
+def _matches(entry: str, modules: Mapping[str, nn.Module]) -> bool:
+    return any(is_match(name, module, entry) for name, module in modules.items())

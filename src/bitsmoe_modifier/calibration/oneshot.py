@@ -127,12 +127,14 @@ def _quantize(
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
     from . import patches, tracing  # noqa: F401 - for every modifier alike
+    from .entries import check_others
 
     started = time.perf_counter()
     source = source_record(model_folder, settings.model_name)
     model = _load(model_folder, settings.offload)
     inventory = take_inventory(model, model_folder)
     let_save(model)
+    check_others(model, yaml.safe_load(recipe))
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
