@@ -63,7 +63,7 @@ _OTHER = {
 }
 _TAIL = """
 Which of them vLLM serves is another question: it needs a model class of its own there. Tested with vLLM: Qwen3-MoE,
-Mixtral, OLMoE, DeepSeek-V2 and V3.
+Mixtral, OLMoE, DeepSeek-V2 and V3. Nemotron-H and Step 3.7 are not served yet: their gatings are not handed on there.
 """
 
 
@@ -112,12 +112,14 @@ def _row(family: Family) -> str:
         auto_class_of(model.config).__name__,
         f"`{path}`",
         _stored(experts),
-        _gating(gating_of(experts)),
+        _gating(gating_of(experts), getattr(experts, "has_gate", True)),
     )
     return f"| {' | '.join(cells)} |"
 
 
 def _stored(experts: nn.Module) -> str:
+    if not getattr(experts, "has_gate", True):
+        return "[E, I, H], no gate"
     transposed = experts.gate_up_proj.shape[1:] != (2 * experts.down_proj.shape[2], experts.down_proj.shape[1])
     words = [
         "[E, H, 2I]" if transposed else "[E, 2I, H]",
@@ -127,15 +129,15 @@ def _stored(experts: nn.Module) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _gating(gating: Gating) -> str:
+def _gating(gating: Gating, gated: bool) -> str:
+    if not gated:
+        return f"{gating.activation} of the one input projection"
     act = gating.activation + (f", slope {gating.alpha:g}" if gating.alpha != 1 else "")
     limit = f", clamped at {gating.limit:g}" if gating.limit is not None else ""
     return act + limit + (f", up + {gating.up_shift:g}" if gating.up_shift else "")
 
 
 def _reason(family: Family) -> str:
-    if "gate projection" in family.refusal:
-        return "its experts have no gate projection, which the format needs"
     if "next token" in family.refusal:
         return "it does not predict the next token of a text, which calibration needs"
     return "its experts class does not follow transformers' common experts interface, so it cannot be linearized"

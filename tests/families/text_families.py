@@ -130,7 +130,6 @@ TEXT_FAMILIES = (
             "n_groups": 2,
             "moe_shared_expert_intermediate_size": 48,
         },
-        refusal="have no gate projection",
         fast=True,
     ),
 )

@@ -14,13 +14,17 @@ from helpers import ARCHITECTURES, experts_names, tiny_model
 def scalar(gating: Gating, g: float, u: float) -> float:
     """The formula of the docstring with Python's floats."""
     if gating.limit is not None:
-        g, u = min(g, gating.limit), max(-gating.limit, min(u, gating.limit))
+        g = g if gating.late_limit else min(g, gating.limit)
+        u = max(-gating.limit, min(u, gating.limit))
     act = {
         "silu": lambda: g / (1 + math.exp(-gating.alpha * g)),
         "gelu": lambda: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
         "gelu_tanh": lambda: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
         "relu": lambda: max(g, 0.0),
+        "relu2": lambda: max(g, 0.0) ** 2,
     }[gating.activation]()
+    if gating.late_limit:
+        act = min(act, gating.limit)
     return act * (u + gating.up_shift)
 
 
@@ -31,6 +35,8 @@ GATINGS = [
     Gating("relu"),
     Gating("silu", limit=7.0, alpha=1.702, up_shift=1.0),
     Gating("gelu", limit=0.5),
+    Gating("relu2", up_shift=1.0),
+    Gating("silu", limit=0.5, late_limit=True),
 ]
 
 

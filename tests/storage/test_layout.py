@@ -236,7 +236,7 @@ def test_newer_version_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "value"), [(0, 0), (0, -1), (1, 0), (2, -64), (3, 47), (6, 12), (7, 20), (8, 5), (10, 0), (15, 1)]
+    ("position", "value"), [(0, 0), (0, -1), (1, 0), (2, -64), (3, 47), (6, 12), (7, 20), (8, 5), (10, 0), (15, 2)]
 )
 def test_damaged_header_is_refused(position: int, value: int) -> None:
     header = make_layout(**SIZES["square"]).to_tensor()

@@ -348,7 +348,7 @@ class BitsMoEModifier(Modifier):
     def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
         """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
         packed, report = self._make(module, name, inputs)
-        leaf = cast(Any, module[0]).gate_proj
+        leaf = cast(Any, module[0]).up_proj
         replacement = BitsMoEExperts(packed.to(leaf.weight.device), gating_of(module))
         replacement.report = report
         attach(replacement, self._scheme)

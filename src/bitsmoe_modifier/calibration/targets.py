@@ -49,7 +49,6 @@ def find_experts(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
             f"({_some(list(present))}); drop `targets` to quantize them all"
         )
     check_entries(model, present, targets, ignore)
-    _check_gates(model, {name: module.has_gate for name, module in found.items()})
     return found
 
 
@@ -63,9 +62,6 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     found = dict(experts_modules(model))
     if not found:
         raise RecipeError(_unsupported(model))
-    _check_gates(
-        model, {name: LinearExperts2D.get_linear_experts_cls(cast(Any, type(m))).has_gate for name, m in found.items()}
-    )
     return found
 
 
@@ -74,15 +70,6 @@ def _check_class(model: nn.Module) -> None:
     if not isinstance(model, GenerationMixin):
         raise RecipeError(
             f"{_family(model)} is not supported: it does not predict the next token of a text, which calibration needs"
-        )
-
-
-def _check_gates(model: nn.Module, has_gate: dict[str, bool]) -> None:
-    ungated = [name for name, gated in has_gate.items() if not gated]
-    if ungated:
-        raise RecipeError(
-            f"{_family(model)} is not supported: its experts ({_some(ungated)}) have no gate projection, which the "
-            "bitsmoe format needs; use another modifier for them"
         )
 
 
@@ -136,13 +123,15 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
     down: torch.Tensor = cast(Any, module[0]).down_proj.weight
+    if not module.has_gate and 0 not in settings.widths:
+        raise RecipeError(f"{name}: experts without a gate need bit-width 0 for what stands in its place; add it")
     hidden, width = down.shape
     dense_share = num_dense / module.num_experts
     dense_bits = 8 * down.element_size()
     check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
     with torch.no_grad(), disable_offloading():
         for expert in range(module.num_experts):
-            for projection in _PROJECTIONS:
+            for projection in _PROJECTIONS[0 if module.has_gate else 1 :]:
                 for kind, tensor in getattr(module[expert], projection).named_parameters():
                     if not bool(all_finite(tensor)):
                         raise CalibrationError(
@@ -215,8 +204,14 @@ def dense_experts(module: LinearExperts2D) -> DenseExperts:
     """Stack the Linears of a linearized experts module; call under ``disable_offloading`` for offloaded models."""
     experts: list[Any] = [module[e] for e in range(module.num_experts)]
     with torch.no_grad():
-        gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts])
         down = torch.stack([e.down_proj.weight for e in experts])
+        if not module.has_gate:
+            if experts[0].up_proj.bias is not None:
+                raise RecipeError("experts without a gate but with biases are not supported; add them to `ignore`")
+            own = torch.stack([e.up_proj.weight for e in experts])
+            gate_up = torch.cat([own, torch.zeros_like(own)], 1)
+            return DenseExperts(gate_up, down, gating_of(module), ungated=True)
+        gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts])
         in_bias = out_bias = None
         if experts[0].gate_proj.bias is not None:
             in_bias = torch.stack([torch.cat([e.gate_proj.bias, e.up_proj.bias]) for e in experts])

@@ -81,10 +81,13 @@ def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype)
 
     Returns:
         By parameter name: ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``, their last two axes
-        exchanged where the class is transposed; with biases, ``gate_up_proj_bias`` and ``down_proj_bias``.
+        exchanged where the class is transposed; ``up_proj`` ``[E, I, H]`` for the first without a gate; with biases,
+        ``gate_up_proj_bias`` and ``down_proj_bias``.
     """
     gate_up, down = experts.dense_weights()
     interleaved = not getattr(fused, "is_concatenated", True)
+    if experts.spec.ungated:
+        return {"up_proj": gate_up.chunk(2, 1)[0].to(dtype).contiguous(), "down_proj": down.to(dtype).contiguous()}
     found = {"gate_up_proj": _interleave(gate_up) if interleaved else gate_up, "down_proj": down}
     if getattr(fused, "is_transposed", False):
         found = {name: tensor.transpose(1, 2) for name, tensor in found.items()}

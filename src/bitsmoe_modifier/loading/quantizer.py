@@ -163,14 +163,17 @@ def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
     if isinstance(experts, nn.ModuleList) and all(hasattr(expert, "down_proj") for expert in experts):
         first: Any = experts[0]
         return len(experts), *first.down_proj.weight.shape
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    down, rows = getattr(experts, "down_proj", None), 2
+    gate_up = getattr(experts, "gate_up_proj", None)
+    if getattr(experts, "has_gate", True) is False:
+        gate_up, rows = getattr(experts, "up_proj", None), 1
     if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor) or gate_up.ndim != 3:
         raise CheckpointError(
             f"the experts class {type(experts).__name__} has no fused gate_up_proj and down_proj; "
             "packed experts cannot take its place; docs/models.md lists the families that they can"
         )
     hidden, intermediate = down.shape[1:]
-    if gate_up.shape[1:] != (2 * intermediate, hidden):  # stored [E, H, 2I] and [E, I, H]
+    if gate_up.shape[1:] != (rows * intermediate, hidden):  # stored [E, H, 2I] and [E, I, H]
         hidden, intermediate = intermediate, hidden
     return gate_up.shape[0], hidden, intermediate
 

@@ -75,6 +75,7 @@ def plan_layer(
         statistics.mass,
         tuple(dense_ids),
         tuple(warnings),
+        int(experts.ungated),
     )
 
 

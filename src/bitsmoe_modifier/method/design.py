@@ -125,11 +125,12 @@ class LayerPlan:
     mass: torch.Tensor
     dense_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    ungated: int = 0
 
     @property
     def elements(self) -> int:
-        """Weights that the plan is for, biases not counted: ``3 E H I``."""
-        return 3 * self.shape[0] * self.shape[1] * self.shape[2]
+        """Weights that the plan is for, biases not counted: ``3 E H I``, ``2 E H I`` without a gate."""
+        return (3 - self.ungated) * self.shape[0] * self.shape[1] * self.shape[2]
 
     def fixed_bits(self, inputs: SidePlan, outputs: SidePlan) -> int:
         """Stored bits that do not depend on the allocation: `constant_bits`, bases and the units' widths."""

@@ -77,6 +77,10 @@ def gating_of(experts: nn.Module) -> Gating:
     if limit is not None and math.isinf(limit):
         limit = None
     alpha = getattr(experts, "alpha", None) or getattr(experts, "swiglu_alpha", None)
+    if getattr(experts, "has_gate", True) is False:
+        if activation:
+            return Gating(activation, up_shift=1.0)  # up is zero
+        raise RecipeError(f"the experts class {name} has an activation that this version does not know: {act_fn}")
     candidates = [Gating(activation)] if activation else []
     if limit is not None:
         candidates += [Gating(activation or "silu", limit=float(limit))]

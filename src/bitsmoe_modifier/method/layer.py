@@ -76,6 +76,8 @@ class DenseExperts:
         down: ``[E, H, I]``.
         gating: elementwise function between them.
         in_bias, out_bias: ``[E, 2I]``, ``[E, H]`` or None.
+        ungated: of experts without a gate, ``down(act(W x))``: W is in the gate's rows, those of up are zero, and
+            ``gating`` adds 1 to them. Zeros cost nothing: they get width 0.
     """
 
     gate_up: torch.Tensor
@@ -83,6 +85,7 @@ class DenseExperts:
     gating: Gating
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
+    ungated: bool = False
 
     def parts(self, experts: range) -> list[slice]:
         """Consecutive experts of some, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
@@ -107,8 +110,8 @@ class DenseExperts:
 
     @property
     def elements(self) -> int:
-        """Weights, biases not counted."""
-        return self.gate_up.numel() + self.down.numel()
+        """Weights, biases not counted, nor the zeros in the place of a gate."""
+        return self.gate_up.numel() // (1 + self.ungated) + self.down.numel()
 
     def activations(self, expert: int, x: torch.Tensor, gate_up: torch.Tensor | None = None) -> torch.Tensor:
         """z of one expert, float32 ``[T, I]``.

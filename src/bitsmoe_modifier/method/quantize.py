@@ -145,6 +145,7 @@ def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> Packed
         basis_group_size=settings.resolve_basis_group(hidden),
         num_dense=len(design.dense_ids),
         has_bias=int(experts.in_bias is not None),
+        ungated=int(experts.ungated),
         codes=int(settings.codes == "trellis"),
         stripes=outputs.stripes,
     )

@@ -45,6 +45,8 @@ class ExpertsLayout:
         has_bias: 1 where gate/up and down have biases.
         codes: family of the experts' codes, 0 scalar (`planes`), 1 trellis (`trellis`).
         stripes: of trellis codes, which units of the output side may share a sequence: every n-th; 0 of scalar codes.
+        ungated: 1 where the model's experts have no gate: the input projection is stored in the gate's place, the
+            up-projection has width 0 throughout and stands for the constant 1.
     """
 
     num_experts: int
@@ -61,6 +63,7 @@ class ExpertsLayout:
     has_bias: int = 0
     codes: int = 0
     stripes: int = 0
+    ungated: int = 0
 
     def __post_init__(self) -> None:
         problems = [f.name for f in fields(self) if not 0 <= getattr(self, f.name) < 2**31]
@@ -95,6 +98,8 @@ class ExpertsLayout:
             problems.append(f"num_dense {self.num_dense} of {self.num_experts} experts")
         if self.has_bias not in (0, 1):
             problems.append(f"has_bias = {self.has_bias}")
+        if self.ungated not in (0, 1):
+            problems.append(f"ungated = {self.ungated}")
         if self.codes not in (0, 1) or (self.stripes > 0) != (self.codes == 1):
             problems.append(f"codes = {self.codes} with stripes = {self.stripes}")
         if self.codes == 1:
@@ -131,8 +136,8 @@ class ExpertsLayout:
 
     @property
     def dense_elements(self) -> int:
-        """Weights of the layer's experts before quantization: ``3 * E * I * H``."""
-        return 3 * self.num_experts * self.intermediate_size * self.hidden_size
+        """Weights of the layer's experts before quantization: ``3 * E * I * H``, a third less without a gate."""
+        return (3 - self.ungated) * self.num_experts * self.intermediate_size * self.hidden_size
 
     def to_tensor(self) -> torch.Tensor:
         """The header as int32 ``[16]``: version first, then the fields in order, zero-padded."""

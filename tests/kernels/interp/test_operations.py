@@ -96,6 +96,8 @@ GATINGS = {
     "gelu": Gating("gelu"),
     "gelu_tanh": Gating("gelu_tanh"),
     "relu": Gating("relu"),
+    "step3p7": Gating("silu", limit=0.7, late_limit=True),
+    "nemotron_h": Gating("relu2", up_shift=1.0),
     "clamped": Gating("silu", limit=0.7),
     "gpt-oss": Gating("silu", limit=0.7, alpha=1.702, up_shift=1.0),
 }
