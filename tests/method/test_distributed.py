@@ -62,7 +62,7 @@ def _quantizes(rank: int, ranks: Ranks) -> None:
     """Each process measures and rounds some experts; together they make what one makes, but for the order of sums."""
     gen = torch.Generator().manual_seed(3)
     hidden, width, tokens = 64, 32, 300
-    for num_experts in (5, 1):
+    for num_experts, codes in ((5, "scalar"), (1, "scalar"), (5, "trellis")):
         experts = DenseExperts(
             torch.randn(num_experts, 2 * width, hidden, generator=gen) / 8,
             torch.randn(num_experts, hidden, width, generator=gen) / 6,
@@ -71,7 +71,7 @@ def _quantizes(rank: int, ranks: Ranks) -> None:
         x = torch.randn(tokens, hidden, generator=gen) * torch.logspace(0, -1, hidden)
         ids = torch.rand(tokens, num_experts, generator=gen).argsort(1)[:, :2]
         routed = RoutedTokens.from_router(x, ids, torch.rand(ids.shape, generator=gen) + 0.1, num_experts)
-        settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16)
+        settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16, codes=codes)
         alone, together = (plan_layer(experts, routed, settings, ranks=one) for one in (None, ranks))
         for mine, ours in zip(alone.curve(), together.curve(), strict=True):
             assert ours == pytest.approx(mine, rel=1e-6), "rounded bases absorb the order of the sums they are made of"

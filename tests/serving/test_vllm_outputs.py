@@ -32,8 +32,9 @@ def test_equal_to_the_decoded_model(architecture: str, tmp_path: Path) -> None:
         {"basis_bits": (0, 0), "widths": (0, 2, 4, 6)},
         {"basis_bits": (4, 0), "rank_in": 32, "dense": (1, 4)},
         {"basis_bits": (16, 16), "rank_out": 48},
+        {"stripes": 2, "dense": (1,)},
     ],
-    ids=["no bases", "input basis and super experts", "16-bit bases"],
+    ids=["no bases", "input basis and super experts", "16-bit bases", "trellis codes"],
 )
 def test_every_kind_of_layer(layer: dict[str, object], tmp_path: Path) -> None:
     folder = packed_checkpoint("qwen3_moe", tmp_path, **layer)
