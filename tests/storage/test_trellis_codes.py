@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CheckpointError
+from bitsmoe_modifier.storage import chains as storage_chains
 from bitsmoe_modifier.storage import native_trellis
 from bitsmoe_modifier.storage.chains import chains_of, index_side
 from bitsmoe_modifier.storage.factors import decode_factor, pack_factor
@@ -104,9 +105,11 @@ def test_factors_decode_to_what_another_reader_finds(
         assert torch.equal(decode_factor(codes, steps, flat[some], chosen, layout, side), got[some])
 
 
+@pytest.mark.parametrize("batch", [1, 1 << 25])
 @pytest.mark.parametrize("sizes", LAYERS.values(), ids=LAYERS)
-def test_packing_gives_back_the_bytes(sizes: dict[str, object]) -> None:
+def test_packing_gives_back_the_bytes(sizes: dict[str, object], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and steps taken out of a payload tile by tile, in elementwise order, and packed again."""
+    monkeypatch.setattr(storage_chains, "_BATCH_WEIGHTS", batch)
     layer = random_layer(num_experts=2, **sizes)
     layout, bs, gs = layer.layout, layer.layout.block_size, layer.layout.group_size
     for side in ("in", "out"):

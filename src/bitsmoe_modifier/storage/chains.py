@@ -7,7 +7,7 @@ short sequences lose. A chain's units are every n-th of their matrix, n being th
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -17,6 +17,8 @@ from .trellis import pack_windows, trellis_values, unpack_windows
 
 #: Directions that a chain has at most, unless one unit has more.
 CHAIN_DIRECTIONS = 128
+#: Weights whose windows are packed at once: bounds the copies that packing makes.
+_BATCH_WEIGHTS = 1 << 25
 
 
 def chains_of(widths: Sequence[int], stripes: int, block_size: int) -> list[list[int]]:
@@ -84,6 +86,16 @@ def _tiles(widths: torch.Tensor, layout: ExpertsLayout, side: str) -> list[tuple
     ]
 
 
+def _few_at_once(
+    kinds: Iterable[tuple[int, torch.Tensor, torch.Tensor]], unit_weights: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The tiles of `_tiles` in batches of at most `_BATCH_WEIGHTS`, each unit of so many weights."""
+    for width, matrix, units in kinds:
+        batch = max(1, _BATCH_WEIGHTS // (unit_weights * units.shape[1]))
+        for some, own in zip(matrix.split(batch), units.split(batch), strict=True):
+            yield width, some, own
+
+
 def pack_trellis_factor(
     windows: torch.Tensor, steps: torch.Tensor, widths: torch.Tensor, layout: ExpertsLayout, side: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +113,7 @@ def pack_trellis_factor(
     kept = int((flat > 0).sum()) * groups
     payload = torch.empty(bits, layout.quantum, dtype=torch.uint8, device=windows.device)
     packed_steps = torch.empty(kept, bs, dtype=torch.float16, device=windows.device)
-    for width, matrix, units in _tiles(flat, layout, side):
+    for width, matrix, units in _few_at_once(_tiles(flat, layout, side), groups * bs * gs):
         # the rows of a chain's units, one unit after the other; [tile, group, rows, columns]
         rows = tiles[matrix[:, None], :, units].transpose(1, 2).flatten(2, 3).flatten(0, 1)
         size = width * units.shape[1]
