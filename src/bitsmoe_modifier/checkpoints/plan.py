@@ -15,6 +15,7 @@ from ..calibration.recipe import Stage, check_stage, one_stage, with_fields
 from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..extras import require
 from ..sources.classes import build_published, read_auto_config
+from ..sources.hub import hub_errors, reason
 from ..sources.model import check_hub_name, find_model
 from ..sources.precision import METHODS, decoded_sizes
 from ..storage.folders import existing_parent
@@ -45,12 +46,14 @@ def read_headers(model: str) -> Headers:
         return Headers(model, decoded_sizes(folder, tensor_sizes(folder)))
     check_hub_name(model)
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
         found = get_safetensors_metadata(model)
-    except (HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OSError) as error:
+    except NotASafetensorsRepoError as error:
         raise BitsMoEError(f"{model} is neither a folder nor a hub model with safetensors files: {error}") from error
+    except hub_errors() as error:
+        raise BitsMoEError(f"{model} is neither a folder nor a model that {reason(error)}") from error
     sizes = {
         name: TensorSize(t.dtype, tuple(t.shape), t.data_offsets[1] - t.data_offsets[0])
         for file in found.files_metadata.values()

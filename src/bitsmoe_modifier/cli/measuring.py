@@ -28,6 +28,7 @@ def compare(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.")] = "bitsmoe-report",
     no_preflight: o.NoPreflight = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what an earlier run in DIR finished.")] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     text_column: o.TextColumn = "text",
     seq_len: o.SeqLen = 256,
     batch_size: o.BatchSize = 16,
@@ -111,6 +112,7 @@ def evaluate(
             metavar="NAME=VALUE,…", help="vLLM's engine arguments, e.g. tensor_parallel_size=2.", show_default=False
         ),
     ] = "",
+    trust_remote_code: o.TrustRemoteCode = False,
     text_column: o.TextColumn = "text",
     seq_len: o.SeqLen = 256,
     batch_size: o.BatchSize = 16,

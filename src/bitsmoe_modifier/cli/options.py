@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import typer
 
 from .. import messages
+from ..remote_code import trust_remote_code
 
 T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -170,6 +171,15 @@ Tasks = Annotated[
 TaskItems = Annotated[
     int,
     typer.Option("--task-items", metavar="N", help="Items per task at most; 0: all.", rich_help_panel=_EVALUATION),
+]
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that comes with the model's tokenizer, where it has its own.",
+        callback=lambda wanted: trust_remote_code(wanted) or wanted,
+    ),
 ]
 
 # ------------------------------------------------------------------------------------------------------- messages

@@ -49,6 +49,7 @@ def quantize(
         typer.Option(help="Layers for multi-token prediction: keep them as they are, or leave them out."),
     ] = "keep",
     no_preflight: o.NoPreflight = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     text_column: o.TextColumn = "text",
     seq_len: o.SeqLen = 256,
     batch_size: o.BatchSize = 16,

@@ -1,13 +1,16 @@
 """The model that a comparison starts from: where it is, whether it can be quantized, its tokenizer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RecipeError
+from ..remote_code import trusts_remote_code
 from ..storage.shards import read_json
 from ..storage.sizes import checkpoint_bytes, expert_elements, tensor_sizes
+from .hub import fetch
 from .precision import low_precision, source_sizes
 
 
@@ -32,8 +35,12 @@ class DenseModel:
     checkpoint_bytes: int
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, check: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """A local checkpoint folder, or the snapshot of a hub model (downloaded where needed).
+
+    Args:
+        model: folder, or ORG/NAME.
+        check: called with the content of config.json, of a hub model before its weights come; may raise.
 
     Raises:
         CheckpointError: when it is neither.
@@ -42,16 +49,11 @@ def find_model(model: str) -> Path:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise CheckpointError(f"{model} has no config.json; give the folder of a saved model")
+        if check is not None:
+            check(read_config(path))
         return path
     check_hub_name(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{model} is neither a folder nor a model that can be downloaded: {first}") from error
+    return fetch(model, check)
 
 
 def check_hub_name(model: str) -> None:
@@ -85,12 +87,17 @@ def open_dense(model: str) -> DenseModel:
         CheckpointError: when there is no such model, or its files are damaged.
         RecipeError: when it is quantized already, or has no routed experts.
     """
-    folder = find_model(model)
+
+    def check(config: dict[str, Any]) -> None:
+        scheme = config.get("quantization_config")
+        if scheme is not None and low_precision(config) is None:
+            method = scheme.get("format") or scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+            raise RecipeError(
+                f"{model} is quantized already ({method}); give the unquantized model that it was made from"
+            )
+
+    folder = find_model(model, check)
     config = read_config(folder)
-    scheme = config.get("quantization_config")
-    if scheme is not None and low_precision(config) is None:
-        method = scheme.get("format") or scheme.get("quant_method") if isinstance(scheme, dict) else scheme
-        raise RecipeError(f"{model} is quantized already ({method}); give the unquantized model that it was made from")
     sizes = source_sizes(folder, tensor_sizes(folder))
     elements = expert_elements(sizes)
     if elements == 0:
@@ -119,15 +126,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer.
+    """The checkpoint's tokenizer; one with code of its own where `remote_code` allows it.
 
     Raises:
         CheckpointError: when it has none that transformers can load.
     """
     from transformers import AutoTokenizer
 
+    own = _own_code(folder)
+    if own and not trusts_remote_code():
+        raise CheckpointError(
+            f"{folder}: its tokenizer is code that comes with the model ({own}); read it, and run it by "
+            "--trust-remote-code"
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        problem = f"{folder}: its tokenizer cannot be loaded ({error}); copy the tokenizer files to it"
-        raise CheckpointError(problem) from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_remote_code())
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        remedy = f"the file {own} has to be there" if own else "copy the tokenizer files to it"
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({error}); {remedy}") from error
+
+
+def _own_code(folder: Path) -> str:
+    """The module of the folder that a tokenizer's class is in; "" where it is one of transformers'."""
+    path = folder / "tokenizer_config.json"
+    classes = (read_json(path).get("auto_map") or {}).get("AutoTokenizer") if path.is_file() else None
+    names = [name for name in (classes if isinstance(classes, list) else [classes]) if isinstance(name, str)]
+    return f"{names[0].rpartition('--')[2].partition('.')[0]}.py" if names else ""
