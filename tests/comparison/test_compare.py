@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from bitsmoe_modifier.comparison.arms import sizes_of
 from bitsmoe_modifier.comparison.processes import Failure, run_in_process, start_context
 from bitsmoe_modifier.comparison.runner import CompareSettings, compare
+from bitsmoe_modifier.comparison.runs import sizes_of
 from bitsmoe_modifier.errors import BitsMoEError, CalibrationError, RecipeError
 from bitsmoe_modifier.evaluation.accuracy import measure_tasks
 from bitsmoe_modifier.evaluation.evaluate import load_model

@@ -11,7 +11,7 @@ import torch
 from quantize_once import FIELDS
 from safetensors.torch import load_file
 
-from bitsmoe_modifier.comparison.arms import stored_dtype
+from bitsmoe_modifier.comparison.runs import stored_dtype
 from bitsmoe_modifier.storage.packed import PackedExperts
 from helpers import experts_names, load, packed_modules
 from tiny_text import save_tiny, write_text

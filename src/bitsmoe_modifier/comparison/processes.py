@@ -25,7 +25,7 @@ from .. import messages
 from ..errors import BitsMoEError
 from ..logs import set_up_logging
 
-_PRELOAD = ["llmcompressor", "transformers", "bitsmoe_modifier.comparison.arms"]
+_PRELOAD = ["llmcompressor", "transformers", "bitsmoe_modifier.comparison.runs"]
 #: the latest state of any tqdm bar in a log: its title and percentage
 _BAR = re.compile(r"([^\r\n:|]{1,60}(?::[^\r\n:|]{1,30})?):\s+(\d+)%\|")
 _TAIL_BYTES = 2000

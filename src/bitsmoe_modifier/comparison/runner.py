@@ -21,9 +21,9 @@ from ..pages.verdicts import LEGEND, how_measured
 from ..sources.model import DenseModel, load_tokenizer, open_dense, read_config
 from ..sources.text import Text, calibration_rows, evaluation_rows, read_text, tokenize
 from ..storage.folders import resolved
-from .arms import Job, check_inputs, run_arm, run_reference, run_tasks
 from .processes import Failure, Status, run_in_process, start_context
 from .report import write_report
+from .runs import Job, check_inputs, run_reference, run_stage, run_tasks
 from .workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -227,7 +227,7 @@ class _Runner:
         present = self.workspace.checkpoint(stage.name).exists()
         kept = self.workspace.finished(stage.name, key) if present else None
         self.status.begin(stage.name)
-        made = kept or self._call(stage.name, run_arm, self.job, stage)
+        made = kept or self._call(stage.name, run_stage, self.job, stage)
         if isinstance(made, Failure):
             log = Path("logs", f"{stage.name}.log")
             self.status.end(f"{stage.name}: failed: {made.message} (all of it in {self.workspace.folder / log})")

@@ -104,7 +104,7 @@ def run_reference(job: Job) -> dict[str, Any]:
     }
 
 
-def run_arm(job: Job, stage: Stage) -> dict[str, Any]:
+def run_stage(job: Job, stage: Stage) -> dict[str, Any]:
     """Quantize the dense model by one stage, save the checkpoint, load it again and measure it.
 
     Returns:
