@@ -109,6 +109,8 @@ def test_what_was_made_from_the_demo_finds_it(tmp_path: Path) -> None:
     demo = Path(provenance.demo_asset("docmoe"))
     (tmp_path / "bitsmoe_report.json").write_text(json.dumps({"source": source_record(demo), "layers": {}}))
     assert source_of(tmp_path) == str(demo)
+    assert provenance.is_of_the_demo(str(tmp_path))
+    assert not provenance.is_of_the_demo(str(demo))
 
 
 def test_no_path_is_recorded(tmp_path: Path, tiny: Path) -> None:

@@ -141,8 +141,10 @@ def evaluate(
         from ..comparison.single import Options, evaluate_one
         from ..evaluation.columns import table as all_columns
         from ..sources.demo import demo_asset
+        from ..sources.provenance import is_of_the_demo
 
-        o.say_whose_text(model or checkpoint, eval_text, "--eval-text")
+        if model or not is_of_the_demo(checkpoint):
+            o.say_whose_text(model or checkpoint, eval_text, "--eval-text")
         figures = evaluate_one(
             checkpoint=checkpoint,
             model=model,

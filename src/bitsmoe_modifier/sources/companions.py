@@ -14,7 +14,13 @@ from ..errors import CheckpointError
 _PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "tokenizer*", "vocab*", "merges*")
 _FOLDERS = ("additional_chat_templates",)
 #: about the weights of the folder they are in
-_NOT_TAKEN = ("config.json", "quantize_config.json", "hf_quant_config.json", "bitsmoe_report.json", "recipe.yaml")
+_NOT_TAKEN = (
+    "config.json",
+    "quantize_config.json",
+    "hf_quant_config.json",
+    "adapter_config.json",
+    "bitsmoe_report.json",
+)
 _GENERATION = "generation_config.json"
 
 

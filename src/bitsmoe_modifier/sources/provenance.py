@@ -64,6 +64,11 @@ def read_source(checkpoint: Path) -> dict[str, str]:
     return found if isinstance(found, dict) and {"name", "weights"} <= found.keys() else {}
 
 
+def is_of_the_demo(checkpoint: str) -> bool:
+    """Whether a folder's record names the embedded demo model."""
+    return Path(checkpoint).is_dir() and read_source(Path(checkpoint)).get("name") == _DEMO
+
+
 def source_of(checkpoint: Path) -> str:
     """The model to measure a checkpoint against where the user names none.
 

@@ -123,7 +123,7 @@ class OutputFolder:
             reason = str(error) if isinstance(error, BitsMoEError) else f"{type(error).__name__}: {error}"
             raise BitsMoEError(f"{self.asked} could not be written ({reason}){self._kept()}") from error
         except BaseException:
-            messages.say("warning", f"{self.asked} was not finished{self._kept()}")
+            messages.say("error", f"{self.asked} was not finished{self._kept()}")
             raise
 
     def _put_in_place(self) -> None:
