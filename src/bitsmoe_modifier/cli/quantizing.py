@@ -21,6 +21,7 @@ from .app import command
     "torchrun --nproc-per-node 8 -m bitsmoe_modifier quantize --model DIR --calibration FILE --out OUT   8 GPUs",
 )
 def quantize(
+    call: typer.Context,
     out: Annotated[
         str,
         typer.Option(
@@ -84,22 +85,7 @@ def quantize(
         model,
         list(zip(stages, folders, strict=True)),
         calibration or demo_asset("docmoe_calibration.txt"),
-        Options(
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            pipeline=pipeline,
-            calibrate_all_experts=calibrate_all_experts,
-            text_column=text_column,
-            preflight=not no_preflight,
-            resume_dir=resume_dir,
-            offload_dir=offload_dir,
-            mtp=mtp,
-            verbose=verbose,
-        ),
+        o.settings(Options, call, preflight=not no_preflight),
     )
     for folder, one in zip(folders, made, strict=False):
         print(
