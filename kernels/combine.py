@@ -1,10 +1,40 @@
-"""``sum_j p_j t_j`` over a token's experts, in a fixed order, with the experts' output biases where there are some."""
+"""``sum_j p_j t_j`` over a token's experts, in a fixed order, with the experts' output biases where there are some.
+
+In a decoding step `down` does this itself, in the last of the programs that contribute to a token; the kernel here
+serves many tokens.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import on
+from .launch import FUSION, on
+
+
+@triton.jit
+def token_sum(
+    t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, here, E,
+    TOP_K: tl.constexpr, N: tl.constexpr, HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+    CACHE: tl.constexpr,
+):  # fmt: skip
+    """``base + sum_j p_j (t_j + bias[id_j])`` of elements n of tokens' rows of N, float32; ``here`` masks them.
+
+    token, an int64, and n broadcast to the shape of ``here``; CACHE: cache modifier of the loads of t.
+    """
+    acc = tl.zeros(here.shape, tl.float32)
+    if HAS_BASE:
+        acc += tl.load(base_ptr + token * N + n, mask=here, other=0.0).to(tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        e = tl.load(ids_ptr + pair).to(tl.int64)
+        e = tl.where(here, e, -1)
+        chosen = (e >= 0) & (e < E)  # rows of other ids were never written
+        p = tl.load(p_ptr + pair).to(tl.float32)
+        if HAS_T:
+            acc += p * tl.load(t_ptr + pair * N + n, mask=chosen, other=0.0, cache_modifier=CACHE).to(tl.float32)
+        if HAS_BIAS:
+            acc += p * tl.load(bias_ptr + e * N + n, mask=chosen, other=0.0).to(tl.float32)
+    return acc
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -16,20 +46,10 @@ def combine_kernel(
     """Program (token, BLOCK elements of its row)."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
-    acc = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BASE:
-        acc += tl.load(base_ptr + token * N + n, mask=inside, other=0.0).to(tl.float32)
-    for j in tl.static_range(TOP_K):
-        pair = token * TOP_K + j
-        e = tl.load(ids_ptr + pair).to(tl.int64)
-        here = n < tl.where((e >= 0) & (e < E), N, 0)  # rows of other ids were never written
-        p = tl.load(p_ptr + pair).to(tl.float32)
-        if HAS_T:
-            acc += p * tl.load(t_ptr + pair * N + n, mask=here, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            acc += p * tl.load(bias_ptr + e * N + n, mask=here, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * N + n, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    acc = token_sum(
+        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, n < N, E, TOP_K, N, HAS_T, HAS_BIAS, HAS_BASE, ""
+    )
+    tl.store(y_ptr + token * N + n, acc.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @torch.library.custom_op("bitsmoe::combine", mutates_args=())
@@ -62,7 +82,7 @@ def combine(
         with on(ids.device):
             combine_kernel[(tokens, triton.cdiv(size, block))](
                 t, ids, p, bias, base, y, num_experts, TOP_K=k, N=size, BLOCK=block,
-                HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4,
+                HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4, **FUSION,
             )  # fmt: skip
     return y
 

@@ -1,22 +1,28 @@
 """``t = F z`` for every pair: the output factor, decoded in registers.
 
 A program owns a tile of pairs of one expert and BR directions of one unit, and walks the groups of I. Here the steps
-belong to the rows of the product, so they scale the sum over a group once. Units of width 0 come last in the order and
-store zeros, so that the sum over the token's experts needs no metadata.
+belong to the rows of the product, so they scale the sum over a group once; they are loaded one round ahead. Units of
+width 0 come last in the order and store zeros, so that the sum over the token's experts needs no metadata.
+
+For few tokens the sum is part of the kernel: every pair's program of a token and BR directions counts itself, and the
+last one adds the token's experts in their order. The programs of one more row of the grid see to tokens none of whose
+experts is here.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product
-from .launch import capability, down_tile, launch_down, on, power_of_two
+from .arrival import arrive
+from .combine import token_sum
+from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product, swapped
+from .launch import FUSION, capability, launch_down, on
 from .routing import pair_tile
 
 
 @triton.jit
 def _plane(part, plane, z, here, n, f: tl.constexpr, GS: tl.constexpr, PACK: tl.constexpr):
-    """``part [BR, BM] += D[n, group] z[group]`` for the plane D of one digit of ``f`` bits."""
+    """``part [BR, BM] += D[n, group] z[group]`` for the plane D of one digit of ``f`` bits, z in `swapped` order."""
     DT: tl.constexpr = z.dtype.scalar.element_ty
     KB: tl.constexpr = GS * f // 8  # bytes of a row, elements of a slice
     k = tl.arange(0, KB)
@@ -27,7 +33,7 @@ def _plane(part, plane, z, here, n, f: tl.constexpr, GS: tl.constexpr, PACK: tl.
             part = product(digit_values(w, f, j, DT, PACK), zj, part, PACK)
     else:
         za = tl.load(z + tl.arange(0, GS)[:, None], mask=here[None, :], other=0.0)
-        part = product(plane_values(w, f, DT), za, part, PACK)
+        part = product(plane_values(w, f, DT), swapped(za, 0, PACK), part, PACK)
     return part
 
 
@@ -46,49 +52,127 @@ def _group(
     return part
 
 
-@triton.jit(do_not_specialize=["P", "E"])
+@triton.jit
+def _finish_tokens(
+    tokens, n, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
+    TOP_K: tl.constexpr, R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    """Store y of the directions n ``[BR]`` of those of ``tokens`` ``[BM]`` that are ``last``."""
+    token = tl.where(last, tokens, 0).to(tl.int64)[None, :]
+    here = last[None, :] & (n >= 0)[:, None]
+    acc = token_sum(
+        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n[:, None], here, E, TOP_K, R, True, HAS_BIAS, HAS_BASE, ".cg"
+    )
+    tl.store(y_ptr + token * R + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _present(ids_ptr, tokens, here, E, TOP_K: tl.constexpr):
+    """How many of the experts that the tokens chose are here."""
+    count = tl.zeros(tokens.shape, tl.int32)
+    for j in tl.static_range(TOP_K):
+        e = tl.load(ids_ptr + tokens * TOP_K + j, mask=here, other=-1)
+        count += ((e >= 0) & (e < E)).to(tl.int32)
+    return count
+
+
+@triton.jit(do_not_specialize=["T", "TILES", "E"])
 def down_kernel(
-    z_ptr, ids_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, t_ptr, P, E,
-    R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, PP: tl.constexpr, SORTED: tl.constexpr,
+    z_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, t_ptr,
+    ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E,
+    TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
     STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I]."""
+    """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I].
+
+    SUM: also y [T, R'] = base + sum_j p_j (t_j + bias), with arrivals int32 [T, R' / BR]; rows of programs from TILES
+    on see to tokens without experts.
+    """
     UNITS: tl.constexpr = R // BS
     GROUPS: tl.constexpr = I // GS
     QUANTUM: tl.constexpr = BS * GS // 8
-    TILES: tl.constexpr = BS // BR
-    e, pair = pair_tile(ids_ptr, tiles_ptr, pairs_ptr, tl.program_id(0), P, E, BM, PP, SORTED)
-    if e >= 0:
-        place = tl.program_id(1) // TILES
-        n = (tl.program_id(1) % TILES) * BR + tl.arange(0, BR)
-        here = pair >= 0
-        head = head_ptr + e * (2 + len(WIDTHS))
-        code, row = tl.load(head), tl.load(head + 1)
-        z = z_ptr + pair[None, :].to(tl.int64) * I
-        acc = tl.zeros((BR, BM), tl.float32)
-        lo = 0
-        for s in tl.static_range(len(WIDTHS)):
-            hi = tl.load(head + 2 + s)
-            rounds = tl.where((place >= lo) & (place < hi), GROUPS, 0)  # a loop of no rounds instead of a branch
-            for g in tl.range(0, rounds, num_stages=STAGES):
-                codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
-                part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
-                step = tl.load(steps_ptr + (row + place * GROUPS + g).to(tl.int64) * BS + n).to(tl.float32)
-                acc += part * step[:, None]
-            code += (hi - lo) * GROUPS * WIDTHS[s]
-            lo = hi
-        direction = tl.load(order_ptr + e * UNITS + place) * BS + n
-        t = t_ptr + pair[None, :].to(tl.int64) * R + direction[:, None]
-        tl.store(t, acc.to(t_ptr.dtype.element_ty), mask=here[None, :])
+    PER: tl.constexpr = BS // BR
+    program = tl.program_id(0)
+    if program < TILES:
+        e, pair = pair_tile(tiles_ptr, pairs_ptr, program, BM)
+        if e >= 0:
+            place = tl.program_id(1) // PER
+            n = (tl.program_id(1) % PER) * BR + tl.arange(0, BR)
+            here = pair >= 0
+            head = head_ptr + e * (2 + len(WIDTHS))
+            code, row = tl.load(head), tl.load(head + 1)
+            unit = tl.load(order_ptr + e * UNITS + place)
+            z = z_ptr + pair[None, :].to(tl.int64) * I
+            steps = steps_ptr + (row + place * GROUPS).to(tl.int64) * BS + n
+            acc = tl.zeros((BR, BM), tl.float32)
+            lo = 0
+            for s in tl.static_range(len(WIDTHS)):
+                hi = tl.load(head + 2 + s)
+                rounds = tl.where((place >= lo) & (place < hi), GROUPS, 0)  # a loop of no rounds instead of a branch
+                step = tl.load(steps, mask=n * 0 + rounds > 0, other=0.0)
+                for g in tl.range(0, rounds, num_stages=STAGES):
+                    codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
+                    part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
+                    acc += part * step.to(tl.float32)[:, None]
+                    step = tl.load(steps + (g + 1) * BS, mask=n * 0 + (rounds - g) > 1, other=0.0)
+                code += (hi - lo) * GROUPS * WIDTHS[s]
+                lo = hi
+            direction = unit * BS + n
+            t = t_ptr + pair[None, :].to(tl.int64) * R + direction[:, None]
+            tl.store(t, acc.to(t_ptr.dtype.element_ty), mask=here[None, :])
+            if SUM:
+                tokens = tl.where(here, pair // TOP_K, 0)
+                block = unit * PER + tl.program_id(1) % PER
+                before = arrive(arrivals_ptr + tokens * (R // BR) + block, here)
+                last = here & (before + 1 == _present(ids_ptr, tokens, here, E, TOP_K))
+                if tl.max(last.to(tl.int32), 0) > 0:
+                    _finish_tokens(
+                        tokens, direction, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
+                        TOP_K, R, HAS_BIAS, HAS_BASE,
+                    )  # fmt: skip
+    elif SUM:
+        tokens = (program - TILES) * BM + tl.arange(0, BM)
+        n = tl.program_id(1) * BR + tl.arange(0, BR)
+        alone = (tokens < T) & (_present(ids_ptr, tokens, tokens < T, E, TOP_K) == 0)
+        _finish_tokens(
+            tokens, n, alone, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E, TOP_K, R, HAS_BIAS, HAS_BASE
+        )
+
+
+def _launch(
+    z: torch.Tensor,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    head: torch.Tensor,
+    order: torch.Tensor,
+    t: torch.Tensor,
+    widths: list[int],
+    sizes: tuple[int, int, int, int],
+    total: tuple[torch.Tensor | None, ...] = (None,) * 6,
+) -> None:
+    """Run the kernel; ``total``: ids, p, bias, base, y and arrivals where it adds the token's experts up."""
+    block_size, group_size, tile, br = sizes
+    ids, _, bias, base, _, _ = total
+    how = launch_down(tile, br, capability(z.device))
+    count, top_k = (0, 1) if ids is None else ids.shape
+    programs = tiles.shape[0] + triton.cdiv(count, tile)
+    with on(z.device):
+        down_kernel[(programs, t.shape[1] // br)](
+            z, tiles, pairs, codes, steps, head, order, t, *total, count, tiles.shape[0], head.shape[0],
+            TOP_K=top_k, R=t.shape[1], I=z.shape[1], BS=block_size, GS=group_size, WIDTHS=tuple(widths),
+            BM=tile, BR=br, SUM=ids is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers, **FUSION,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("bitsmoe::down", mutates_args=())
 def down(
     z: torch.Tensor,
-    ids: torch.Tensor,
-    tiles: torch.Tensor | None,
-    pairs: torch.Tensor | None,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
     codes: torch.Tensor,
     steps: torch.Tensor,
     head: torch.Tensor,
@@ -97,38 +181,26 @@ def down(
     block_size: int,
     group_size: int,
     pair_tile: int,
+    br: int,
 ) -> torch.Tensor:
-    """t ``[T k, R']``, float32 for decode and of z's dtype for prefill, where t is large; rows of pairs whose id is
-    outside ``[0, E)`` are not written.
+    """t ``[T k, R']`` of z's dtype; rows of pairs whose id is outside ``[0, E)`` are not written.
 
     Args:
-        z: ``[T k, I]`` contiguous; the others as in `gate_up.gate_up`.
+        z: ``[T k, I]`` contiguous, in `swapped` order unless this launch keeps the order (`launch.swaps`).
+        br: directions of a program (`launch.down_tile`); the others as in `gate_up.gate_up`.
     """
-    count, columns = z.shape
-    directions = order.shape[1] * block_size
-    t = torch.empty(count, directions, dtype=torch.float32 if tiles is None else z.dtype, device=z.device)
-    if not count:
-        return t
-    programs = count if tiles is None else tiles.shape[0]
-    br = down_tile(programs, directions, block_size, pair_tile)
-    how = launch_down(pair_tile, br, capability(z.device))
-    with on(z.device):
-        down_kernel[(programs, directions // br)](
-            z, ids, tiles, pairs, codes, steps, head, order, t, count, head.shape[0],
-            R=directions, I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths), BM=pair_tile, BR=br,
-            PP=power_of_two(count) if tiles is None else 16, SORTED=tiles is not None,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps,
-            maxnreg=how.registers,
-        )  # fmt: skip
+    t = z.new_empty(z.shape[0], order.shape[1] * block_size)
+    if len(z):
+        sizes = block_size, group_size, pair_tile, br
+        _launch(z, tiles, pairs, codes, steps, head, order, t, widths, sizes)
     return t
 
 
 @down.register_fake
 def _(
     z: torch.Tensor,
-    ids: torch.Tensor,
-    tiles: torch.Tensor | None,
-    pairs: torch.Tensor | None,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
     codes: torch.Tensor,
     steps: torch.Tensor,
     head: torch.Tensor,
@@ -137,9 +209,71 @@ def _(
     block_size: int,
     group_size: int,
     pair_tile: int,
+    br: int,
 ) -> torch.Tensor:
-    dtype = torch.float32 if tiles is None else z.dtype
-    return z.new_empty(z.shape[0], order.shape[1] * block_size, dtype=dtype)
+    return z.new_empty(z.shape[0], order.shape[1] * block_size)
+
+
+@torch.library.custom_op("bitsmoe::down_and_combine", mutates_args=("arrivals",))
+def down_and_combine(
+    z: torch.Tensor,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
+    arrivals: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    head: torch.Tensor,
+    order: torch.Tensor,
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    widths: list[int],
+    block_size: int,
+    group_size: int,
+    pair_tile: int,
+    br: int,
+) -> torch.Tensor:
+    """``y = base + sum_j p_j (F[id_j] z_j + bias[id_j])``, ``[T, R']`` of z's dtype: `down` and `combine` in one.
+
+    Args:
+        z: as in `down`.
+        arrivals: int32 zeros, ``T * R' / br``; not zeros afterwards.
+        ids: ``[T, k]`` contiguous integers.
+        p: ``[T, k]`` contiguous floats.
+        bias: ``[E, R']`` or None.
+        base: ``[T, R']`` or None; the others as in `down`.
+    """
+    directions = order.shape[1] * block_size
+    y = z.new_empty(ids.shape[0], directions)
+    if len(ids):
+        t = torch.empty(z.shape[0], directions, dtype=torch.float32, device=z.device)
+        sizes, total = (block_size, group_size, pair_tile, br), (ids, p, bias, base, y, arrivals)
+        _launch(z, tiles, pairs, codes, steps, head, order, t, widths, sizes, total)
+    return y
+
+
+@down_and_combine.register_fake
+def _(
+    z: torch.Tensor,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
+    arrivals: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    head: torch.Tensor,
+    order: torch.Tensor,
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    widths: list[int],
+    block_size: int,
+    group_size: int,
+    pair_tile: int,
+    br: int,
+) -> torch.Tensor:
+    return z.new_empty(ids.shape[0], order.shape[1] * block_size)
 
 
 def down_reference(z: torch.Tensor, ids: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

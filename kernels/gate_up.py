@@ -3,9 +3,11 @@ kernel.
 
 A program owns a tile of pairs of one expert and BN columns of I, and walks the units of the factor widest first. The
 steps belong to (direction, group of columns), so they scale the activations: one multiplication serves all BN columns.
-With SPLIT = 1 the program sees all directions and stores z. With SPLIT > 1 the units are dealt out to SPLIT programs
-per matrix, each stores a float32 partial sum, and a second small kernel adds them in a fixed order and applies the
-gate: more programs where a small batch would leave most of the GPU idle.
+Where one program per tile would leave most of the GPU idle, PARTS of them share it: gate or up, and of these every n-th
+unit. Each stores a float32 partial sum, and the last to arrive adds them in a fixed order and applies the gate.
+
+Which unit comes next, and its steps, are loaded one round ahead: they are needed at once when the round begins, the
+first for the address of its activations.
 """
 
 import torch
@@ -15,54 +17,126 @@ import triton.language as tl
 from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gate_value
-from .digits import digit_count, digit_size, digit_start, digit_values, digit_weight, plane_values, product
-from .launch import capability, gate_up_tile, launch, on, power_of_two
+from .arrival import arrive
+from .digits import (
+    digit_count,
+    digit_size,
+    digit_start,
+    digit_values,
+    digit_weight,
+    plane_values,
+    product,
+    slices_before,
+    swapped,
+)
+from .launch import FUSION, capability, launch, on, spread
 from .routing import pair_tile
 
 
 @triton.jit
+def _along(KB: tl.constexpr, SPREAD: tl.constexpr):
+    """Numbers of the elements of a slice, as the warps share them: ``[KB]`` or ``[SPREAD, KB / SPREAD]``."""
+    if SPREAD == 1:
+        return tl.arange(0, KB)
+    else:  # noqa: RET505
+        return tl.arange(0, SPREAD)[:, None] * (KB // SPREAD) + tl.arange(0, KB // SPREAD)[None, :]
+
+
+@triton.jit
+def _plane_steps(steps, place, end, f: tl.constexpr, BS: tl.constexpr, SPREAD: tl.constexpr):
+    """The ``[BS]`` steps of a unit, cut as a plane's slices need them: a tuple of tensors."""
+    KB: tl.constexpr = BS * f // 8
+    there = tl.where(place < end, 1, 0)  # one predicate for all elements; a bare condition fails in the interpreter
+    found = ()
+    if KB // SPREAD >= 16:
+        for j in tl.static_range(8 // f):
+            k = j * KB + _along(KB, SPREAD)
+            found = found + (tl.load(steps + k, mask=k * 0 + there > 0, other=0.0),)  # noqa: RUF005 - not in a kernel
+    else:
+        k = _along(BS, SPREAD)
+        found = found + (tl.load(steps + k, mask=k * 0 + there > 0, other=0.0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _steps(steps, place, end, b: tl.constexpr, BS: tl.constexpr, SPREAD: tl.constexpr):
+    """`_plane_steps` of all planes of a unit of ``b`` bits, one after another; zeros unless ``place < end``."""
+    found = ()
+    for i in tl.static_range(digit_count(b)):
+        found = found + _plane_steps(steps, place, end, digit_size(b, i), BS, SPREAD)
+    return found
+
+
+@triton.jit
+def _scaled(h, here, k, step, gain, WEIGHT: tl.constexpr):
+    """``[K, BM]`` or ``[SPREAD, K, BM]``: the directions k of the pairs' rows times ``gain * WEIGHT * step``, in h's
+    type; bf16 needs no gain."""
+    factor = step.to(tl.float32)
+    if h.dtype.scalar.element_ty != tl.bfloat16:
+        factor *= gain * WEIGHT
+    elif WEIGHT != 1:
+        factor *= WEIGHT
+    if len(k.shape) == 1:
+        values = tl.load(h + k[:, None], mask=here[None, :], other=0.0).to(tl.float32) * factor[:, None]
+    else:
+        h3 = h[None, :, :] + k[:, :, None]
+        values = tl.load(h3, mask=here[None, None, :], other=0.0).to(tl.float32) * factor[:, :, None]
+    return values.to(h.dtype.scalar.element_ty)
+
+
+@triton.jit
 def _plane(
-    acc, plane, h, here, steps, scale, n, f: tl.constexpr, BS: tl.constexpr, PACK: tl.constexpr
+    acc, plane, h, here, steps, gain, n,
+    f: tl.constexpr, WEIGHT: tl.constexpr, AT: tl.constexpr, BS: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """``acc [BN, BM] += D[n, unit] (scale * step * h)[unit]`` for the plane D of one digit of ``f`` bits."""
+    """``acc += D[n, unit] (gain * WEIGHT * step * h)[unit]`` for the plane D of one digit of ``f`` bits.
+
+    AT: where the plane's tensors of steps begin among those of `_steps`.
+    """
     DT: tl.constexpr = h.dtype.scalar.element_ty
     KB: tl.constexpr = BS * f // 8  # bytes of a row, elements of a slice
-    k = tl.arange(0, KB)
-    w = tl.load(plane + n[:, None] * KB + k[None, :])
-    if KB >= 16:
+    if KB // SPREAD >= 16:
+        k = _along(KB, SPREAD)
+        if SPREAD == 1:
+            w = tl.load(plane + n[:, None] * KB + k[None, :])
+        else:
+            w = tl.load(plane + n[None, :, None] * KB + k[:, None, :])
         for j in tl.static_range(8 // f):
-            step = tl.load(steps + j * KB + k).to(tl.float32) * scale
-            hs = tl.load(h + (j * KB + k)[:, None], mask=here[None, :], other=0.0).to(tl.float32) * step[:, None]
-            acc = product(digit_values(w, f, j, DT, PACK), hs.to(DT), acc, PACK)
+            hs = _scaled(h, here, j * KB + k, steps[AT + j], gain, WEIGHT)
+            acc = product(digit_values(w, f, j, DT, PACK), swapped(hs, len(hs.shape) - 2, PACK), acc, PACK)
     else:
-        r = tl.arange(0, BS)
-        step = tl.load(steps + r).to(tl.float32) * scale
-        hs = tl.load(h + r[:, None], mask=here[None, :], other=0.0).to(tl.float32) * step[:, None]
-        acc = product(plane_values(w, f, DT), hs.to(DT), acc, PACK)
+        w = plane_values(tl.load(plane + n[:, None] * KB + tl.arange(0, KB)[None, :]), f, DT)
+        if SPREAD > 1:
+            w = tl.permute(tl.reshape(w, [w.shape[0], SPREAD, BS // SPREAD]), (1, 0, 2))
+        acc = product(w, _scaled(h, here, _along(BS, SPREAD), steps[AT], gain, WEIGHT), acc, PACK)
     return acc
 
 
 @triton.jit
 def _unit(
     acc, codes, h, here, steps, gain, n,
-    b: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, PACK: tl.constexpr,
+    b: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """``acc [BN, BM] += A[n, unit] (gain * h)[unit]`` for one unit of ``b`` bits.
+    """``acc += A[n, unit] (gain * h)[unit]`` for one unit of ``b`` bits.
 
-    codes: the (unit, group)'s bytes, one plane after another, each ``[GS, BS * f / 8]``. h: ``[1, BM]`` pointers to the
-    unit's first direction in the pairs' rows. steps: pointer to the unit's ``[BS]`` steps.
+    acc: ``[BN, BM]``, or ``[SPREAD, BN, BM]`` where the warps share the directions. codes: the (unit, group)'s bytes,
+    one plane after another, each ``[GS, BS * f / 8]``. h: ``[1, BM]`` pointers to the unit's first direction in the
+    pairs' rows. steps: from `_steps`.
     """
     for i in tl.static_range(digit_count(b)):
         plane = codes + digit_start(b, i) * (BS * GS // 8)
-        acc = _plane(acc, plane, h, here, steps, gain * digit_weight(b, i), n, digit_size(b, i), BS, PACK)
+        acc = _plane(
+            acc, plane, h, here, steps, gain, n,
+            digit_size(b, i), digit_weight(b, i), slices_before(b, i, BS // SPREAD), BS, SPREAD, PACK,
+        )  # fmt: skip
     return acc
 
 
 @triton.jit
 def _matrix(
-    h, here, codes_ptr, steps_ptr, head, order, group, n, split, gain,
+    h, here, codes_ptr, steps_ptr, head, order, group, n, split, SPLIT, gain,
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr,
-    WIDTHS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the units that are ``split`` modulo SPLIT."""
     QUANTUM: tl.constexpr = BS * GS // 8
@@ -75,104 +149,107 @@ def _matrix(
         lo = hi
     code += group * bits  # where this group's units begin, in quanta
     row += group * lo  # lo: all units that are there
-    acc = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BN, BM) if SPREAD == 1 else (SPREAD, BN, BM), tl.float32)
     lo = 0
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
         first = lo + (split + SPLIT - lo % SPLIT) % SPLIT
+        unit = tl.load(order + first, mask=first < hi, other=0)
+        steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, first, hi, WIDTHS[s], BS, SPREAD)
         for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
-            unit = tl.load(order + place)
             # multiplied by a constant here, so that the compiler knows the alignment of the address
             unit_codes = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
-            unit_steps = steps_ptr + (row + place).to(tl.int64) * BS
-            acc = _unit(acc, unit_codes, h + unit * BS, here, unit_steps, gain, n, WIDTHS[s], BS, GS, PACK)
+            acc = _unit(acc, unit_codes, h + unit * BS, here, steps, gain, n, WIDTHS[s], BS, GS, SPREAD, PACK)
+            then = place + SPLIT
+            unit = tl.load(order + then, mask=then < hi, other=0)
+            steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, then, hi, WIDTHS[s], BS, SPREAD)
         code += (hi - lo) * WIDTHS[s]
         lo = hi
-    return acc
+    return acc if SPREAD == 1 else tl.sum(acc, 0)
 
 
-@triton.jit(do_not_specialize=["P", "E"])
+@triton.jit
+def _finish(
+    gate, up, bias_ptr, e, column, z, here,
+    I: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Store the gate's result of ``[BN, BM]`` sums at the pointers z."""
+    if HAS_BIAS:
+        bias = bias_ptr + e * (2 * I) + column
+        gate += tl.load(bias).to(tl.float32)[:, None]
+        up += tl.load(bias + I).to(tl.float32)[:, None]
+    value = gate_value(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT)
+    tl.store(z, value.to(z.dtype.scalar.element_ty), mask=here[None, :])
+
+
+@triton.jit(do_not_specialize=["P", "PARTS"])
 def gate_up_kernel(
-    h_ptr, ids_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, bias_ptr, out_ptr,
-    P, E, gain, inverse_gain,
+    h_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, bias_ptr, z_ptr, part_ptr, arrivals_ptr,
+    P, PARTS, gain, inverse_gain,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PP: tl.constexpr, SPLIT: tl.constexpr, SORTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr, SWAP: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
     STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of pairs, tile of BN columns, SPLIT > 1: matrix and share of its units).
+    """Program (tile of pairs, tile of BN columns, SHARED: matrix and share of its units).
 
-    h [T, R]; head, order: `PreparedSide`; bias [E, 2 I]; out: z [P, I], or partial sums float32 [SPLIT, P, 2, I].
+    h [T, R]; head, order: `PreparedSide`; bias [E, 2 I]; z [P, I]. SHARED: PARTS programs, an even number, share a tile
+    through part float32 [PARTS / 2, P, 2, I] and arrivals int32 [tiles, I / BN]. SWAP: z in `swapped` order.
     """
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
-    e, pair = pair_tile(ids_ptr, tiles_ptr, pairs_ptr, tl.program_id(0), P, E, BM, PP, SORTED)
+    TILES: tl.constexpr = GS // BN
+    e, pair = pair_tile(tiles_ptr, pairs_ptr, tl.program_id(0), BM)
     if e >= 0:
-        TILES: tl.constexpr = GS // BN
         group = tl.program_id(1) // TILES
         n = (tl.program_id(1) % TILES) * BN + tl.arange(0, BN)
         column = group * GS + n
         here = pair >= 0
         h = h_ptr + (pair // TOP_K)[None, :].to(tl.int64) * R
-        row = pair.to(tl.int64)
-        if SPLIT == 1:
+        row = pair[None, :].to(tl.int64)
+        place = column ^ tl.where(((column ^ column >> 1) & 1) != 0, 3, 0) if SWAP else column
+        z = z_ptr + row * I + place[:, None]
+        if SHARED:
+            m = tl.program_id(2) % 2
+            acc = _matrix(
+                h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
+                group, n, tl.program_id(2) // 2, PARTS // 2, gain, BM, BN, BS, GS, WIDTHS, SPREAD, STAGES, PACK,
+            )  # fmt: skip
+            part = part_ptr + row * (2 * I) + column[:, None]
+            tl.store(
+                part + (tl.program_id(2) // 2 * P.to(tl.int64) * 2 + m) * I, acc * inverse_gain, mask=here[None, :]
+            )
+            before = arrive(arrivals_ptr + tl.program_id(0) * (I // BN) + tl.program_id(1), e >= 0)
+            if before == PARTS - 1:
+                gate = tl.zeros((BN, BM), tl.float32)
+                up = tl.zeros((BN, BM), tl.float32)
+                for _ in tl.range(PARTS // 2):
+                    gate += tl.load(part, mask=here[None, :], other=0.0, cache_modifier=".cg")
+                    up += tl.load(part + I, mask=here[None, :], other=0.0, cache_modifier=".cg")
+                    part += P.to(tl.int64) * (2 * I)
+                _finish(gate, up, bias_ptr, e, column, z, here, I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT)
+        else:
             gate = tl.zeros((BN, BM), tl.float32)
             acc = tl.zeros((BN, BM), tl.float32)
             for m in tl.range(2, num_stages=1):  # a loop, not two copies: half the instructions to fetch
                 gate = acc
                 acc = _matrix(
                     h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                    group, n, 0, gain, BM, BN, BS, GS, WIDTHS, 1, STAGES, PACK,
+                    group, n, 0, 1, gain, BM, BN, BS, GS, WIDTHS, SPREAD, STAGES, PACK,
                 )  # fmt: skip
-            gate *= inverse_gain
-            up = acc * inverse_gain
-            if HAS_BIAS:
-                bias = bias_ptr + e * (2 * I) + column
-                gate += tl.load(bias).to(tl.float32)[:, None]
-                up += tl.load(bias + I).to(tl.float32)[:, None]
-            z = gate_value(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT)
-            tl.store(out_ptr + row[None, :] * I + column[:, None], z.to(out_ptr.dtype.element_ty), mask=here[None, :])
-        else:
-            m = tl.program_id(2) // SPLIT
-            split = tl.program_id(2) % SPLIT
-            acc = _matrix(
-                h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                group, n, split, gain, BM, BN, BS, GS, WIDTHS, SPLIT, STAGES, PACK,
+            _finish(
+                gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,
+                I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT,
             )  # fmt: skip
-            out = out_ptr + ((split * P + row[None, :]) * 2 + m) * I + column[:, None]
-            tl.store(out, acc * inverse_gain, mask=here[None, :])
 
 
-@triton.jit(do_not_specialize=["P", "E"])
-def gate_kernel(
-    part_ptr, ids_ptr, bias_ptr, z_ptr, P, E, I: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """z [P, I] from the partial sums float32 [SPLIT, P, 2, I], added in order; program (pair, BLOCK columns)."""
-    p = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    e = tl.load(ids_ptr + p).to(tl.int32)
-    here = column < tl.where((e >= 0) & (e < E), I, 0)
-    gate = tl.zeros((BLOCK,), tl.float32)
-    up = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLIT):
-        part = part_ptr + (s * P + p) * 2 * I + column
-        gate += tl.load(part, mask=here, other=0.0)
-        up += tl.load(part + I, mask=here, other=0.0)
-    if HAS_BIAS:
-        bias = bias_ptr + e * (2 * I) + column
-        gate += tl.load(bias, mask=here, other=0.0).to(tl.float32)
-        up += tl.load(bias + I, mask=here, other=0.0).to(tl.float32)
-    z = gate_value(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT)
-    tl.store(z_ptr + p * I + column, z.to(z_ptr.dtype.element_ty), mask=here)
-
-
-@torch.library.custom_op("bitsmoe::gate_up", mutates_args=())
+@torch.library.custom_op("bitsmoe::gate_up", mutates_args=("arrivals",))
 def gate_up(
     h: torch.Tensor,
-    ids: torch.Tensor,
-    tiles: torch.Tensor | None,
-    pairs: torch.Tensor | None,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
+    arrivals: torch.Tensor,
     codes: torch.Tensor,
     steps: torch.Tensor,
     head: torch.Tensor,
@@ -180,62 +257,62 @@ def gate_up(
     bias: torch.Tensor | None,
     widths: list[int],
     gain: float,
+    top_k: int,
     block_size: int,
     group_size: int,
     columns: int,
     pair_tile: int,
+    bn: int,
+    parts: int,
+    swap: bool,
     activation: str,
     limit: float | None,
     alpha: float,
     up_shift: float,
-    split: int = 0,
 ) -> torch.Tensor:
     """z ``[T k, I]`` of h's dtype; rows of pairs whose id is outside ``[0, E)`` are not written.
 
     Args:
         h: ``[T, R]`` contiguous.
-        ids: ``[T, k]`` contiguous integers.
-        tiles: with ``pairs``, from `routing.sort_pairs` (prefill); None for decode.
+        tiles: from `routing.route`, likewise pairs.
         pairs: see ``tiles``.
+        arrivals: int32 zeros, ``tiles * I / bn`` where parts > 1; not zeros afterwards.
         codes: as in `PreparedSide`, likewise steps, head, order, widths and gain.
         bias: ``[E, 2 I]`` or None.
+        top_k: k.
         block_size: directions of a unit.
         group_size: columns that share a step.
         columns: I.
-        pair_tile: BM: the ``tile`` given to `sort_pairs`, or 8 or 16 for decode.
+        pair_tile: BM: the ``tile`` given to `route`.
+        bn: columns of a program, likewise parts (`launch.gate_up_tile`).
+        parts: programs that share a tile: 1, 2, 4, 8 or 16.
+        swap: z's columns in the order that `down` takes (`launch.swaps`).
         activation: with limit, alpha and up_shift the fields of `Gating`.
-        split: programs that share the units of a matrix (1, 2, 4, 8); 0 chooses by the grid.
     """
-    count, experts = ids.numel(), head.shape[0] // 2
+    count = pairs.numel()
     z = torch.empty(count, columns, dtype=h.dtype, device=h.device)
     if not count:
         return z
-    programs = count if tiles is None else tiles.shape[0]
-    bn, chosen = gate_up_tile(programs, columns, group_size, order.shape[1])
-    split = split or chosen
+    shared = parts > 1
+    part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=h.device) if shared else None
     how = launch(pair_tile, bn, capability(h.device))
-    out = z if split == 1 else torch.empty(split, count, 2, columns, dtype=torch.float32, device=h.device)
-    gate = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "LIMIT": limit, "ALPHA": alpha, "SHIFT": up_shift}
+    gain = 1.0 if h.dtype == torch.bfloat16 else gain
     with on(h.device):
-        gate_up_kernel[(programs, columns // bn, 2 * split if split > 1 else 1)](
-            h, ids, tiles, pairs, codes, steps, head, order, bias, out, count, experts, gain, 1 / gain,
-            TOP_K=ids.shape[1], R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
-            BM=pair_tile, BN=bn, PP=power_of_two(count) if tiles is None else 16,
-            SPLIT=split, SORTED=tiles is not None, **gate, STAGES=how.stages, PACK=how.pack,
-            num_warps=how.warps,
+        gate_up_kernel[(tiles.shape[0], columns // bn, parts)](
+            h, tiles, pairs, codes, steps, head, order, bias, z, part, arrivals if shared else None,
+            count, parts, gain, 1 / gain,
+            TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
+            BM=pair_tile, BN=bn, SHARED=shared, SWAP=swap, SPREAD=spread(pair_tile, block_size, how.warps),
+            HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, **FUSION,
         )  # fmt: skip
-        if split > 1:
-            block = min(1024, triton.next_power_of_2(columns))
-            gate_kernel[(count, triton.cdiv(columns, block))](
-                out, ids, bias, z, count, experts, I=columns, SPLIT=split, BLOCK=block, **gate, num_warps=4
-            )
     return z
 
 
 @gate_up.register_fake
-def _(h: torch.Tensor, ids: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+def _(h: torch.Tensor, tiles: torch.Tensor, pairs: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
     columns = named["columns"] if "columns" in named else rest[11]
-    return h.new_empty(ids.shape[0] * ids.shape[1], columns)
+    return h.new_empty(pairs.shape[0], columns)
 
 
 def gate_up_reference(

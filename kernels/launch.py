@@ -5,7 +5,7 @@ sm_80. Many tokens: eight warps, with the widest tensor-core instruction that th
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
@@ -16,8 +16,24 @@ DECODE_PAIRS = 512
 #: Tokens up to which a basis is decoded inside its product.
 BASIS_TOKENS = 64
 
-#: Programs of two warps that fill a large GPU: four on each of 132 multiprocessors.
-PROGRAMS_WANTED = 528
+#: Programs of two warps that fill a large GPU: eight on each of 132 multiprocessors.
+PROGRAMS_WANTED = 1056
+
+#: Bytes of shared memory that a program may have on every GPU since sm_80 (sm_86, sm_89 and sm_120 have the least).
+SHARED_BYTES = 99 * 1024
+
+
+def _knows_fusion() -> bool:
+    """Whether this Triton takes ``enable_fp_fusion`` at a launch."""
+    try:
+        from triton.backends.nvidia.compiler import CUDAOptions
+    except ImportError:
+        return False
+    return "enable_fp_fusion" in {field.name for field in fields(CUDAOptions)}
+
+
+#: For every launch: a product and a sum become one instruction. Triton's default changes from version to version.
+FUSION: dict[str, bool] = {"enable_fp_fusion": True} if _knows_fusion() else {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ def capability(device: torch.device) -> int:
 
 
 def launch(tile: int, rows: int, cc: int) -> Launch:
-    """Warps, stages and packing of gate_up, and of down but for its registers.
+    """Warps, stages, packing and registers of gate_up, and of down but for its registers.
 
     Args:
         tile: BM, pairs of a tile.
@@ -63,13 +79,27 @@ def launch(tile: int, rows: int, cc: int) -> Launch:
     warps = max(1, min(wanted, rows // 16))
     # Hopper's warpgroup products (4 warps and more, 64 rows and more) leave two bytes side by side in a thread
     pack = 0 if cc == 0 else 2 if 90 <= cc < 100 and warps >= 4 and rows >= 64 else 4
-    return Launch(warps, 3 if tile <= 16 else 2, pack)
+    # without a bound the compiler aims for fewer registers by itself and spills for want of a few
+    return Launch(warps, 3 if tile <= 16 else 2, pack, 200 if tile <= 8 else None)
+
+
+def spread(tile: int, block: int, warps: int) -> int:
+    """How many parts the directions of a unit are cut into for as many warps of gate_up.
+
+    Warps that share the columns each scale the same activations; those that share the directions scale their own.
+    """
+    return 2 if tile <= 16 and warps == 2 and block == 128 else 1
 
 
 def launch_down(tile: int, rows: int, cc: int) -> Launch:
-    """`launch` for down: at two warps the compiler aims for 96 registers by itself and spills for want of a few."""
+    """`launch` for down."""
     how = launch(tile, rows, cc)
-    return replace(how, registers=144) if tile <= 8 else how
+    return replace(how, registers=168) if tile <= 8 else how
+
+
+def swaps(tile: int, br: int, cc: int) -> bool:
+    """Whether down takes z with the middle two of every four columns exchanged (`digits.swapped`)."""
+    return launch_down(tile, br, cc).pack != 2
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -82,9 +112,18 @@ def power_of_two(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def basis_stages(bits: int) -> int:
-    """Loads in flight of the basis kernel: fewer for 8 bits, whose four would not fit the registers."""
-    return 3 if bits == 8 else 4
+def basis_stages(bits: int, group: int, tokens: int) -> int:
+    """Loads in flight of the basis kernel: fewer for 8 bits, whose four would not fit the registers, and where the
+    shared memory of small GPUs is too short for more.
+
+    Args:
+        bits: of the basis.
+        group: elements of a row that a warp reads in a round.
+        tokens: of a tile.
+    """
+    stages = 3 if bits == 8 else 4
+    round_bytes = 4 * group * (16 * bits // 8 + 2 * tokens)  # four warps; 16 rows of codes, tokens of 16 bits
+    return max(2, min(stages, SHARED_BYTES // round_bytes))
 
 
 def decode_tile(pairs: int, experts: int) -> int:
@@ -98,27 +137,34 @@ def prefill_tile(pairs: int, experts: int) -> int:
     return min(64, power_of_two(pairs // experts))
 
 
-def gate_up_tile(programs: int, columns: int, group: int, units: int) -> tuple[int, int]:
-    """(BN, SPLIT) of gate_up: wide tiles share the scaled activations among more columns, many programs fill the GPU.
+def expected_tiles(pairs: int, experts: int, tile: int) -> int:
+    """Tiles that have pairs, about, where tokens choose experts at random: every expert reached has one or more."""
+    reached = experts * (1 - (1 - 1 / experts) ** pairs)
+    return max(1, round(max(reached, pairs / tile)))
+
+
+def gate_up_tile(tiles: int, columns: int, group: int, units: int) -> tuple[int, int]:
+    """(BN, PARTS) of gate_up: wide tiles share the scaled activations among more columns, many programs fill the GPU.
 
     Args:
-        programs: tiles of pairs, at most.
+        tiles: of pairs that have any (`expected_tiles`).
         columns: I.
         group: columns that share a step; BN divides it.
-        units: directions / block_size of one matrix; SPLIT deals them out.
+        units: directions / block_size of one matrix; the parts deal them out.
+
+    Returns:
+        BN; and programs that share a tile: 1 does gate and up, 2 one of them each, 4, 8 and 16 a part of one.
     """
     bn = min(128, group)
-    grid = programs * (columns // bn)
-    split = 1
-    if grid < PROGRAMS_WANTED:  # a split also separates gate from up: 2 * split as many programs
-        while split < 8 and 2 * split <= units and grid * 2 * split < PROGRAMS_WANTED:
-            split *= 2
-    return bn, split
+    grid, parts = tiles * (columns // bn), 1
+    while parts < 16 and parts <= units and 4 * grid * parts < 3 * PROGRAMS_WANTED:
+        parts *= 2
+    return bn, parts
 
 
-def down_tile(programs: int, directions: int, block: int, tile: int) -> int:
+def down_tile(tiles: int, directions: int, block: int) -> int:
     """BR of down: a divisor of the unit, smaller where few programs would leave most of the GPU idle."""
-    br = min(64 if tile <= 8 else 128, block)  # two warps keep 64 rows of digits in registers
-    while br > 32 and programs * (directions // br) < PROGRAMS_WANTED:
+    br = min(128, block)
+    while br > 32 and tiles * (directions // br) < PROGRAMS_WANTED // 2:
         br //= 2
     return br

@@ -7,6 +7,7 @@ that wide; ``order`` maps the payload position of a unit to the directions it ho
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,10 @@ import torch
 from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
+
+#: Sets of widths that kernels are compiled for: the layers of a model differ in which they use, and a set of their own
+#: for each would compile every kernel several times. Widths that do not occur cost a loop of no rounds.
+_WIDTH_SETS = ((6, 4, 2), (8, 6, 4, 3, 2, 1))
 
 _BLOCKS = (16, 32, 64, 128)
 _GROUPS = (32, 64, 128)
@@ -31,7 +36,7 @@ class PreparedSide:
         each
             of ``widths`` the number of units at least that wide.
         order: int32 ``[matrices, units]``: the unit at each payload position (widest first).
-        widths: the widths > 0 that occur, widest first; kernels are specialized on them.
+        widths: widths > 0, widest first, with all that occur among them; kernels are specialized on them.
         gain: power of two with ``16 * gain * steps <= 1``. The input side multiplies activations by steps in their own
             dtype; the gain keeps these products out of fp16's subnormals without letting them overflow.
     """
@@ -46,22 +51,31 @@ class PreparedSide:
 
 @dataclass(frozen=True)
 class PreparedExperts:
-    """A layer's stored tensors with the launch metadata of both sides. Payloads are shared with ``packed``."""
+    """A layer's stored tensors with the launch metadata of both sides. Payloads are shared with ``packed``.
+
+    ``capability``: 10 × major + minor of the layer's GPU; 0 in the interpreter.
+    """
 
     layout: ExpertsLayout
     packed: PackedExperts
     side_in: PreparedSide
     side_out: PreparedSide
+    capability: int
 
 
-def unsupported(layout: ExpertsLayout, dtype: torch.dtype = torch.bfloat16) -> str:
+def unsupported(
+    layout: ExpertsLayout, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+) -> str:
     """Why the kernels cannot run this layout with activations of ``dtype``; "" where they can.
 
-    The storage format allows more sizes than a tensor-core tile has shapes; the plain path runs all of them.
+    ``device``: the GPU that shall run them; None: the current one. The storage format allows more sizes than a
+    tensor-core tile has shapes; the plain path runs all of them.
     """
     if torch.version.hip is not None:
         return "digits are decoded by NVIDIA instructions; this is a ROCm build of torch"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+    where = None if device is None else torch.device(device)
+    on_gpu = torch.cuda.is_available() and (where is None or where.type == "cuda")
+    if on_gpu and torch.cuda.get_device_capability(where)[0] < 8:
         return "the GPU is older than sm_80, which has the bf16 instructions that decode digits"
     if layout.codes:
         return "trellis codes have no kernel yet"
@@ -85,16 +99,31 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
         packed: the stored tensors, already checked (`bitsmoe_modifier.storage.layout.check_structure`).
 
     Raises:
+        RuntimeError: while a CUDA graph is captured.
         CheckpointError: when the layout has sizes that no kernel covers (see `unsupported`), or a side's payload is
             larger than int32 quanta can address.
     """
+    if packed.codes_in.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "packed experts prepare their kernels at their first use, which a CUDA graph cannot capture; run the model "
+            "once before capturing"
+        )
     layout = ExpertsLayout.from_tensor(packed.layout.cpu())
-    reason = unsupported(layout)
+    reason = unsupported(layout, device=packed.codes_in.device)
     if reason:
         raise CheckpointError(f"{reason}; use the plain path for this layer")
     side_in = _prepare_side(packed.codes_in, packed.steps_in, packed.widths_in.flatten(0, 1), layout)
     side_out = _prepare_side(packed.codes_out, packed.steps_out, packed.widths_out, layout)
-    return PreparedExperts(layout, packed, side_in, side_out)
+    major, minor = torch.cuda.get_device_capability(packed.codes_in.device) if packed.codes_in.is_cuda else (0, 0)
+    return PreparedExperts(layout, packed, side_in, side_out, 10 * major + minor)
+
+
+def width_set(widths: Iterable[int]) -> tuple[int, ...]:
+    """The widths that kernels are compiled for, widest first, where ``widths`` occur: one alone, or a common set."""
+    used = set(widths) - {0}
+    if len(used) <= 1:
+        return tuple(used)
+    return next(known for known in _WIDTH_SETS if used <= set(known))
 
 
 def _aligned(payload: torch.Tensor) -> torch.Tensor:
@@ -107,7 +136,7 @@ def _prepare_side(
 ) -> PreparedSide:
     """Metadata of one side; ``widths`` is uint8 ``[matrices, units]``."""
     wide = widths.to(torch.int64)
-    used = tuple(b for b in sorted(set(wide.unique().tolist()), reverse=True) if b)
+    used = width_set(wide.unique().tolist())
     at_least = [(wide >= b).sum(1) for b in used]
     bits, kept = wide.sum(1) * layout.groups, (wide > 0).sum(1) * layout.groups
     head = torch.stack([bits.cumsum(0) - bits, kept.cumsum(0) - kept, *at_least], 1)

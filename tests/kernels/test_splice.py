@@ -62,11 +62,13 @@ def emulate(program: str, inputs: np.ndarray, bf16: bool) -> list[np.ndarray]:
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("pack", [2, 4])
 @pytest.mark.parametrize(("f", "j"), CASES, ids=lambda v: str(v))
-def test_digits_are_exact_and_in_order(f, j, pack, bf16):
+def test_digits_are_exact_and_in_their_order(f, j, pack, bf16):
     g = np.random.default_rng(0)
     bytes_ = np.stack([g.permutation(256) for _ in range(pack)], 1).astype(np.uint64)  # every byte in every place
     words = sum(bytes_[:, i] << np.uint64(8 * i) for i in range(pack)).astype(np.int64)
     got = np.concatenate(emulate(digits._splice.fn(f, j, bf16, pack), words, bf16), 1)
     top = (1 << f) - 1
+    if pack == 4:
+        bytes_ = bytes_[:, [0, 2, 1, 3]]  # the order of `digits.swapped`
     want = 2.0 * ((bytes_.astype(np.int64) >> (f * j)) & top) - top
     assert (got == want).all()

@@ -342,7 +342,7 @@ def test_dispatches_to_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     prepared: list[PackedExperts] = []
     kernels = types.ModuleType("bitsmoe_kernels")
     kernels.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    kernels.unsupported = lambda layout, dtype: "no kernel" if dtype == torch.float64 else ""
+    kernels.unsupported = lambda layout, dtype, device: "no kernel" if dtype == torch.float64 else ""
     sides = {"side_in": types.SimpleNamespace(), "side_out": types.SimpleNamespace()}
     kernels.prepare = lambda packed: prepared.append(packed) or types.SimpleNamespace(packed=packed, **sides)
     kernels.moe_forward = lambda x, ids, p, experts, gating: "kernels"

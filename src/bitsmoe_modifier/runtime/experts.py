@@ -292,7 +292,7 @@ class BitsMoEExperts(nn.Module):
             if not offloaded:
                 from bitsmoe_kernels import prepare, unsupported
 
-                reason = unsupported(self.spec, dtype)
+                reason = unsupported(self.spec, dtype, self.codes_in.device)
                 if reason:
                     _LOGGER.warning("packed experts run in plain PyTorch, which is slow: %s", reason)
                 else:

@@ -65,7 +65,7 @@ SMALL = ExpertsLayout(2, 32, 32, 32, 32, 16, 32, 0, 0, 32)
 def test_prefill_of_80_tokens_equals_decode(monkeypatch):
     ids = torch.randint(0, 2, (80, 1), generator=torch.Generator().manual_seed(0))
     *_, decoded = check(SMALL, (2, 4), ids, torch.float16)
-    monkeypatch.setattr("bitsmoe_kernels.forward.DECODE_PAIRS", 0)
+    monkeypatch.setattr("bitsmoe_kernels.forward.DECODE_PAIRS", 0)  # sums the experts in a kernel of its own
     *_, sorted_ = check(SMALL, (2, 4), ids, torch.float16)
     # the tile width changes nothing but the order of equal sums: both accumulate a row's terms in the same order
     torch.testing.assert_close(decoded, sorted_, rtol=2e-3, atol=2e-3)
@@ -100,6 +100,23 @@ def test_non_contiguous_input_and_other_dtypes_of_ids_and_weights():
     torch.testing.assert_close(rounded, want, rtol=0.02, atol=0.02)
 
 
+def test_launches_of_a_decoding_step(monkeypatch):
+    """Three, and one more for an output basis."""
+    from triton.runtime.interpreter import GridExecutor
+
+    count, call = [], GridExecutor.__call__
+
+    def counted(self, *arguments, **named):
+        count.append(self.fn.__name__)
+        return call(self, *arguments, **named)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    for bases, launches in (((0, 0), 3), ((16, 0), 3), ((16, 16), 4)):
+        count.clear()
+        check(ExpertsLayout(3, 32, 32, 32, 32, 16, 32, *bases, 32), (2, 4), torch.tensor([[0, 2]]))
+        assert len(count) == launches, count
+
+
 def test_repeated_runs_are_bit_equal():
     ids = torch.randint(0, 2, (9, 2), generator=torch.Generator().manual_seed(0))
     x, p, packed, first = check(SMALL, (2, 4), ids)
@@ -125,12 +142,22 @@ def test_operators_describe_their_results():
     tests = ("test_schema", "test_faketensor")
     weight = torch.randn(32, 32).to(torch.bfloat16)
     torch.library.opcheck(ops.basis.default, (torch.randn(2, 32), weight, None, 16, 32), test_utils=tests)
-    arguments = (side_in.codes, side_in.steps, side_in.head, side_in.order, None, [2], side_in.gain, 16, 32, 32, 8)
+    torch.library.opcheck(ops.route.default, (ids, 2, 8, 3), test_utils=tests)
+    routing = (ids, 2, 8, 3)
+    torch.library.opcheck(
+        ops.basis_and_route.default, (torch.randn(1, 32), weight, None, 16, 32, *routing), test_utils=tests
+    )
+    tiles, pairs, arrivals = ops.route(ids, 2, 8, 10)
+    arguments = (side_in.codes, side_in.steps, side_in.head, side_in.order, None, [2], side_in.gain, 2, 16, 32, 32, 8)
     gate = ("silu", None, 1.0, 0.0)
     h = torch.randn(1, 32)
-    torch.library.opcheck(ops.gate_up.default, (h, ids, None, None, *arguments, *gate, 2), test_utils=tests)
-    arguments = (side_out.codes, side_out.steps, side_out.head, side_out.order, [2], 16, 32, 8)
-    z = torch.randn(2, 32)
-    torch.library.opcheck(ops.down.default, (z, ids, None, None, *arguments), test_utils=tests)
+    torch.library.opcheck(
+        ops.gate_up.default, (h, tiles, pairs, arrivals, *arguments, 32, 4, True, *gate), test_utils=tests
+    )
+    factor, last = (side_out.codes, side_out.steps, side_out.head, side_out.order), ([2], 16, 32, 8, 16)
+    z, weights = torch.randn(2, 32), torch.rand(1, 2)
+    torch.library.opcheck(ops.down.default, (z, tiles, pairs, *factor, *last), test_utils=tests)
+    total = (z, tiles, pairs, torch.zeros_like(arrivals), *factor, ids, weights, None, None, *last)
+    torch.library.opcheck(ops.down_and_combine.default, total, test_utils=tests)
     rows = (torch.randn(2, 32), ids, torch.rand(1, 2), None, None, 2, 32, torch.float16)
     torch.library.opcheck(ops.combine.default, rows, test_utils=tests)

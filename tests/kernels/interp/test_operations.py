@@ -9,16 +9,15 @@ habit. The decoded digits are exact.
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from bitsmoe_kernels import prepare
 from bitsmoe_kernels.activation import gating_arguments
-from bitsmoe_kernels.basis import basis, basis_reference
+from bitsmoe_kernels.basis import basis, basis_and_route, basis_reference
 from bitsmoe_kernels.combine import combine, combine_reference
-from bitsmoe_kernels.down import down, down_reference
+from bitsmoe_kernels.down import down, down_and_combine, down_reference
 from bitsmoe_kernels.gate_up import gate_up, gate_up_reference
+from bitsmoe_kernels.launch import capability, down_tile, swaps
 from bitsmoe_kernels.reference import decode_expert_factors
-from bitsmoe_kernels.routing import pair_tile, sort_pairs, tiles_reference
+from bitsmoe_kernels.routing import route, tiles_reference
 from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,9 +68,9 @@ def layer_of(sizes, widths, seed, **more):
     return layout, random_experts(layout, widths, seed)
 
 
-def routed(ids: torch.Tensor, experts: int, dense_tiles: bool):
-    """(tiles, pairs, BM) of either routing."""
-    return (*sort_pairs(ids, experts, 16), 16) if dense_tiles else (None, None, 8)
+def swapped(z: torch.Tensor) -> torch.Tensor:
+    """The middle two of every four columns exchanged."""
+    return z.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -103,15 +102,18 @@ GATINGS = {
 }
 
 
-def check_gate_up(layout, packed, ids, h, gating, split, sorted_):
+def check_gate_up(layout, packed, ids, h, gating, parts, tile, swap=True):
     a, _ = decode_expert_factors(packed)
     side = prepare(packed).side_in
-    tiles, pairs, tile = routed(ids, layout.num_experts, sorted_)
+    bn = min(128, layout.group_size)
+    counters = len(ids) * ids.shape[1] * layout.intermediate_size // bn
+    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, counters)
     got = gate_up(
-        h, ids, tiles, pairs, side.codes, side.steps, side.head, side.order, packed.in_bias, list(side.widths),
-        side.gain, layout.block_size, layout.group_size, layout.intermediate_size, tile,
-        *gating_arguments(gating), split,
+        h, tiles, pairs, arrivals, side.codes, side.steps, side.head, side.order, packed.in_bias, list(side.widths),
+        side.gain, ids.shape[1], layout.block_size, layout.group_size, layout.intermediate_size, tile, bn, parts, swap,
+        *gating_arguments(gating),
     )  # fmt: skip
+    got = swapped(got) if swap else got
     want = gate_up_reference(h, ids, a, packed.in_bias, gating)
     k = ids.shape[1]
     for p, e in enumerate(ids.flatten().tolist()):
@@ -135,16 +137,18 @@ def test_gate_up_equals_its_oracle(data):
     ids = data.draw(routings(sizes[0], tokens))
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
     h = torch.randn(tokens, layout.rank_in, generator=torch.Generator().manual_seed(0)).to(dtype)
-    split = data.draw(st.sampled_from([1, 2, 4]))
-    check_gate_up(layout, packed, ids, h, Gating(), split, data.draw(st.booleans()))
+    parts = data.draw(st.sampled_from([1, 2, 4, 8]))
+    check_gate_up(
+        layout, packed, ids, h, Gating(), parts, data.draw(st.sampled_from([8, 16])), data.draw(st.booleans())
+    )
 
 
-@pytest.mark.parametrize("split", [1, 2], ids=["fused", "split"])
+@pytest.mark.parametrize("parts", [1, 4], ids=["fused", "shared"])
 @pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
-def test_gates_and_biases(gating, split):
+def test_gates_and_biases(gating, parts):
     layout, packed = layer_of((2, 32, 32, 16, 32), (2, 4), 3, has_bias=1)
     h = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    check_gate_up(layout, packed, torch.tensor([[1], [0]]), h, gating, split, False)
+    check_gate_up(layout, packed, torch.tensor([[1], [0]]), h, gating, parts, 8)
 
 
 @pytest.mark.parametrize("width", [b for b in WIDTHS if b])
@@ -152,23 +156,38 @@ def test_each_width_in_blocks_of_128(width):
     layout, packed = layer_of((1, 128, 128, 128, 128), (width,), width)
     ids = torch.zeros(1, 1, dtype=torch.int32)
     h = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)).to(torch.float16)
-    check_gate_up(layout, packed, ids, h, Gating(), 1, False)
-    check_down(layout, packed, ids, h, False)
+    check_gate_up(layout, packed, ids, h, Gating(), 1, 8)
+    check_down(layout, packed, ids, h, 8)
 
 
-def check_down(layout, packed, ids, z, sorted_):
+def check_down(layout, packed, ids, z, tile):
+    """`down` element by element, and `down_and_combine` with a bias and a base."""
     _, f = decode_expert_factors(packed)
     side = prepare(packed).side_out
-    tiles, pairs, tile = routed(ids, layout.num_experts, sorted_)
-    got = down(
-        z, ids, tiles, pairs, side.codes, side.steps, side.head, side.order, list(side.widths),
-        layout.block_size, layout.group_size, tile,
-    )  # fmt: skip
+    br = down_tile(ids.numel(), layout.rank_out, layout.block_size)
+    tokens, k = ids.shape
+    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.rank_out // br)
+    factor = side.codes, side.steps, side.head, side.order
+    last = list(side.widths), layout.block_size, layout.group_size, tile, br
+    given = swapped(z) if swaps(tile, br, capability(z.device)) else z
+    got = down(given, tiles, pairs, *factor, *last)
     want = down_reference(z, ids, f)
-    assert got.dtype == (z.dtype if sorted_ else torch.float32)
+    assert got.dtype == z.dtype
+    bounds = torch.zeros_like(want)
     for p, e in enumerate(ids.flatten().tolist()):
         if 0 <= e < layout.num_experts:  # operands are exact here: only the float32 sums round
-            assert_within(got[p], want[p], product_bound(z[p, None], f[e], torch.float32)[0])
+            bounds[p] = product_bound(z[p, None], f[e], torch.float32)[0]
+            assert_within(got[p], want[p], bounds[p])
+    g = torch.Generator().manual_seed(tokens)
+    weights = torch.rand(tokens, k, generator=g).to(z.device)
+    bias = torch.randn(layout.num_experts, layout.rank_out, generator=g).to(z.device, z.dtype)
+    base = torch.randn(tokens, layout.rank_out, generator=g).to(z.device)
+    y = down_and_combine(given, tiles, pairs, arrivals, *factor, ids, weights, bias, base, *last)
+    assert y.dtype == z.dtype
+    total = combine_reference(want, ids, weights, bias, base, layout.num_experts, layout.rank_out)
+    bound = combine_reference(bounds, ids, weights, None, None, layout.num_experts, layout.rank_out)
+    sizes = combine_reference(want.abs(), ids, weights, bias.abs(), base.abs(), layout.num_experts, layout.rank_out)
+    assert_within(y, total, bound + (2 * k + 2) * 2.0**-23 * sizes)
 
 
 @EXAMPLES
@@ -180,7 +199,7 @@ def test_down_equals_its_oracle(data):
     ids = data.draw(routings(sizes[0], tokens))
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
     z = torch.randn(ids.numel(), layout.intermediate_size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    check_down(layout, packed, ids, z, data.draw(st.booleans()))
+    check_down(layout, packed, ids, z, data.draw(st.sampled_from([8, 16])))
 
 
 @pytest.mark.parametrize("parts", ["experts", "bias", "both on a base"])
@@ -198,27 +217,28 @@ def test_combine_equals_its_oracle(parts):
     torch.testing.assert_close(got, combine_reference(t, ids, p, bias, base, experts, n), rtol=1e-5, atol=1e-5)
 
 
-@triton.jit
-def _tiles_kernel(
-    ids_ptr, tiles_ptr, pairs_ptr, out_ptr, P, E, BM: tl.constexpr, PP: tl.constexpr, SORTED: tl.constexpr
-):
-    e, pair = pair_tile(ids_ptr, tiles_ptr, pairs_ptr, tl.program_id(0), P, E, BM, PP, SORTED)
-    tl.store(out_ptr + tl.program_id(0) * (BM + 1), e)
-    tl.store(out_ptr + tl.program_id(0) * (BM + 1) + 1 + tl.arange(0, BM), pair)
-
-
-@pytest.mark.parametrize("sorted_", [False, True], ids=["decode", "prefill"])
+@pytest.mark.parametrize("beside", ["alone", "with a basis"])
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_both_routings_give_each_pair_to_one_tile(sorted_, data):
+def test_routing_gives_each_pair_to_one_tile(beside, data):
     experts, tokens = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))
     ids = data.draw(routings(experts, tokens))
-    count, tile = ids.numel(), 8
-    tiles, pairs = sort_pairs(ids, experts, tile) if sorted_ else (None, None)
-    programs = len(tiles) if sorted_ else count
-    out = torch.empty(programs, tile + 1, dtype=torch.int32)
-    _tiles_kernel[(programs,)](
-        ids, tiles, pairs, out, count, experts, BM=tile, PP=triton.next_power_of_2(count), SORTED=sorted_
-    )
-    found = [(row[0], [p for p in row[1:] if p >= 0]) for row in out.tolist() if row[0] >= 0]
-    assert sorted(found) == sorted(tiles_reference(ids, experts, tile))
+    tile, counters = data.draw(st.sampled_from([8, 16])), data.draw(st.sampled_from([0, 1, 300]))
+    if beside == "alone":
+        tiles, pairs, arrivals = route(ids, experts, tile, counters)
+    else:
+        x, weight = torch.ones(tokens, 64), torch.eye(64).to(torch.bfloat16)
+        h, tiles, pairs, arrivals = basis_and_route(x, weight, None, 16, 64, ids, experts, tile, counters)
+        assert torch.equal(h, x)
+    found = [(e, pairs[begin:end].tolist()) for e, begin, end in tiles.tolist() if e >= 0]
+    assert found == tiles_reference(ids, experts, tile)
+    assert not arrivals.any()
+
+
+def test_routing_of_many_pairs():
+    """More than one chunk of pairs, more experts than a warp has threads, and one expert with most of them."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.where(torch.rand(700, 4, generator=g) < 0.6, 17, torch.randint(-1, 41, (700, 4), generator=g))
+    tiles, pairs, _ = route(ids, 40, 64, 0)
+    found = [(e, pairs[begin:end].tolist()) for e, begin, end in tiles.tolist() if e >= 0]
+    assert found == tiles_reference(ids, 40, 64)
