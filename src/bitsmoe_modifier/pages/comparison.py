@@ -110,8 +110,9 @@ def draw(report: dict[str, Any], folder: Path) -> Drawings:
     present = {name: checkpoint for name, checkpoint in folders.items() if checkpoint.is_dir()}
     found = {name: describe(checkpoint) for name, checkpoint in present.items()}
     views = {name: layer_views(entry, present[name]) for name, entry in found.items()}
+    caption = "Lower and further left is better. The dashed line joins the runs that no other beats in both."
     return Drawings(
-        loss=_loss_figures(report),
+        loss=[Figure(chart, caption)] if (chart := loss_chart(report)) else [],
         stored=stored_figures(present),
         time=_time_figures(done),
         layers=layer_figures(found),
@@ -131,12 +132,6 @@ def loss_chart(report: dict[str, Any]) -> Markup | None:
 
 def _done(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [run for run in report["arms"] if "error" not in run]
-
-
-def _loss_figures(report: dict[str, Any]) -> list[Figure]:
-    chart = loss_chart(report)
-    caption = "Lower and further left is better. The dashed line joins the runs that no other beats in both."
-    return [Figure(chart, caption)] if chart else []
 
 
 def _time_figures(done: list[dict[str, Any]]) -> list[Figure]:
