@@ -87,7 +87,7 @@ def test_a_failed_arm_is_reported_and_the_others_go_on(done):
     out, report = done
     failed = report["arms"][1]
     assert failed["name"] == "unmatched"
-    assert "unable to find any modules" in failed["error"]
+    assert "matches no module of the model" in failed["error"]
     assert "Traceback" in (out / failed["log"]).read_text()
     assert not (out / "arms" / "unmatched").exists()
 
