@@ -140,6 +140,7 @@ def test_an_export_keeps_the_record(folder: Path, tmp_path: Path) -> None:
         assert main(["export", str(folder / "out"), *options, "--out", str(tmp_path / to)]) == 0
         check_source(tmp_path / to, "model", folder / "model")
         assert provenance.read_source(tmp_path / to) == provenance.read_source(folder / "out")
+        check_source(folder / "out", "its export", tmp_path / to)
 
 
 def test_plan_of_a_quantized_checkpoint_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

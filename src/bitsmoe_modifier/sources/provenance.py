@@ -102,6 +102,8 @@ def check_source(checkpoint: Path, model: str, folder: Path) -> None:
         CheckpointError: naming both models.
     """
     record = read_source(checkpoint)
+    if record and read_source(folder) == record:
+        return  # one was exported from the other, or both from the same checkpoint
     if record:
         digest = weights_digest(folder)
         if digest != record["weights"]:
