@@ -9,7 +9,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "bitsmoe_modifier"
 #: From the bottom to the top; a room may import itself and those before it. Files beside the rooms that everybody may
 #: import come first, the front door last.
-BASE = ("errors", "extras", "remote_code", "messages", "logs", "devices", "native", "rendering", "_after_import")
+BASE = (
+    "errors",
+    "extras",
+    "remote_code",
+    "messages",
+    "logs",
+    "devices",
+    "batches",
+    "native",
+    "rendering",
+    "_after_import",
+)
 ROOMS = (
     "storage",
     "method",

@@ -35,7 +35,7 @@ def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Usage: bitsmoe [OPTIONS] COMMAND")
-    assert list(COMMANDS) == ["quantize", "plan", "compare", "eval", "inspect", "export", "import"]
+    assert list(COMMANDS) == ["quantize", "plan", "compare", "eval", "try", "inspect", "export", "import"]
     assert all(name in out for name in COMMANDS)
 
 

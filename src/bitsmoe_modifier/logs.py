@@ -34,7 +34,7 @@ def set_up_logging(verbose: bool) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "llmcompressor":
             raise
-    if messages.mode() != "text":
+    if os.environ.get("TQDM_DISABLE"):
         dispatch.tqdm = lambda items, **_: items  # the one bar that ignores TQDM_DISABLE
     logger.remove()
     sink = _as_message if messages.mode() == "json" else sys.stderr

@@ -30,7 +30,7 @@ QUICK = "error_feedback: false, refine_passes: 0, solver: lagrangian"
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    fields = f"bits: 4.0, group_size: 16, block_size: 16, {QUICK}"
+    fields = f"bits: 4.0, block_size: 16, {QUICK}"  # and each layer's own group size
     path.write_text(f"quant_stage: {{quant_modifiers: {{BitsMoEModifier: {{{fields}}}}}}}")
     return path
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bitsmoe_modifier.checkpoints.card import card, write_card
+from bitsmoe_modifier.checkpoints.card import card, note_quality, write_card
 from entries import REFERENCE, ours
 from helpers import pack_randomly, save, tiny_model
 
@@ -60,3 +60,20 @@ def test_quality_is_a_table(packed):
 
 def test_a_dense_checkpoint_needs_no_plugin(dense_checkpoint):
     assert "bitsmoe_modifier" not in card(dense_checkpoint("qwen3_moe"), "org/model", RECIPE)
+
+
+def test_eval_puts_its_figures_in_the_place_of_earlier_ones(packed):
+    folder = packed[0]
+    write_card(folder, "org/model", RECIPE)
+    before = (folder / "README.md").read_text()
+    for kld in (0.004, 0.005):
+        assert note_quality(folder, {"reference": REFERENCE, "run": ours("mine", 2.0, kld), "how": "By eval."})
+        text = (folder / "README.md").read_text()
+        assert f"| {1000 * kld:.2f} ± 0.01 |" in text.replace("**", "")
+        assert text.count("By eval.") == 1
+        assert "Not measured yet" not in text
+        sections = [line for line in text.splitlines() if line.startswith("## ")]
+        assert sections == [line for line in before.splitlines() if line.startswith("## ")]
+    (folder / "README.md").write_text("# Mine")
+    assert not note_quality(folder, {"reference": REFERENCE, "run": ours("mine", 2.0, 0.1), "how": ""})
+    assert (folder / "README.md").read_text() == "# Mine"

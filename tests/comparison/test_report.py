@@ -41,10 +41,49 @@ def test_verdict_says_when_the_difference_is_within_the_error(stderr, unsure):
     assert ("within the sampling error" in said) is unsure
 
 
-def test_headline_compares_two_bits_with_gptq_at_three():
+def test_headline_is_the_most_that_is_saved():
     arms = [*GPTQ, ours("bitsmoe_1_6", 1.6, 0.02), ours("bitsmoe_2_0", 2.0, 0.004)]
     assert headline(arms).startswith("bitsmoe_2_0 (2.00")
-    assert "gptq_w3" in headline(arms)
+    assert headline(arms) == (
+        "bitsmoe_2_0 (2.00 bits per expert weight) is closer to the original than gptq_w3 (3.13 bits): KL divergence "
+        "4.00 ± 0.01 against 10.10 ± 0.01 × 10⁻³ nats; file 36 % smaller."
+    )
+    assert "than gptq_w4 (4.13 bits)" in headline([*arms, ours("bitsmoe_2_5", 2.5, 0.002)])
+    # 1.6 bits against 4.13 save more than 2.5 against 4.13
+    arms.append(ours("small", 1.6, 0.0025))
+    assert headline(arms).startswith("small (1.60 bits per expert weight) is closer to the original than gptq_w4")
+
+
+@pytest.mark.parametrize(("kld", "said"), [(0.00299, "as close as gptq_w4"), (0.0031, "misses gptq_w4 (4.13")])
+def test_headline_where_we_tie_or_lose(kld, said):
+    """A difference within twice the error is no win, and a loss is called one."""
+    rival = GPTQ[2] | {"kld_stderr": 2e-5}
+    assert said in headline([rival, ours("mine", 2.0, kld, kld_stderr=2e-5)])
+
+
+def test_headline_never_holds_a_larger_run_against_a_smaller():
+    said = headline([GPTQ[0], ours("large", 3.0, 0.001)])
+    assert said.startswith("large (3.00 bits per expert weight) has a KL divergence")
+    assert "file" not in said
+
+
+def test_runs_within_the_error_of_the_best_are_marked_like_it():
+    near = ours("near", 2.0, 0.00302, kld_stderr=1e-5)
+    lines = table(REFERENCE, [GPTQ[2], near, ours("far", 2.0, 0.0031)]).splitlines()
+    marked = ["**" in line.split("|")[3] for line in lines[2:]]
+    assert marked == [False, True, True, False]
+
+
+def test_no_folder_of_the_makers_machine():
+    made = report([*GPTQ, ours("bitsmoe_2_0", 2.0, 0.004)])
+    made["command"] = "bitsmoe compare --model /home/me/models/m --out 'my report' --calibration /data/c.txt"
+    made["calibration"]["source"], made["evaluation"]["source"] = "/data/c.txt", "Salesforce/wikitext@test"
+    text = markdown(made, None)
+    assert "bitsmoe compare --model m --out 'my report' --calibration c.txt" in text
+    assert "tokens from c.txt" in text
+    assert "Salesforce/wikitext@test" in text
+    assert "/home" not in text
+    assert "/data" not in text
 
 
 def test_headline_without_that_pair_takes_the_next_larger():
@@ -80,9 +119,9 @@ def test_the_best_of_every_column_is_bold():
     column = {title: [row[i] for row in cells[2:]] for i, title in enumerate(cells[0])}
     assert column["model"] == ["unquantized", "gptq_w2", "gptq_w3", "gptq_w4", "bitsmoe_2_0"]
     assert column["bits per expert weight"] == ["16.000", "2.129", "3.129", "4.129", "**2.000**"]
-    assert column["KLD × 1000"] == ["0.00", "55.00", "10.10", "**3.00**", "4.00"]
+    assert column["KLD × 1000"] == ["0.00", "55.00 ± 0.01", "10.10 ± 0.01", "**3.00 ± 0.01**", "4.00 ± 0.01"]
     assert column["same top token, %"] == ["100.00", "94.50", "98.99", "**99.70**", "99.60"]
-    assert column["nominal bits"] == ["–", "2", "3", "4", "2"]
+    assert cells[0][1:3] == ["bits per expert weight", "KLD × 1000"], "side by side, where a phone shows them"
     # equal values are all best
     assert column["quantize, s"] == ["–", *["**10**"] * 4]
 

@@ -40,12 +40,14 @@ from .capture import (
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
 from .padding import Padding
+from .prediction import Surveyed, decide, predict
+from .progress import Progress
 from .resume import ResumeFolder
-from .survey import Inputs, experts_inputs, share_budget, survey_layers
-from .targets import check_experts, check_unclaimed, dense_experts, find_experts
+from .survey import Inputs, experts_inputs, survey_layers
+from .targets import check_experts, check_super_experts, check_unclaimed, dense_experts, dense_ids, find_experts
 
 #: What the survey does not depend on; one survey serves any value of these.
-_ROUNDING_FIELDS = {"bits", "solver", "error_feedback", "compensation", "refine_passes"}
+_ROUNDING_FIELDS = {"bits", "max_kld", "solver", "error_feedback", "compensation", "refine_passes"}
 
 
 class BitsMoEModifier(Modifier):
@@ -75,6 +77,8 @@ class BitsMoEModifier(Modifier):
         bits: average bits per expert weight; codes, scales, bases, bit-widths and dense experts are all counted.
         codes: "scalar", values of an even grid, or "trellis": windows of a bit stream, about a third less error at the
             same bytes. Trellis codes take longer to find, a C++ compiler for it on a CPU, and have no CUDA kernel yet.
+        max_kld: in place of `bits`, which it sets: the smallest size at which the survey predicts a KL divergence of at
+            most this many nats per token. With `scope: global` only.
         bit_widths: what a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it). Its old name `widths` goes with 0.2.
         block_size: consecutive spectral directions that share a bit-width; a multiple of 8 that divides H.
             None: H / 16 within 16 and 128.
@@ -108,6 +112,7 @@ class BitsMoEModifier(Modifier):
 
     bits: float = Field(default=2.0, gt=0, le=8)
     codes: Literal["scalar", "trellis"] = "scalar"
+    max_kld: float | None = Field(default=None, gt=0)
     bit_widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
     block_size: int | None = None
     group_size: int | Literal["auto"] = "auto"
@@ -126,6 +131,8 @@ class BitsMoEModifier(Modifier):
 
     #: a machine's path has no place in the recipe that is saved with the checkpoint
     resume_dir: str | None = Field(default=None, exclude=True)
+    #: end the run after the survey by raising `Surveyed`
+    survey_only: bool = Field(default=False, exclude=True)
 
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
@@ -135,6 +142,8 @@ class BitsMoEModifier(Modifier):
     _propagating: list[BitsMoEExperts] = PrivateAttr(default_factory=list)
     _scheme: Any = PrivateAttr(default=None)
     _progress: Any = PrivateAttr(default=None)
+    _said: Any = PrivateAttr(default=None)
+    _tokens: int = PrivateAttr(default=0)
     _ranks: Ranks = PrivateAttr(default_factory=Ranks.alone)
     _resume: ResumeFolder | None = PrivateAttr(default=None)
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
@@ -172,6 +181,8 @@ class BitsMoEModifier(Modifier):
     def _check_bits(self) -> "BitsMoEModifier":
         if self.bits > max(self.bit_widths) + 1:
             raise ValueError(f"bits {self.bits} cannot be spent with bit_widths {self.bit_widths}; add wider ones")
+        if (self.max_kld is not None or self.survey_only) and self.scope != "global":
+            raise ValueError("max_kld needs the survey of scope: global; drop one of the two")
         if self.super_experts != "none" and 0 not in self.bit_widths:
             raise ValueError(f"super_experts store no codes: bit-width 0; add 0 to bit_widths {self.bit_widths}")
         return self
@@ -206,11 +217,11 @@ class BitsMoEModifier(Modifier):
             )
         experts = find_experts(state.model, self.targets, self.ignore)
         check_unclaimed(experts.items())
-        self._check_super_experts(experts)
+        check_super_experts(self.super_experts, experts)
         self._ranks = Ranks()
         tokens = sum(self._ranks.everyones(count_tokens(state.data.calib if state.data is not None else None)))
         for name, module in tqdm(experts.items(), desc="Checking experts"):
-            listed = self._dense_ids(name)
+            listed = dense_ids(self.super_experts, name)
             check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
             check_calibration(name, module.num_experts, tokens, choices_per_token(state.model))
         self._names = {module: name for name, module in experts.items()}
@@ -219,6 +230,7 @@ class BitsMoEModifier(Modifier):
         self._scheme = make_scheme(experts, math.gcd(*groups))
         self._open_resume(state)
         self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
+        self._said = Progress(len(experts))
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -227,10 +239,17 @@ class BitsMoEModifier(Modifier):
         if self.scope == "global":
             plans = self._restore_survey()
             if plans is None:
+                self._said.steps *= 2
                 plans = self._survey(state)
                 if self._resume is not None:
                     self._resume.keep_survey(self._metrics, plans)
-            self._designs = self._ranks.compute(lambda: self._choose(plans))
+            if self.survey_only:
+                if self._resume is not None:
+                    self._resume.close()
+                raise Surveyed(predict(plans, self._tokens))
+            wanted = (self.bits, self.max_kld, max(self.bit_widths))
+            self.bits, self._designs = self._ranks.compute(lambda: decide(plans, self._tokens, *wanted))
+        self._find_finished()
         self._padding = Padding()
         self.register_hook(state.model, cast(Any, self._padding.begin), "forward_pre", with_kwargs=True)
         for module, name in self._names.items():
@@ -238,27 +257,38 @@ class BitsMoEModifier(Modifier):
                 self.register_hook(module, cast(Any, self._capture), "forward_pre", with_kwargs=True)
 
     def _open_resume(self, state: State) -> None:
-        """Find what an earlier run finished, and refuse rows that several processes share."""
+        """Open the folder of an earlier run, and refuse rows that several processes share."""
         rows = self._ranks.everyones(rows_digest(cast(Any, state.data).calib))
         check_shares(rows)
+        self._tokens = sum(one["tokens"] for one in rows)
         if self.resume_dir is None:
             return
-        folder, ranks = self.resume_dir, self._ranks
+        folder = self.resume_dir
 
-        def finished() -> frozenset[str]:
+        def open_folder() -> None:
             # the modifiers of a recipe change each other's inputs
             together = active_session().lifecycle.recipe.modifiers or [self]
             fields = {
                 f"{n} {type(one).__name__}": one.model_dump(exclude=_ROUNDING_FIELDS if one is self else None)
                 for n, one in enumerate(together)
             }
-            made_of = fingerprint(state.model, fields, rows)
-            self._resume = ResumeFolder(folder, made_of, self.model_dump(include=_ROUNDING_FIELDS))
-            return frozenset(name for name in self._names.values() if self._resume.has_layer(name))
+            self._resume = ResumeFolder(folder, fingerprint(cast(Any, state.model), fields, rows))
 
-        self._finished = ranks.compute(finished)
+        self._ranks.compute(open_folder)
+
+    def _find_finished(self) -> None:
+        """See which layers an earlier run with the same settings has finished."""
+        if self.resume_dir is None:
+            return
+
+        def finished() -> frozenset[str]:
+            resume = cast(ResumeFolder, self._resume)
+            resume.open_layers(self.model_dump(include=_ROUNDING_FIELDS))
+            return frozenset(name for name in self._names.values() if resume.has_layer(name))
+
+        self._finished = self._ranks.compute(finished)
         if self._finished:
-            logger.info(f"{len(self._finished)} of {len(self._names)} layers are finished in {folder}")
+            logger.info(f"{len(self._finished)} of {len(self._names)} layers are finished in {self.resume_dir}")
 
     def _restore_survey(self) -> dict[str, LayerPlan] | None:
         """Every layer's plan by a survey that an earlier run finished, with the metrics put in place."""
@@ -277,23 +307,13 @@ class BitsMoEModifier(Modifier):
 
         def measure(module: LinearExperts2D, inputs: list[Inputs], metric: torch.Tensor) -> LayerPlan:
             name = self._names[module]
+            self._said.begin(name, "survey")
             self._metrics[name] = metric.cpu()
             with naming_layer(name):
                 tokens = routed_tokens(module, self._ranks.collect(inputs))
                 return moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
 
         return survey_layers(state.model, state.data.calib, self._names, measure, self._sequential_targets, self._ranks)
-
-    def _choose(self, plans: Mapping[str, LayerPlan]) -> dict[str, LayerDesign]:
-        """Every layer's design under one budget for all."""
-        weights = {name: plan.elements for name, plan in plans.items()}
-        curves = {name: plan.curve() for name, plan in plans.items()}
-        designs = {}
-        for name, budget in share_budget(curves, self.bits * sum(weights.values())).items():
-            logger.info(f"{name}: {budget / weights[name]:.3f} bits per weight")
-            with naming_layer(name):
-                designs[name] = plans[name].choose(budget)
-        return designs
 
     def _capture(self, module: LinearExperts2D, args: Inputs, kwargs: Mapping[str, torch.Tensor]) -> None:
         mask = self._padding.mask()
@@ -305,6 +325,7 @@ class BitsMoEModifier(Modifier):
         for module in modules:
             name = self._names.get(module)
             if name is not None and (module in self._inputs or name in self._finished):
+                self._said.begin(name, "rounding")
                 with naming_layer(name), torch.no_grad(), disable_offloading():
                     replacement = self._replacement(module, name, self._inputs.pop(module, []))
                 # the rows go through it batch by batch, on to the next layer
@@ -319,7 +340,7 @@ class BitsMoEModifier(Modifier):
             self._propagating.pop().keep_decoded(False)
 
     def _plan(self, name: str, experts: DenseExperts, tokens: RoutedTokens, metric: torch.Tensor | None) -> LayerPlan:
-        return plan_layer(experts, tokens, self.settings, metric, self._dense_ids(name), self._ranks)
+        return plan_layer(experts, tokens, self.settings, metric, dense_ids(self.super_experts, name), self._ranks)
 
     def _make(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """One layer's stored tensors on the CPU: kept from an earlier run, or made now and kept."""
@@ -364,6 +385,7 @@ class BitsMoEModifier(Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Raise if a layer was never reached; make what stays dense ready to be saved."""
         self._progress.close()
+        self._said.end()
         if self._resume is not None:
             self._resume.close()
         if self._names:
@@ -373,22 +395,3 @@ class BitsMoEModifier(Modifier):
             )
         fuse_dense_experts(state.model)
         return True
-
-    # ---------------------------------------------------------------------------------------------- super experts
-
-    def _check_super_experts(self, experts: Mapping[str, LinearExperts2D]) -> None:
-        if isinstance(self.super_experts, str):
-            return
-        for entry in self.super_experts:
-            name, _, expert = entry.rpartition(".")
-            if name not in experts or not expert.isdigit() or int(expert) >= experts[name].num_experts:
-                raise RecipeError(
-                    f"super_experts: {entry!r} is not an expert of a targeted layer; "
-                    f"write MODULE.EXPERT, e.g. {next(iter(experts))}.0"
-                )
-
-    def _dense_ids(self, name: str) -> tuple[int, ...] | Literal["auto"]:
-        if self.super_experts == "auto":
-            return "auto"
-        listed = () if isinstance(self.super_experts, str) else self.super_experts
-        return tuple(sorted({int(e.rpartition(".")[2]) for e in listed if e.rpartition(".")[0] == name}))

@@ -47,17 +47,14 @@ class ResumeFolder:
     Args:
         folder: created where it does not exist.
         made_of: the fingerprint of what the survey depends on.
-        rounding: the settings that only the quantization of a layer depends on, "bits" among them; JSON types.
 
     Raises:
         RecipeError: when the folder cannot be written, holds something else, or belongs to another survey: naming what
             differs.
     """
 
-    def __init__(self, folder: str | Path, made_of: Mapping[str, Any], rounding: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        text = json.dumps(rounding, indent=1, sort_keys=True)
-        self.layers = self.folder / f"{rounding['bits']:g}-bits-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    def __init__(self, folder: str | Path, made_of: Mapping[str, Any]) -> None:
+        self.folder = self.layers = Path(folder)
         record = self.folder / _RECORD
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,11 +65,29 @@ class ResumeFolder:
                 raise RecipeError(f"resume_dir: {folder} is not empty and holds no earlier run; give another folder")
             else:
                 write_text(record, json.dumps(made_of, indent=1))
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: OSError) -> RecipeError:
+        return RecipeError(f"resume_dir: {self.folder} cannot be written ({error.strerror}); give another one")
+
+    def open_layers(self, rounding: Mapping[str, Any]) -> None:
+        """Keep layers from here on in the folder of these settings.
+
+        Args:
+            rounding: what only the quantization of a layer depends on, "bits" among it; JSON types.
+
+        Raises:
+            RecipeError: when the folder cannot be written.
+        """
+        text = json.dumps(rounding, indent=1, sort_keys=True)
+        self.layers = self.folder / f"{rounding['bits']:g}-bits-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        try:
             if not (self.layers / _SETTINGS).exists():
                 self.layers.mkdir(exist_ok=True)
                 write_text(self.layers / _SETTINGS, text)
         except OSError as error:
-            raise RecipeError(f"resume_dir: {folder} cannot be written ({error.strerror}); give another one") from None
+            raise self._refusal(error) from None
 
     def _compare(self, earlier: Mapping[str, Any], made_of: Mapping[str, Any]) -> None:
         found = differences(earlier, dict(made_of))
@@ -134,7 +149,7 @@ class ResumeFolder:
         kept = put_together(json.loads(metadata["notes"]), tensors, _KINDS)
         return (
             {name: metric for name, metric, _ in kept},
-            {name: replace(plan, settings=settings) for name, _, plan in kept},
+            {name: replace(plan, settings=settings.for_length(plan.shape[2])) for name, _, plan in kept},
         )
 
     def _write(self, file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

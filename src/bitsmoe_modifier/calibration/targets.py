@@ -4,8 +4,8 @@ This module and `modifier` are the only ones that know llm-compressor's classes.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from compressed_tensors.offload import disable_offloading
@@ -217,6 +217,29 @@ def dense_experts(module: LinearExperts2D) -> DenseExperts:
             in_bias = torch.stack([torch.cat([e.gate_proj.bias, e.up_proj.bias]) for e in experts])
             out_bias = torch.stack([e.down_proj.bias for e in experts])
     return DenseExperts(gate_up, down, gating_of(module), in_bias, out_bias)
+
+
+def check_super_experts(listed: str | Sequence[str], experts: Mapping[str, LinearExperts2D]) -> None:
+    """Check the recipe's list of super experts, where it is a list.
+
+    Raises:
+        RecipeError: naming an entry that is no expert of a targeted layer.
+    """
+    for entry in () if isinstance(listed, str) else listed:
+        name, _, expert = entry.rpartition(".")
+        if name not in experts or not expert.isdigit() or int(expert) >= experts[name].num_experts:
+            raise RecipeError(
+                f"super_experts: {entry!r} is not an expert of a targeted layer; "
+                f"write MODULE.EXPERT, e.g. {next(iter(experts))}.0"
+            )
+
+
+def dense_ids(listed: str | Sequence[str], name: str) -> tuple[int, ...] | Literal["auto"]:
+    """Which experts of a layer the recipe keeps dense; "auto" where the layer's statistics decide."""
+    if listed == "auto":
+        return "auto"
+    entries = () if isinstance(listed, str) else listed
+    return tuple(sorted({int(e.rpartition(".")[2]) for e in entries if e.rpartition(".")[0] == name}))
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

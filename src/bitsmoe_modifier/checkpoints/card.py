@@ -1,5 +1,6 @@
 """The model card (README.md) of a checkpoint: what it was made of, what it weighs, how good it is, how to use it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,26 @@ def write_card(folder: Path, base_model: str, recipe: str, quality: Mapping[str,
             nothing was measured.
     """
     write_text(folder / "README.md", card(folder, base_model, recipe, quality))
+
+
+def note_quality(folder: Path, quality: Mapping[str, Any]) -> bool:
+    """Put figures in the place of what the card of a checkpoint says of quality.
+
+    Args:
+        folder: of the checkpoint.
+        quality: as in `write_card`.
+
+    Returns:
+        Whether there is such a card; one that somebody else wrote has no such section and stays as it is.
+    """
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"(?<=\n## Quality\n\n).*?(?=\n\n## )", text, flags=re.DOTALL)
+    if found is None:
+        return False
+    said = f"{table(quality['reference'], [quality['run']])}\n\n{quality['how']}"
+    write_text(path, text[: found.start()] + said + text[found.end() :])
+    return True
 
 
 def card(folder: Path, base_model: str, recipe: str, quality: Mapping[str, Any] | None = None) -> str:

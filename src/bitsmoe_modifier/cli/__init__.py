@@ -1,4 +1,4 @@
-"""The command line: ``bitsmoe quantize | compare | eval | plan | inspect | export | import``.
+"""The command line: ``bitsmoe quantize | compare | eval | try | plan | inspect | export | import``.
 
 In: words. Out: an exit code. May import: every room, but only inside the function that runs a command, so that
 ``bitsmoe --help`` and the completion of words cost nothing.
@@ -12,7 +12,7 @@ import typer
 
 from .app import app
 
-from . import quantizing, measuring, checkpoints  # noqa: F401 - the order of the commands  # isort: skip
+from . import quantizing, measuring, trying, checkpoints  # noqa: F401 - the order of the commands  # isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

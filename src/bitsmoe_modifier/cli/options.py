@@ -1,5 +1,6 @@
 """Options that several commands know: their names, types, and what the help says of them."""
 
+import os
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -26,6 +27,11 @@ def say_whose_text(model: str | None, text: str | None, option: str) -> None:
             f"no {option}: the demo's text is used, which is hardly what {model} will see; "
             f"give text of your own by {option}",
         )
+
+
+def colours_wanted() -> bool:
+    """Whether nobody asked for no colours (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR")
 
 
 def names(value: str) -> tuple[str, ...]:

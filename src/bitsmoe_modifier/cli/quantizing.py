@@ -1,5 +1,7 @@
 """``bitsmoe quantize``, and ``bitsmoe plan``, which says what it would take."""
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +38,21 @@ def quantize(
     fit: o.FitOption = None,
     context: o.Context = "8k",
     batch: o.Batch = 1,
+    max_kld: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="The smallest size whose predicted KL divergence is at most this."),
+    ] = None,
     ignore: o.Ignore = "",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Round without error feedback: about half of the time, twice the loss.")
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Refine what was rounded twice: a little less loss, more time.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the checkpoint; of several, -BITS-bits is added.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Let only you see the repository, if it is new.")] = False,
     resume_dir: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Keep finished layers there; the same command continues after a kill."),
@@ -72,11 +88,26 @@ def quantize(
     """
     from ..calibration.recipe import one_stage, with_fields
 
-    chosen = with_fields(one_stage(recipe, stage), ignore=list(o.names(ignore)) or None)  # before the heavy imports
+    chosen = with_fields(  # before the heavy imports
+        one_stage(recipe, stage),
+        ignore=list(o.names(ignore)) or None,
+        max_kld=max_kld,
+        error_feedback=False if fast else None,
+        refine_passes=2 if best else None,
+    )
+    if not verbose:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # one line of our own in place of the libraries' bars
     from ..checkpoints.budget import Budget
     from ..comparison.single import Options, quantize_each
+    from ..errors import BitsMoEError
     from ..sources.demo import demo_asset
 
+    if fast and best:
+        raise BitsMoEError("--fast and --best exclude each other; give one of them")
+    if push_to_hub:
+        from ..checkpoints.push import check_login
+
+        check_login(push_to_hub)
     o.say_whose_text(model, calibration, "--calibration")
     model = model or demo_asset("docmoe")
     stages = Budget(o.names(bits), size, fit, context, batch).stages(chosen, model)
@@ -94,23 +125,41 @@ def quantize(
         )
         for warning in one["warnings"]:
             messages.say("warning", f"warning: {warning}")
+    if push_to_hub and made:
+        from ..checkpoints.push import push
+
+        for folder in folders:
+            repo = push_to_hub if len(folders) == 1 else f"{push_to_hub}-{folder.name}"
+            print(push(folder, repo, private))
 
 
 @command(
     "plan",
     "What quantizing a model would take.",
     "bitsmoe plan --model Qwen/Qwen3-30B-A3B --bits 2",
+    "bitsmoe plan --model DIR --survey --calibration FILE             the loss that every size would have",
     "bitsmoe plan --model DIR --recipe w2_attn_gptq_w4 --samples 256 --seq-len 2048 --device cuda",
 )
 def plan(
-    model: Annotated[
-        str, typer.Option(metavar="DIR|ID", help="Folder, or hub name; no weights are fetched.", show_default=False)
-    ],
+    model: o.ModelOption = None,
     recipe: o.RecipeOption = "w2",
     stage: o.StageOption = None,
     bits: Annotated[float | None, typer.Option(metavar="N", help="Instead of the recipe's.")] = None,
+    survey: Annotated[
+        bool, typer.Option("--survey", help="Survey the model for the KL divergence of every size; reads the weights.")
+    ] = False,
+    resume_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Keep the survey there, for `quantize --resume-dir`.")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the survey's points there too.")
+    ] = None,
+    text_column: o.TextColumn = "text",
+    calibration: o.Calibration = None,
     samples: o.Samples = 128,
+    seed: o.Seed = 0,
     seq_len: o.SeqLen = 256,
+    batch_size: o.BatchSize = 16,
     device: o.Device = "auto",
     dtype: o.DtypeOption = "auto",
     verbose: o.Verbose = False,
@@ -120,11 +169,37 @@ def plan(
     """What quantizing a model would take: memory, disk, time, and the size of the result.
 
     Reads config.json and the headers of the safetensors files, no weights; of a hub model, a few kilobytes per file
-    are fetched.
+    are fetched. With --survey, the model is loaded and surveyed, and the KL divergence of every size is predicted.
     """
     from ..checkpoints.plan import plan_command
     from ..errors import check_at_least
 
     check_at_least(1, samples=samples)
     check_at_least(2, seq_len=seq_len)
+    from ..sources.demo import demo_asset
+
+    model = model or demo_asset("docmoe")
+    if survey:
+        from ..comparison.predicting import curve_lines, survey_one
+        from ..comparison.single import Options
+
+        options = Options(
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            text_column=text_column,
+            resume_dir=resume_dir,
+            verbose=verbose,
+        )
+        found = survey_one(model, recipe, stage, calibration or demo_asset("docmoe_calibration.txt"), options)
+        print("\n".join(curve_lines(found)))
+        if json_file:
+            from ..storage.records import write_text
+
+            points = list(zip(found.bits.tolist(), found.kld.tolist(), strict=True))
+            write_text(Path(json_file), json.dumps({"points": points}))
+        return
     print(plan_command(model, recipe, stage, bits, samples * seq_len, dtype, device))

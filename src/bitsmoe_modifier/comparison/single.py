@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ import torch
 import yaml
 
 from .. import messages
+from ..batches import with_smaller_batches
 from ..calibration.oneshot import Offload, QuantizeRecord, QuantizeSettings, quantize
 from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_fields
-from ..checkpoints.card import write_card
+from ..checkpoints.card import note_quality, write_card
 from ..checkpoints.export import export_dense
 from ..checkpoints.plan import check_machine, working_memory
 from ..errors import BitsMoEError, check_at_least
@@ -24,6 +26,7 @@ from ..evaluation.reference import record
 from ..extras import require
 from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
+from ..pages.verdicts import LEGEND, place
 from ..sources.model import find_model, load_tokenizer, open_dense
 from ..sources.provenance import check_predictions, check_source, source_of
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
@@ -144,10 +147,22 @@ def _quantize_each(
         kept = options.resume_dir
         if kept is None and len(stages) > 1:
             kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(outputs[0].path)))
-        for stage, output in zip(stages, outputs, strict=True):
-            settings = replace(settings, batch_size=stage.calibration_batch(options.batch_size))
+        batch = options.batch_size
+
+        def attempt(size: int, stage: Stage, output: OutputFolder) -> QuantizeRecord:
+            nonlocal batch, kept
+            if size < batch and kept is not None:  # surveys and layers belong to their batches
+                if options.resume_dir is not None:
+                    raise BitsMoEError(f"run again with --batch-size {size} and another --resume-dir")
+                kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(output.path)))
+            batch = size
+            now = replace(settings, batch_size=stage.calibration_batch(size))
             with _pointing_at(options.resume_dir, output):
-                record = quantize(dense.folder, with_fields(stage, resume_dir=kept).text, rows, output, settings)
+                return quantize(dense.folder, with_fields(stage, resume_dir=kept).text, rows, output, now)
+
+        for stage, output in zip(stages, outputs, strict=True):
+            run_stage = partial(attempt, stage=stage, output=output)
+            record, batch = with_smaller_batches(run_stage, batch, f"{stage.name}: calibration")
             if ranks.first:
                 made.append(_finished(output.path, model, stage, record))
     return made
@@ -245,13 +260,15 @@ def evaluate_one(
     accuracy = []
     with tempfile.TemporaryDirectory() as scratch:
         loaded = load_model(str(dense.folder), dtype, device)
-        reference = record(loaded, rows, options.batch_size, Path(scratch))
+        reference, batch = with_smaller_batches(
+            lambda size: record(loaded, rows, size, Path(scratch)), options.batch_size, "evaluation"
+        )
         accuracy.append(_accuracy(loaded, dense.folder, options))
         own = evaluate_reference(rows, reference.to(device), options.batch_size)
         loaded = load_model(str(folder), dtype, device)
-        figures = evaluate(loaded, rows, reference, options.batch_size)
+        figures, _ = with_smaller_batches(lambda size: evaluate(loaded, rows, reference, size), batch, "evaluation")
         accuracy.append(_accuracy(loaded, folder, options))
-    return {
+    found = {
         "reference": {
             "name": "unquantized",
             "measured_bits_per_expert_weight": dense.expert_bits,
@@ -266,6 +283,14 @@ def evaluate_one(
             "accuracy": compare_accuracy(accuracy[1], accuracy[0]),
         },
     }
+    if Path(checkpoint).is_dir():  # not a copy of the hub's in its cache
+        where = f"{len(rows)} rows of {options.seq_len} tokens of {place(text.source)}, computed in {dtype}"
+        how = f"Measured by `bitsmoe eval` on {where}. {LEGEND}"
+        try:
+            note_quality(folder, {"reference": found["reference"], "run": found["checkpoint"], "how": how})
+        except OSError as error:
+            messages.say("warning", f"{folder}: its README.md could not be written ({error})")
+    return found
 
 
 def _accuracy(model: Any, folder: Path, options: Options) -> Accuracy:

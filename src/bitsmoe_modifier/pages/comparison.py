@@ -16,7 +16,7 @@ from ..rendering import render
 from .charts import Point, loss_against_size, stacked_bars
 from .checkpoint import Figure, LayerView, layer_figures, layer_views, stored_figures
 from .style import method_of
-from .verdicts import LEGEND, accuracies, against_gptq, environment_line, headline, how_measured
+from .verdicts import LEGEND, accuracies, against_gptq, environment_line, headline, how_measured, shown_command
 
 #: phase of a run -> where its report entry has the seconds
 _PHASES = {
@@ -98,7 +98,7 @@ def summarize(report: dict[str, Any]) -> Summary:
         failed=[f"{run['name']}: {run['error']} (log: {run['log']})" for run in report["arms"] if "error" in run],
         warnings=[f"{run['name']}: {warning}" for run in done for warning in run.get("warnings", [])],
         how=how_measured(report),
-        command=report["command"],
+        command=shown_command(report["command"]),
         environment=environment_line(report),
     )
 

@@ -1,10 +1,14 @@
 """What a comparison's figures say, in sentences: who beats whom, how accuracies differ, how all of it was measured."""
 
 import math
+import shlex
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 Run = dict[str, Any]
+#: half a hundredth of a bit is the size of headers, not of a method
+_HEADER_BITS = 0.005
 
 
 def is_bitsmoe(run: Run) -> bool:
@@ -36,20 +40,55 @@ def verdict(run: Run, rival: Run) -> str:
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """BitsMoE at 2.0 bits against GPTQ at W3 where both are there; else the best pair of the two methods."""
+    """The strongest statement that is true of BitsMoE against GPTQ, or that there is none.
+
+    Of all GPTQ runs that are at least as large and, beyond twice the standard error, further from the original, the one
+    over which the most bits are saved; else one that is matched within the error; else what was missed.
+    """
     ours, theirs = [a for a in runs if is_bitsmoe(a)], [a for a in runs if is_gptq(a)]
     if not ours or not theirs:
         return "No pair of a BitsMoE and a GPTQ run was measured, so there is nothing to compare."
-    run = min(ours, key=lambda a: abs((a["nominal_bits"] or math.inf) - 2.0))
-    three = [a for a in theirs if a["nominal_bits"] == 3]
-    return verdict(run, three[0] if three else next_larger(run, theirs))
+    pairs = [(run, rival) for run in ours for rival in theirs if _saved(run, rival) > -_HEADER_BITS]
+    won = [pair for pair in pairs if _clearly_lower(*pair)]
+    if won:
+        return _closer(*max(won, key=lambda pair: _saved(*pair)), "is closer to the original than")
+    tied = [pair for pair in pairs if not _clearly_lower(*reversed(pair))]
+    if tied:
+        return _closer(*max(tied, key=lambda pair: _saved(*pair)), "is within the sampling error as close as")
+    run = min(ours, key=lambda a: a["kld_mean"] / next_larger(a, theirs)["kld_mean"])
+    return verdict(run, next_larger(run, theirs))
+
+
+def _saved(run: Run, rival: Run) -> float:
+    return rival["measured_bits_per_expert_weight"] - run["measured_bits_per_expert_weight"]
+
+
+def _clearly_lower(run: Run, rival: Run) -> bool:
+    """Whether a run's KL divergence is lower than another's beyond twice the standard error."""
+    errors = [e for e in (run.get("kld_stderr"), rival.get("kld_stderr")) if e is not None]
+    return rival["kld_mean"] - run["kld_mean"] > 2 * math.hypot(*errors)
+
+
+def _closer(run: Run, rival: Run, relation: str) -> str:
+    bits, other = (one["measured_bits_per_expert_weight"] for one in (run, rival))
+    smaller = 1 - run["checkpoint_bytes"] / rival["checkpoint_bytes"]
+    said = (
+        f"{run['name']} ({bits:.2f} bits per expert weight) {relation} {rival['name']} ({other:.2f} bits): "
+        f"KL divergence {with_error(run)} against {with_error(rival)} × 10⁻³ nats"
+    )
+    return said + (f"; file {_percent(smaller)} smaller." if smaller > 0 else ".")
+
+
+def with_error(run: Run) -> str:
+    """The mean KL divergence × 1000, with its standard error where it is known."""
+    error = run.get("kld_stderr")
+    return f"{1000 * run['kld_mean']:.2f}" + ("" if error is None else f" ± {1000 * error:.2f}")
 
 
 def next_larger(run: Run, rivals: Sequence[Run]) -> Run:
     """The smallest rival that takes at least as many bits; the largest where none does."""
     by_bits = sorted(rivals, key=lambda a: a["measured_bits_per_expert_weight"])
-    # half a hundredth of a bit is the size of headers, not of a method
-    bits = run["measured_bits_per_expert_weight"] - 0.005
+    bits = run["measured_bits_per_expert_weight"] - _HEADER_BITS
     return next((r for r in by_bits if r["measured_bits_per_expert_weight"] >= bits), by_bits[-1])
 
 
@@ -101,15 +140,26 @@ def how_measured(report: Run) -> list[str]:
     calibration, evaluation, noise = report["calibration"], report["evaluation"], report["noise_floor"]
     experts = "every token through every expert" if calibration["all_experts"] else "routed tokens only"
     return [
-        f"Calibration: {calibration['rows']} rows of {calibration['seq_len']} tokens from {calibration['source']}, "
-        f"seed {calibration['seed']}, {experts}; the same rows, and causal attention, for every run.",
+        f"Calibration: {calibration['rows']} rows of {calibration['seq_len']} tokens from "
+        f"{place(calibration['source'])}, seed {calibration['seed']}, {experts}; "
+        "the same rows, and causal attention, for every run.",
         f"Evaluation: {evaluation['rows']} rows of {evaluation['seq_len']} tokens ({report['reference']['tokens']} "
-        f"positions) of {evaluation['source']}, on the checkpoints as loaded from disk.",
+        f"positions) of {place(evaluation['source'])}, on the checkpoints as loaded from disk.",
         f"Computed in {report['compute']['dtype']} on {report['environment']['device']}.",
         f"Noise floor: KLD × 1000 of {1000 * noise['kld_mean']:.3f} for the unquantized model {noise['how']} "
         f"({noise['rows']} rows).",
         "Peak memory: of the process that quantized, libraries included.",
     ]
+
+
+def place(source: str) -> str:
+    """A source as a reader elsewhere may see it: of a path, the file's name."""
+    return PurePath(source).name if PurePath(source).is_absolute() else source
+
+
+def shown_command(command: str) -> str:
+    """A command line without the folders of the machine that it ran on."""
+    return shlex.join(place(word) for word in shlex.split(command))
 
 
 def environment_line(report: Run) -> str:
@@ -122,5 +172,6 @@ def environment_line(report: Run) -> str:
 #: what the summary's columns are
 LEGEND = (
     "KLD: Kullback-Leibler divergence of the run's next-token distribution from the unquantized model's; mean, "
-    "median and 90th percentile over positions, nats × 1000. Bits: everything stored for the experts."
+    "median and 90th percentile over positions, nats × 1000; ± is the standard error of the mean. Runs that are within "
+    "twice the standard error of the best KLD are marked like it. Bits: everything stored for the experts."
 )

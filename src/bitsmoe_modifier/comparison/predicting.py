@@ -1,0 +1,58 @@
+"""`bitsmoe plan --survey`: the predicted loss of every size of a model."""
+
+from collections.abc import Sequence
+
+import llmcompressor  # noqa: F401 - before ours: importing it brings the modifier, which must not come amid them
+import numpy as np
+
+from ..calibration.oneshot import QuantizeSettings
+from ..calibration.prediction import Prediction
+from ..calibration.recipe import check_stage, one_stage, with_fields
+from ..calibration.surveying import survey
+from ..logs import set_up_logging
+from ..sources.model import load_tokenizer, open_dense
+from ..sources.text import calibration_rows, read_text, tokenize
+from .runner import resolve_device, resolve_dtype
+from .runs import use_device
+from .single import Options
+
+#: sizes that are printed, bits per expert weight
+_SIZES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0)
+_BAR = 40
+
+
+def survey_one(model: str, recipe: str, stage: str | None, calibration: str, options: Options) -> Prediction:
+    """Survey a model, with the rows that `quantize_one` would take.
+
+    Args:
+        model, recipe, stage, calibration: as the command line takes them.
+        options: the rest; the survey is kept in ``resume_dir``.
+
+    Raises:
+        BitsMoEError: when the inputs cannot be used.
+    """
+    chosen = with_fields(one_stage(recipe, stage), resume_dir=options.resume_dir)
+    device = use_device(resolve_device(options.device))
+    dense = open_dense(model)
+    dtype = resolve_dtype(options.dtype, str(device), dense.folder)
+    tokenizer = load_tokenizer(dense.folder)
+    text = read_text(calibration, options.text_column, options.samples * options.seq_len, tokenizer)
+    rows = calibration_rows(tokenize(text, tokenizer), options.samples, options.seq_len, options.seed, text.source)
+    set_up_logging(options.verbose)
+    check_stage(chosen)
+    batch = chosen.calibration_batch(options.batch_size)
+    settings = QuantizeSettings(batch, dtype, options.pipeline, options.calibrate_all_experts, options.seed)
+    return survey(dense.folder, chosen, rows, settings)
+
+
+def curve_lines(prediction: Prediction, sizes: Sequence[float] = _SIZES) -> list[str]:
+    """The curve for a terminal: a line and a bar, as long as the logarithm, for every size."""
+    shown = [(size, prediction.at(size)) for size in sizes if size <= prediction.bits[-1] + 0.5]
+    shown = [(size, kld) for size, kld in shown if np.isfinite(kld) and kld > 0]
+    lines = ["bits per expert weight   predicted KL divergence x 1000, nats per token"]
+    if shown:
+        lowest, highest = (float(np.log(f(kld for _, kld in shown))) for f in (min, max))
+        for size, kld in shown:
+            share = (float(np.log(kld)) - lowest) / (highest - lowest or 1.0)
+            lines.append(f"{size:>22.2f}   {1000 * kld:>8.3g}  {'#' * (1 + round((_BAR - 1) * share))}")
+    return lines
