@@ -230,7 +230,8 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
 
 def experts_names(model: torch.nn.Module) -> list[str]:
     """Names of the fused experts modules of a transformers model."""
-    return [name for name, module in model.named_modules() if _is_fused(module)]
+    names = [name for name, module in model.named_modules() if _is_fused(module)]
+    return [name for name in names if not name.endswith("shared_experts")]
 
 
 def _is_fused(module: torch.nn.Module) -> bool:

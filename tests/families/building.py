@@ -79,7 +79,6 @@ class Family:
         model_type: as in config.json.
         sizes: fields of its config beyond the common ones, those of the configs inside it in mappings of their own.
         refusal: for a family that cannot be quantized, words of the message that says so.
-        left_out: end of the names of experts that text never reaches, which the test leaves dense.
         architecture: the class that config.json names, where the family has several.
         fast: whether `make test` runs it too; the rest is left to `make test-slow`.
     """
@@ -87,7 +86,6 @@ class Family:
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
     refusal: str = ""
-    left_out: str = ""
     architecture: str = ""
     fast: bool = False
 

@@ -138,6 +138,8 @@ def _gating(gating: Gating, gated: bool) -> str:
 
 
 def _reason(family: Family) -> str:
+    if "one list" in family.refusal:
+        return "its checkpoints store the experts for text and for images in one list, of which no part can be packed"
     if "next token" in family.refusal:
         return "it does not predict the next token of a text, which calibration needs"
     return "its experts class does not follow transformers' common experts interface, so it cannot be linearized"

@@ -83,7 +83,7 @@ WRAPPER_FAMILIES = (
                 **_rope(3, 3, 2),
             }
         },
-        left_out="vision_moe.experts",
+        refusal="store the experts for text and for images in one list",
     ),
     Family(
         "glm5_next",
@@ -94,6 +94,7 @@ WRAPPER_FAMILIES = (
                 "qk_rope_head_dim": 0,
                 "index_kpool": 4,
                 "mlp_layer_types": ["sparse", "sparse"],
+                "layer_types": ["linear_attention", "full_attention"],
                 "head_dim": 0,
             }
         },

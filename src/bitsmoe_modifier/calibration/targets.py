@@ -23,6 +23,11 @@ from ..storage.layout import ExpertsLayout
 from .entries import check_entries, check_patterns
 from .linearizing import experts_modules
 
+#: why families are refused whose experts could be packed, by model type
+_REFUSED = {
+    "ernie4_5_vl_moe": "its checkpoints store the experts for text and for images in one list, of which transformers "
+    "cannot save a part; text calibrates the first alone",
+}
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -67,6 +72,9 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def _check_class(model: nn.Module) -> None:
     """Refuse classes that cannot be calibrated on rows of tokens as one model."""
+    reason = _REFUSED.get(cast(Any, model).config.model_type)
+    if reason is not None:
+        raise RecipeError(f"{_family(model)} is not supported: {reason}")
     if not isinstance(model, GenerationMixin):
         raise RecipeError(
             f"{_family(model)} is not supported: it does not predict the next token of a text, which calibration needs"
