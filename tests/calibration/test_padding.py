@@ -47,9 +47,9 @@ def run(dense_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) 
         seen: list[Any] = []
         original = lifecycle.routed_tokens
 
-        def recording(module: Any, inputs: list[Any]) -> Any:
+        def recording(module: Any, inputs: list[Any], *rest: Any) -> Any:
             seen.append([torch.cat(parts) for parts in zip(*inputs, strict=True)])
-            return original(module, inputs)
+            return original(module, inputs, *rest)
 
         one = BitsMoEModifier(bits=3.0, group_size=16, block_size=16, scope=scope, solver="lagrangian", refine_passes=0)
         with monkeypatch.context() as patched:
