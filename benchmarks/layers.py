@@ -40,6 +40,9 @@ class Shape:
 
 SHAPES = {
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
+    "qwen3-235b-a22b": Shape(128, 8, 4096, 1536),
+    "deepseek-v3": Shape(256, 8, 7168, 2048),
+    "gpt-oss-120b": Shape(128, 4, 2880, 2880, block=64, group=64),
     "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
     "mixtral-8x7b": Shape(8, 2, 4096, 14336),
     "bookmoe": Shape(64, 4, 256, 128, block=16, group=128),

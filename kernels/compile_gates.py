@@ -183,7 +183,8 @@ def _basis(bits: int, dtype: str = "bf16", tokens: int = 8, group: int = 128, ro
     chunk = 64 if bits == 16 else group
     how = Launch(warps=4, stages=basis_stages(bits, chunk, tokens), pack=4)
     constants: dict[str, object] = {
-        "N": _R, "K": _R, "BITS": bits, "BM": tokens, "BN": 16, "BK": chunk, "SLICES": 4, "STAGES": how.stages,
+        "N": _R, "K": 4 * _R,  # a row as long as the layer's has so few rounds that their loop may be unrolled
+        "BITS": bits, "BM": tokens, "BN": 16, "BK": chunk, "SLICES": 4, "STAGES": how.stages,
         "PACK": 4, "ROUTE": routing, "TILE": 8, **route_arguments(8 * tokens, 128),
     }  # fmt: skip
     if bits == 16:

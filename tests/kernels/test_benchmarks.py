@@ -17,13 +17,15 @@ DEMO = Path(__file__).parents[2] / "src/bitsmoe_modifier/assets/docmoe"
         ("decode.py", "--shape tiny --batch 1,3 --repeats 1 --device cpu", 10),
         ("decode.py", "--shape qwen3-30b-a3b --bytes", 9),
         ("prefill.py", "--shape tiny --tokens 8 --repeats 1 --device cpu", 5),
+        pytest.param("roofline.py", "--shape qwen3-30b-a3b --batch 1,8", 8, marks=pytest.mark.slow),  # compiles kernels
         ("cpu_decode.py", "--shape tiny --batch 1,20 --repeats 1", 5),
         ("generate.py", f"{DEMO} {DEMO} --new-tokens 3 --prompt-tokens 4 --repeats 1 --device cpu", 7),
     ],
-    ids=["decode", "decode-bytes", "prefill", "cpu-decode", "generate"],
+    ids=["decode", "decode-bytes", "prefill", "roofline", "cpu-decode", "generate"],
 )
 def test_benchmark_prints_its_table(script, arguments, columns):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+    compiled = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {**compiled, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCHMARKS / script), *arguments.split()]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
