@@ -126,3 +126,15 @@ def test_declared_ranges_are_the_tested_ones() -> None:
     declared = (ROOT / "pyproject.toml").read_text()
     for package, span in versions.SUPPORTED.items():
         assert f'    "{package.replace("_", "-")}{versions._spelled(*span)}",\n' in declared
+
+
+def test_experts_with_a_norm_of_their_own_are_refused() -> None:
+    """transformers 5.24 knows families that normalize each expert's output; packed experts would leave that out."""
+    from bitsmoe_modifier.loading.quantizer import experts_sizes
+
+    experts = torch.nn.Module()
+    experts.gate_up_proj, experts.down_proj = torch.empty(4, 64, 16), torch.empty(4, 16, 32)
+    assert experts_sizes(experts) == (4, 16, 32)
+    experts.has_post_expert_norm = True
+    with pytest.raises(CheckpointError, match="the experts class Module normalizes the output of each expert"):
+        experts_sizes(experts)

@@ -163,6 +163,11 @@ def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
     if isinstance(experts, nn.ModuleList) and all(hasattr(expert, "down_proj") for expert in experts):
         first: Any = experts[0]
         return len(experts), *first.down_proj.weight.shape
+    if getattr(experts, "has_post_expert_norm", False):  # from transformers 5.24 on: Muse Spark
+        raise CheckpointError(
+            f"the experts class {type(experts).__name__} normalizes the output of each expert, which packed experts do "
+            "not do; they cannot take its place"
+        )
     down, rows = getattr(experts, "down_proj", None), 2
     gate_up = getattr(experts, "gate_up_proj", None)
     if getattr(experts, "has_gate", True) is False:
