@@ -46,7 +46,9 @@ _SOURCES = """
 ## What is published beside the experts
 
 - **Towers.** A folder is loaded as the class that its config.json names. `AutoModelForCausalLM` would leave out the
-  vision tower of some families without a word. Calibration on text goes through the wrapper; towers are not quantized.
+  vision tower of some families without a word. Calibration goes through the wrapper, on text by the command line, on
+  images and text by `oneshot` with batches that hold `pixel_values` (tested for Qwen3-VL-MoE and Qwen3.5-MoE); an
+  image's tokens are routed tokens like all others. Towers are not quantized.
 - **Processors** and every other file beside the weights are copied as they are. Where the packages that a processor
   needs are missing, the tokenizer stands in for it during calibration.
 - **Layers for multi-token prediction** (`mtp.*`, `nextn`, decoder layers beyond the last), which transformers does not
