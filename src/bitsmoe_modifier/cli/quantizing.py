@@ -141,6 +141,7 @@ def quantize(
     "bitsmoe plan --model DIR --recipe w2_attn_gptq_w4 --samples 256 --seq-len 2048 --device cuda",
 )
 def plan(
+    call: typer.Context,
     model: o.ModelOption = None,
     recipe: o.RecipeOption = "w2",
     stage: o.StageOption = None,
@@ -183,17 +184,7 @@ def plan(
         from ..comparison.predicting import curve_lines, survey_one
         from ..comparison.single import Options
 
-        options = Options(
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            text_column=text_column,
-            resume_dir=resume_dir,
-            verbose=verbose,
-        )
+        options = o.settings(Options, call)
         found = survey_one(model, recipe, stage, calibration or demo_asset("docmoe_calibration.txt"), options)
         print("\n".join(curve_lines(found)))
         if json_file:
