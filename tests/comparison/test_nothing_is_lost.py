@@ -148,8 +148,19 @@ def test_a_second_run_with_the_same_resume_dir_is_refused(
     kept = tmp_path / "kept"
     kept.mkdir()
     with locked(kept / ".lock", "taken"):
-        assert main(command(inputs, tmp_path / "out", "--resume-dir", str(kept))) == 2
+        # no such model: it is said before one is loaded
+        run = command(inputs, tmp_path / "out", "--resume-dir", str(kept), model=tmp_path / "nowhere")
+        assert main(run) == 2
     assert f"resume_dir: another run is using {kept}; give another folder" in capsys.readouterr().err
+
+
+def test_a_resume_dir_that_cannot_be_is_refused_before_a_model_is_loaded(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    run = command(inputs, tmp_path / "out", "--resume-dir", str(tmp_path / "file"), model=tmp_path / "nowhere")
+    assert main(run) == 2
+    assert f"resume_dir: {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ what happens while saving

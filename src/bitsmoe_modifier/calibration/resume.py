@@ -14,7 +14,8 @@ inputs to the last bit, in any of llm-compressor's pipelines.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,28 @@ _RECORD, _SURVEY, _SETTINGS, _LOCK = "fingerprint.json", "survey.safetensors", "
 _KINDS = (LayerPlan, SidePlan, SideCosts, SharedBasis, QuantizerSettings)
 #: how many of the differing entries a refusal names
 _NAMED = 6
+
+
+@contextmanager
+def reserved(folder: str | None) -> Iterator[None]:
+    """Create a resume folder and keep other runs out of it while the block lasts, before a model is loaded for it.
+
+    Raises:
+        BitsMoEError: when it cannot be written, or another run is using it.
+    """
+    if folder is None:
+        yield
+        return
+    lock = Path(folder) / _LOCK
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        keep_locked(lock, f"resume_dir: another run is using {folder}; give another folder")
+    except OSError as error:
+        raise RecipeError(f"resume_dir: {folder} cannot be written ({error.strerror}); give another one") from None
+    try:
+        yield
+    finally:
+        release(lock)
 
 
 class ResumeFolder:

@@ -16,6 +16,7 @@ from .. import messages
 from ..batches import with_smaller_batches
 from ..calibration.oneshot import Offload, QuantizeRecord, QuantizeSettings, quantize
 from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_fields
+from ..calibration.resume import reserved
 from ..checkpoints.card import note_quality, write_card
 from ..checkpoints.export import export_dense
 from ..checkpoints.plan import check_machine, working_memory
@@ -107,6 +108,7 @@ def quantize_each(
         outputs = [OutputFolder(out) for _, out in stages]
         if not int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
             outputs = [held.enter_context(output) for output in outputs]
+            held.enter_context(reserved(options.resume_dir))
         return _quantize_each(model, [stage for stage, _ in stages], outputs, calibration, options)
 
 

@@ -156,6 +156,8 @@ def calibration_rows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int
             f"calibration needs {need} tokens ({samples} rows of {seq_len}), {source} has {len(tokens)}; "
             "pass more text or fewer --samples/--seq-len"
         )
+    if not -(2**63) <= seed < 2**63:
+        raise CalibrationError(f"--seed {seed} is too large; it has 64 bits")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - seq_len + 1, (samples,), generator=generator)
     return tokens[starts[:, None] + torch.arange(seq_len)]
