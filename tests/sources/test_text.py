@@ -139,5 +139,5 @@ def test_a_dataset_is_asked_for_by_name_configuration_and_split(monkeypatch: pyt
 
 
 def test_a_seed_that_does_not_fit_is_refused():
-    with pytest.raises(CalibrationError, match="--seed .* is too large"):
+    with pytest.raises(CalibrationError, match=r"--seed .* is too large"):
         calibration_rows(TOKENS, 2, 8, 2**70, "x")
