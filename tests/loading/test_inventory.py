@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmcompressor import oneshot
 
-from bitsmoe_modifier import CheckpointError
+from bitsmoe_modifier import BitsMoEModifier, CheckpointError
 from bitsmoe_modifier.loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from bitsmoe_modifier.sources.companions import let_save
 from bitsmoe_modifier.storage.mtp import is_mtp
-from helpers import load, pack_randomly, save, tiny_model
+from helpers import calibration, load, pack_randomly, packed_modules, save, tiny_model
 from published import publish, stored_tensors
 
 MTP = {
@@ -87,3 +88,14 @@ def test_a_tensor_that_was_not_saved_is_an_error(source: Path, tmp_path: Path) -
 )
 def test_names_of_multi_token_prediction(name: str, expected: bool) -> None:
     assert is_mtp(name, 2) is expected
+
+
+def test_oneshot_on_a_folder_keeps_them(tmp_path: Path) -> None:
+    """llm-compressor's own entry point, which saves what transformers has loaded and nothing else."""
+    source, out = publish(tiny_model("qwen3_moe", num_hidden_layers=2), tmp_path / "source", MTP), tmp_path / "out"
+    (source / "generation_config.json").unlink()
+    modifier = BitsMoEModifier(bits=6.0, block_size=16, scope="layer", solver="lagrangian", refine_passes=0)
+    oneshot(model=str(source), dataset=calibration(vocab=30), recipe=[modifier], output_dir=out)
+    stored = stored_tensors(out)
+    assert all(torch.equal(stored[key].float(), tensor.float()) for key, tensor in MTP.items())
+    assert len(packed_modules(load(out))) == 2

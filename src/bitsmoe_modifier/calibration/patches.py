@@ -8,6 +8,7 @@
 - Llama 4's experts are linearized from ``config.text_config``, which a text-only Llama 4 does not have.
 - ``oneshot(model="FOLDER")`` loads every folder through `AutoModelForCausalLM`, which leaves out the vision tower of
   some models and knows others not at all. Here it loads the class that config.json names.
+- It saves what transformers loaded, without the layers for multi-token prediction; they are kept (`loading.inventory`).
 - It insists on the model's processor even for rows of tokens, and image processors need packages that text does not.
   Where the processor cannot be made, the tokenizer stands in, and the processor's files are taken along as they are.
 """
@@ -25,6 +26,7 @@ from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm
 from loguru import logger
 from torch import nn
 
+from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
 from ..sources.model import load_tokenizer, read_config
 from ..sources.precision import load_source, low_precision
@@ -66,7 +68,10 @@ class _Published:
     def from_pretrained(cls, folder: Any, config: Any, **kwargs: Any) -> Any:
         if Path(folder).is_dir() and low_precision(read_config(Path(folder))):
             return load_source(Path(folder), kwargs.get("dtype", "auto"))
-        return auto_class_of(config).from_pretrained(folder, config=config, **kwargs)
+        model = auto_class_of(config).from_pretrained(folder, config=config, **kwargs)
+        if Path(folder).is_dir():
+            model.source_inventory = take_inventory(model, Path(folder))
+        return model
 
 
 def _install_validation() -> None:
@@ -100,11 +105,19 @@ def _install_processors() -> None:
 
     def post_process_with_files(*, model_args: Any = None, output_dir: Any = None, **kwargs: Any) -> None:
         post_process(model_args=model_args, output_dir=output_dir, **kwargs)
-        source = Path(getattr(getattr(model_args, "model", None), "name_or_path", ""))
-        if output_dir is not None and is_source_process() and source.is_dir() and has_processor(source):
-            for name in PROCESSOR_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, Path(output_dir) / name)
+        if output_dir is None or not is_source_process():
+            return
+        model = getattr(model_args, "model", None)
+        source, target = Path(getattr(model, "name_or_path", "")), Path(output_dir)
+        target /= getattr(kwargs.get("recipe_args"), "stage", None) or ""  # llm-compressor makes a folder of it
+        inventory = getattr(model, "source_inventory", None)
+        if inventory is not None:
+            for sentence in keep_beside(inventory, target).sentences():
+                logger.info(sentence)
+            check_nothing_lost(inventory, model, target)
+        for name in PROCESSOR_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
     initialize_processor_from_path.falls_back = True  # type: ignore[attr-defined]
     _entrypoints.initialize_processor_from_path = initialize_processor_from_path
