@@ -81,6 +81,7 @@ def test_fields_reach_the_settings() -> None:
         "refine_passes": 5,
         "solver": "pulp",
         "dampening_frac": 0.1,
+        "shrinkage": 0.2,
     }
     widths = tuple(fields["bit_widths"])
     rest = {name: value for name, value in fields.items() if name != "bit_widths"}
@@ -135,6 +136,7 @@ def test_widths_are_sorted_and_unique() -> None:
         ("scope", "model", "'layer' or 'global'"),
         ("refine_passes", -1, "greater than or equal to 0"),
         ("dampening_frac", 0, "greater than 0"),
+        ("shrinkage", 1, "less than 1"),
         ("super_experts", "some", "'none' or 'auto'"),
         ("bit", 2, "Extra inputs are not permitted"),
     ],

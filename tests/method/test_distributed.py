@@ -70,7 +70,7 @@ def _quantizes(rank: int, ranks: Ranks) -> None:
         )
         x = torch.randn(tokens, hidden, generator=gen) * torch.logspace(0, -1, hidden)
         ids = torch.rand(tokens, num_experts, generator=gen).argsort(1)[:, :2]
-        routed = RoutedTokens.from_router(x, ids, torch.rand(ids.shape, generator=gen) + 0.1, num_experts)
+        routed = RoutedTokens.from_router(x, ids, torch.rand(ids.shape, generator=gen) + 0.1, num_experts, rows=8)
         settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16, codes=codes)
         alone, together = (plan_layer(experts, routed, settings, ranks=one) for one in (None, ranks))
         for mine, ours in zip(alone.curve(), together.curve(), strict=True):

@@ -32,6 +32,7 @@ from . import patches, tracing  # noqa: F401  (norms keep their weights, calibra
 from .capture import (
     check_calibration,
     choices_per_token,
+    count_rows,
     count_tokens,
     log_layer,
     naming_layer,
@@ -86,15 +87,12 @@ class BitsMoEModifier(Modifier):
             it divides I, else the largest power of two that does.
         basis_bits: 16 (bfloat16), 8 or 4: storage of the shared bases.
         input_basis: basis shared by gate and up of all experts. "spectral", "none" (the hidden channels themselves), or
-            "auto": what promises the lower loss at equal bytes, layer by layer.
+            "auto": what loses less on held-out rows at equal bytes, layer by layer.
         output_basis: the same for down.
-        error_feedback: round each direction so that it absorbs the errors of those before it; False is faster
-            and worse.
-        compensation: with error feedback, let up absorb what gate lost, down what both lost, and every group of output
-            directions what those before it lost.
+        error_feedback: round each direction so that it absorbs the errors of those before it; False: faster and worse.
+        compensation: with error feedback, let up, down and later output directions absorb what was lost before them.
         refine_passes: rounds of coordinate descent after the feedback, 0 for none; each costs about as much as it.
-        solver: of the bit allocation: "highs" or "pulp" (exact integer programs), "lagrangian" (any size, reports its
-            gap), "auto" (exact where that takes about a second).
+        solver: "highs" or "pulp" (exact), "lagrangian" (any size, reports its gap), "auto" (exact where it is fast).
         scope: "global": layers share one budget by their effect on the model's predictions, which takes a survey of the
             model before the first layer (about as long as calibration without rounding). "layer": every layer gets the
             same bits per weight.
@@ -103,6 +101,7 @@ class BitsMoEModifier(Modifier):
         targets: names of experts modules, or regular expressions after "re:".
         ignore: the same, to leave out.
         dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
+        shrinkage: how far rounding mistrusts correlations of the calibration inputs; None: held-out rows decide.
         resume_dir: folder in which the survey and finished layers are kept; the same command continues from there after
             it was killed, and one with other `bits` (or another `solver`, `error_feedback`, `compensation` or
             `refine_passes`) takes the survey from there. None: keep nothing.
@@ -128,6 +127,7 @@ class BitsMoEModifier(Modifier):
     targets: list[str] = Field(default_factory=lambda: [r"re:.*\.experts$"])
     ignore: list[str] = Field(default_factory=list)
     dampening_frac: float = Field(default=0.01, gt=0, le=1)
+    shrinkage: float | None = Field(default=None, ge=0, lt=1)
 
     #: a machine's path has no place in the recipe that is saved with the checkpoint
     resume_dir: str | None = Field(default=None, exclude=True)
@@ -145,6 +145,7 @@ class BitsMoEModifier(Modifier):
     _said: Any = PrivateAttr(default=None)
     _tokens: int = PrivateAttr(default=0)
     _ranks: Ranks = PrivateAttr(default_factory=Ranks.alone)
+    _rows: int = PrivateAttr(default=0)
     _resume: ResumeFolder | None = PrivateAttr(default=None)
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
@@ -204,6 +205,7 @@ class BitsMoEModifier(Modifier):
             refine_passes=self.refine_passes,
             solver=self.solver,
             dampening_frac=self.dampening_frac,
+            shrinkage=self.shrinkage,
         )
 
     # ------------------------------------------------------------------------------------------------ lifecycle
@@ -220,6 +222,7 @@ class BitsMoEModifier(Modifier):
         check_super_experts(self.super_experts, experts)
         self._ranks = Ranks()
         tokens = sum(self._ranks.everyones(count_tokens(state.data.calib if state.data is not None else None)))
+        self._rows = sum(self._ranks.everyones(count_rows(state.data.calib)))
         for name, module in tqdm(experts.items(), desc="Checking experts"):
             listed = dense_ids(self.super_experts, name)
             check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
@@ -310,7 +313,7 @@ class BitsMoEModifier(Modifier):
             self._said.begin(name, "survey")
             self._metrics[name] = metric.cpu()
             with naming_layer(name):
-                tokens = routed_tokens(module, self._ranks.collect(inputs))
+                tokens = routed_tokens(module, self._ranks.collect(inputs), self._rows)
                 return moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
 
         return survey_layers(state.model, state.data.calib, self._names, measure, self._sequential_targets, self._ranks)
@@ -353,7 +356,7 @@ class BitsMoEModifier(Modifier):
 
     def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """Pack one layer from its captured inputs, by the survey's design or by one of its own."""
-        experts, tokens = dense_experts(module), routed_tokens(module, inputs)
+        experts, tokens = dense_experts(module), routed_tokens(module, inputs, self._rows)
         metric = self._metrics.get(name)
         metric = None if metric is None else metric.to(tokens.x.device)
         design = self._designs.get(name)

@@ -127,6 +127,7 @@ def _quantize(
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
     from . import patches, tracing  # noqa: F401 - for every modifier alike
+    from .capture import more_text
     from .entries import check_others
 
     started = time.perf_counter()
@@ -152,6 +153,7 @@ def _quantize(
     reports = layer_reports(model)
     warnings = zeroed_experts(model)
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
+    warnings += more_text(reports.values())
     restore_dtypes(model, stored, stored_dtype)
     if not is_source_process():
         model.save_pretrained(output.path)  # takes part in what the first process writes, and writes nothing

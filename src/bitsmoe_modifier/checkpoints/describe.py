@@ -142,7 +142,9 @@ def render(found: dict[str, Any]) -> str:
                 f"none for {ordered.count(0)}"
             )
         if noted.get("relative_output_error") is not None:
-            lines.append(f"  error   {100 * noted['relative_output_error']:.2f} % of the layer's output power")
+            error = f"  error   {100 * noted['relative_output_error']:.2f} % of the layer's output power"
+            unseen = noted.get("unseen_output_error")
+            lines.append(error if unseen is None else f"{error}, {100 * unseen:.2f} % expected on other text")
     return "\n".join(lines)
 
 

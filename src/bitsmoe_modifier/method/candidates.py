@@ -12,8 +12,16 @@ from .design import LayerPlan, SidePlan, moved
 from .distributed import Ranks
 from .layer import BasisChoice, DenseExperts, QuantizerSettings
 from .numerics import collected, note
-from .spectral import SharedBasis, input_directions, output_directions, round_and_refit
+from .spectral import (
+    SharedBasis,
+    input_directions,
+    output_coupling,
+    output_directions,
+    project,
+    round_and_refit,
+)
 from .statistics import LayerStatistics, RoutedTokens, collect_statistics, prior_share, shrink
+from .trial import settled
 
 #: An expert is super when its largest output norm exceeds this many times the median expert's.
 _SUPER_RATIO = 20.0
@@ -64,7 +72,7 @@ def plan_layer(
             lambda spectral: _plan_output(experts, statistics, settings, block_size, spectral, metric, ranks),
         )
     num_experts, hidden, width = experts.down.shape
-    return LayerPlan(
+    plan = LayerPlan(
         settings,
         (num_experts, hidden, width),
         inputs,
@@ -77,6 +85,7 @@ def plan_layer(
         tuple(warnings),
         int(experts.ungated),
     )
+    return settled(plan, experts, tokens, metric, ranks)
 
 
 def _constant_bits(experts: DenseExperts, num_dense: int) -> int:
@@ -183,14 +192,6 @@ def _plan_output(
     return SidePlan(basis, costs, weight, gain.shape[1])
 
 
-def output_coupling(
-    basis: SharedBasis | None, metric: torch.Tensor | None, hidden: int, device: torch.device | str
-) -> torch.Tensor:
-    """Uᵀ M U: how errors of two output directions act together in the loss, float32 ``[R', R']``."""
-    metric = torch.eye(hidden, device=device) if metric is None else metric
-    return metric if basis is None else basis.matrix.T @ metric @ basis.matrix
-
-
 def direction_gain(tokens: RoutedTokens, statistics: LayerStatistics, basis: SharedBasis | None) -> torch.Tensor:
     """diag(B C[e] Bᵀ) of every expert with the prior's share, boosted, float32 ``[E, R]``."""
     h2 = project(tokens.x, basis).square()
@@ -199,9 +200,3 @@ def direction_gain(tokens: RoutedTokens, statistics: LayerStatistics, basis: Sha
     total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     share = prior_share(tokens.counts, tokens.x.shape[1], h2.device)
     return shrink(gain, gain.sum(0) / total, statistics.mass, share) * statistics.boost[:, None]
-
-
-def project(x: torch.Tensor, basis: SharedBasis | None) -> torch.Tensor:
-    """h = B x of every token, float32 ``[T, R]``."""
-    wide = x.to(torch.float32)
-    return wide if basis is None else wide @ basis.matrix.T

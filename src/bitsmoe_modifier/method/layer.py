@@ -38,6 +38,7 @@ class QuantizerSettings:
     refine_passes: int = 1
     solver: Solver = "auto"
     dampening_frac: float = 0.01
+    shrinkage: float | None = None
 
     def resolve_block_size(self, rank: int) -> int:
         """The block size for ``rank`` directions: as set, or the power of two in 16..128 nearest ``rank / 16``."""

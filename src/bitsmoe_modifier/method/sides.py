@@ -1,10 +1,9 @@
 """Rounding of one side of a layer: gate and up, or down (method.md section 5)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .candidates import output_coupling
 from .costs import chosen_steps
 from .design import LayerDesign
 from .distributed import Ranks
@@ -20,7 +19,8 @@ from .rounding import (
     refit_row_steps,
     round_with_feedback,
 )
-from .spectral import refit_inverse
+from .shrinkage import absorbed_energy, least_share, sample_experts, towards_diagonal_
+from .spectral import output_coupling, refit_inverse
 from .statistics import RoutedTokens, down_moments, expert_moments, prior_share, second_moment, shrink
 from .trellis import ChainTrellis, GroupTrellis, chain_steps
 
@@ -33,11 +33,14 @@ class LayerTask:
     """What every step of a layer's rounding works with: the arguments of `quantize_layer`, and its inputs.
 
     Attributes:
+        fitted, held: those of the tokens by which free choices are tried and judged; None where too few rows are.
         h: the inputs in the coordinates of the input basis, float32 ``[T, R]``.
     """
 
     experts: DenseExperts
     tokens: RoutedTokens
+    fitted: RoutedTokens | None
+    held: RoutedTokens | None
     design: LayerDesign
     settings: QuantizerSettings
     metric: torch.Tensor | None
@@ -55,6 +58,7 @@ class RoundedSide:
         widths: uint8 ``[matrices, units]``.
         block_size: directions per unit.
         stripes: of the layout, 0 of scalar codes.
+        shrinkage: by which the off-diagonal parts of the moments were scaled down.
     """
 
     codes: torch.Tensor
@@ -62,6 +66,7 @@ class RoundedSide:
     widths: torch.Tensor
     block_size: int
     stripes: int
+    shrinkage: float = 0.0
 
     @classmethod
     def empty(
@@ -80,13 +85,17 @@ class RoundedSide:
 
     def levels(self, matrices: slice) -> torch.Tensor:
         """``2**b - 1`` of every direction of some matrices, float32 ``[n, directions]``."""
-        widths = self.widths[matrices].to(self.codes.device, torch.float32)
-        return (2.0**widths - 1).repeat_interleave(self.block_size, dim=1)
+        return _levels(self.widths[matrices].to(self.codes.device), self.block_size)
 
     def decoded(self, matrices: slice) -> torch.Tensor:
         """Values of some matrices, float32 ``[n, I, directions]``."""
         codes, coder = self.codes[matrices], GroupTrellis() if self.stripes else None
         return _decoded(codes.to(torch.float32), self.steps[matrices], self.levels(matrices), coder)
+
+
+def _levels(widths: torch.Tensor, block_size: int) -> torch.Tensor:
+    """``2**b - 1`` of every direction, float32 ``[n, directions]``, of widths ``[n, units]``."""
+    return (2.0 ** widths.to(torch.float32) - 1).repeat_interleave(block_size, dim=1)
 
 
 def _decoded(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor, coder: ColumnCoder | None) -> torch.Tensor:
@@ -130,9 +139,11 @@ def round_input(layer: LayerTask) -> RoundedSide:
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "in")
     share = prior_share(tokens.counts, rank, h.device)
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    shrinkage = _input_shrinkage(layer, inverse, common, share)
     coder = GroupTrellis() if settings.codes == "trellis" else None
     stripes = 0 if coder is None else 1
     rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device, stripes)
+    rounded = replace(rounded, shrinkage=shrinkage)
     for part in experts.parts(layer.ranks.mine(len(tokens.counts))):
         matrices = slice(2 * part.start, 2 * part.stop)
         factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
@@ -149,9 +160,10 @@ def round_input(layer: LayerTask) -> RoundedSide:
             continue
         ids = range(part.start, part.stop)
         moments = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, rank)
-        moments = damp_(shrink(moments, common, design.mass[part], share[part]), settings.dampening_frac)
+        moments = towards_diagonal_(shrink(moments, common, design.mass[part], share[part]), shrinkage)
+        damp_(moments, settings.dampening_frac)
         # the coarsest columns first, so that finer ones absorb their errors; gate and up share an order and a factor
-        order = torch.argsort(level[0::2] + level[1::2], dim=1, stable=True)
+        order = coarse_first(level[0::2] + level[1::2], moments)
         feedback = feedback_factor(moments, order)
         target = factor[0::2]
         for half in (0, 1):
@@ -167,6 +179,37 @@ def round_input(layer: LayerTask) -> RoundedSide:
                 if settings.compensation:
                     target = target + design.slope_ratio[part, :, None] * lost
     return rounded
+
+
+def coarse_first(level: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Columns in order of rounding, int64 ``[n, R]``: rising in level ``[n, R]``, of equal ones the loudest first,
+    whose errors would cost most if nothing were left to absorb them."""
+    loud = torch.argsort(moments.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    return loud.gather(1, torch.argsort(level.gather(1, loud), dim=1, stable=True))
+
+
+def _input_shrinkage(
+    layer: LayerTask, inverse: torch.Tensor | None, common: torch.Tensor, share: torch.Tensor
+) -> float:
+    """The share of `SHARES` that serves gate and up best on the held-out rows."""
+    tokens, held, design, settings, h = layer.fitted, layer.held, layer.design, layer.settings, layer.h
+    if settings.shrinkage is not None or tokens is None or held is None or not settings.error_feedback:
+        return settings.shrinkage or 0.0
+    losses = []
+    for expert in sample_experts(len(tokens.counts), layer.ranks.mine(len(tokens.counts))):
+        part, matrices, ids = slice(expert, expert + 1), slice(2 * expert, 2 * expert + 2), range(expert, expert + 1)
+        moment = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, h.shape[1])
+        moment = shrink(moment, common, design.mass[part], share[part])[0]
+        widths, weight = design.inputs.widths[matrices], design.inputs.weight[matrices]
+        factor, level = layer.experts.in_factors(part, inverse), _levels(widths.to(h.device), design.block_size)
+        steps = chosen_steps(factor, weight, widths, design.block_size, settings.group_size)
+        error = factor - _decoded(_encoded(factor, steps, level).to(torch.float32), steps, level, None)
+        noise = (error.square() * weight[:, :, None]).sum((0, 1))
+        order = coarse_first(level.sum(0)[None], moment[None])[0]
+        (pairs,) = held.pairs([expert])
+        inputs = h[held.token[pairs]] * held.weight[pairs].sqrt()[:, None]
+        losses.append(absorbed_energy(moment, order, inputs, settings.dampening_frac) @ noise)
+    return least_share(losses, h.device, layer.ranks)
 
 
 def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
@@ -198,8 +241,11 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
         own = slice(mine.start, mine.stop)
         share = prior_share(tokens.counts, length, h.device)[own]
         moments = shrink(moments, layer.ranks.total(moments.sum(0)) / total, design.mass[own], share)
-        damp_(moments, settings.dampening_frac)
         lost *= (1 - share)[:, None, None]
+        shrinkage = _output_shrinkage(layer, inputs, inverse)
+        rounded = replace(rounded, shrinkage=shrinkage)
+        towards_diagonal_(lost, shrinkage)
+        damp_(towards_diagonal_(moments, shrinkage), settings.dampening_frac)
     for part in experts.parts(mine):
         at = slice(part.start - mine.start, part.stop - mine.start)
         factor, level = experts.out_factors(part, inverse), rounded.levels(part)
@@ -229,6 +275,27 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
             codes = _encoded(columns, steps, level)
         rounded.codes[part], rounded.steps[part] = codes, steps
     return rounded
+
+
+def _output_shrinkage(layer: LayerTask, inputs: RoundedSide, inverse: torch.Tensor | None) -> float:
+    """The share of `SHARES` that serves down best on the held-out rows."""
+    tokens, held, design, settings = layer.fitted, layer.held, layer.design, layer.settings
+    if settings.shrinkage is not None or tokens is None or held is None:
+        return settings.shrinkage or 0.0
+    mine, side, losses = layer.ranks.mine(len(tokens.counts)), layer.design.outputs, []
+    for expert in sample_experts(len(tokens.counts), mine):
+        part, ids = slice(expert, expert + 1), range(expert, expert + 1)
+        moment = down_moments(layer.experts, tokens, layer.h, lambda e: expert_gate_up(inputs, e), ids)[0][0]
+        factor = layer.experts.out_factors(part, inverse).transpose(1, 2)
+        level = _levels(side.widths[part].to(factor.device), design.block_size)
+        steps = chosen_steps(factor, side.weight[part], side.widths[part], design.block_size, settings.group_size)
+        error = factor - _decoded(_encoded(factor, steps, level).to(torch.float32), steps, level, None)
+        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+        (pairs,) = held.pairs([expert])
+        z = layer.experts.activations(expert, layer.h[held.token[pairs]], expert_gate_up(inputs, expert))
+        z = z * held.weight[pairs].sqrt()[:, None]
+        losses.append(absorbed_energy(moment, order, z, settings.dampening_frac) @ error[0].square().sum(1))
+    return least_share(losses, layer.h.device, layer.ranks)
 
 
 def _compensated(factor: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:

@@ -184,3 +184,17 @@ def round_and_refit(
             f"set {side}put_basis: none"
         )
     raise RecipeError(f"the {side}put basis cannot be inverted ({warning}); set {side}put_basis: none")
+
+
+def output_coupling(
+    basis: SharedBasis | None, metric: torch.Tensor | None, hidden: int, device: torch.device | str
+) -> torch.Tensor:
+    """Uᵀ M U: how errors of two output directions act together in the loss, float32 ``[R', R']``."""
+    metric = torch.eye(hidden, device=device) if metric is None else metric
+    return metric if basis is None else basis.matrix.T @ metric @ basis.matrix
+
+
+def project(x: torch.Tensor, basis: SharedBasis | None) -> torch.Tensor:
+    """h = B x of every token, float32 ``[T, R]``."""
+    wide = x.to(torch.float32)
+    return wide if basis is None else wide @ basis.matrix.T

@@ -24,6 +24,18 @@ _SPREAD, _TEMPER = 0.02, 0.85
 #: An expert with as many tokens as this many times the width of its second moment trusts its own moment by half.
 _PRIOR_STRENGTH = 0.25
 
+#: One calibration row in so many is held out; below so many rows none.
+_HELD_SHARE, _LEAST_ROWS = 8, 4
+
+
+def held_rows(rows: int) -> list[bool]:
+    """Which of so many calibration rows are held out: an eighth of them, evenly spread; one of 4 to 7, none of fewer.
+
+    Neighbouring tokens of a text are alike, so whole rows are.
+    """
+    held = max(rows // _HELD_SHARE, int(rows >= _LEAST_ROWS))
+    return [(row + 1) * held // rows > row * held // rows for row in range(rows)]
+
 
 @dataclass(frozen=True)
 class RoutedTokens:
@@ -36,12 +48,15 @@ class RoutedTokens:
         token: int64 ``[P]``, token of each pair, pairs in order of expert.
         weight: float32 ``[P]``, ``p**2`` of each pair times the token's loss weight.
         counts: pairs per expert, length E.
+        held: bool ``[T]``, tokens of the rows that are kept out of every statistic (`held_rows`) and judge what the
+            others decide; None where there are too few rows for that.
     """
 
     x: torch.Tensor
     token: torch.Tensor
     weight: torch.Tensor
     counts: tuple[int, ...]
+    held: torch.Tensor | None = None
 
     @classmethod
     def from_router(
@@ -51,6 +66,7 @@ class RoutedTokens:
         top_k_weights: torch.Tensor,
         num_experts: int,
         token_weight: torch.Tensor | None = None,
+        rows: int = 1,
     ) -> "RoutedTokens":
         """Sort the router's choices by expert.
 
@@ -60,6 +76,7 @@ class RoutedTokens:
             top_k_weights: ``[T, k]``.
             num_experts: E.
             token_weight: ``[T]``, how much an error of the layer's output at this token matters; None for 1.
+            rows: how many rows of equal length the tokens are, one after another.
 
         Raises:
             CalibrationError: on NaN or infinity in the inputs or routing weights.
@@ -74,7 +91,32 @@ class RoutedTokens:
         if token_weight is not None:
             weight = weight * token_weight.to(weight)[token]
         counts = torch.bincount(expert, minlength=num_experts)
-        return cls(x, token, weight, tuple(counts.tolist()))
+        kept_out = held_rows(rows)
+        held = None
+        if any(kept_out):
+            row = torch.arange(len(x), device=x.device) * rows // len(x)
+            held = torch.tensor(kept_out, device=x.device)[row]
+        return cls(x, token, weight, tuple(counts.tolist()), held)
+
+    def fitted(self) -> "RoutedTokens":
+        """The pairs of the rows that statistics are taken from, with the inputs of all."""
+        return self if self.held is None else self._only(~self.held)
+
+    def held_out(self) -> "RoutedTokens | None":
+        """The pairs of the rows that are held out, None where none is."""
+        return None if self.held is None else self._only(self.held)
+
+    def _only(self, chosen: torch.Tensor) -> "RoutedTokens":
+        kept = chosen[self.token]
+        expert = torch.repeat_interleave(torch.tensor(self.counts, device=kept.device))
+        counts = torch.bincount(expert[kept], minlength=len(self.counts))
+        return RoutedTokens(self.x, self.token[kept], self.weight[kept], tuple(counts.tolist()))
+
+    def of(self, experts: Sequence[int]) -> "RoutedTokens":
+        """The pairs of some experts alone, which are numbered anew, in the order given."""
+        pairs = self.pairs(experts)
+        token, weight = (torch.cat([every[one] for one in pairs]) for every in (self.token, self.weight))
+        return RoutedTokens(self.x, token, weight, tuple(self.counts[e] for e in experts))
 
     def pairs(self, experts: Sequence[int]) -> list[slice]:
         """Slice of the pairs of each of the given experts."""

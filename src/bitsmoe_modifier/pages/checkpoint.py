@@ -67,15 +67,20 @@ def layer_figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
         chart = over_layers("Bits by layer", "bits per expert weight", bits)
         figures.append(Figure(chart, "What the budget gave each layer."))
     errors = {
-        name: [100 * layer["quantization"]["relative_output_error"] for layer in layers]
+        name: [100 * _error(layer["quantization"]) for layer in layers]
         for name, layers in packed.items()
         if all(layer["quantization"].get("relative_output_error") is not None for layer in layers)
     }
     if errors:
         chart = over_layers("Output error by layer", "% of the layer's output power", errors)
-        caption = "Squared error of the experts' output on calibration tokens, per cent of its power."
+        caption = "Squared error of the experts' output as expected on other text, per cent of its power."
         figures.append(Figure(chart, caption))
     return figures
+
+
+def _error(noted: dict[str, Any]) -> float:
+    """On other text; on the calibration text where a checkpoint of an earlier version knows no more."""
+    return float(noted.get("unseen_output_error", noted["relative_output_error"]))
 
 
 def layer_views(found: dict[str, Any], folder: Path) -> list[LayerView]:

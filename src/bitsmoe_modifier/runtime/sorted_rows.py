@@ -21,7 +21,8 @@ def routing_of(rows: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torc
 
 
 def routed_rows(rows: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows ``[n, H]``, ids ``[n, 1]``, weights ``[n, 1]``) of those rows that an expert was chosen for."""
+    """(rows ``[n, H]``, ids ``[n, 1]``, weights ``[n, 1]``) of those rows that an expert was chosen for, by token."""
     ids, weights = routing_of(rows, num_experts)
-    used = ids[:, 0] < num_experts
-    return rows[used], ids[used], weights[used]
+    used = (ids[:, 0] < num_experts).view(num_experts, -1).T.nonzero()
+    at = used[:, 1] * (len(rows) // num_experts) + used[:, 0]
+    return rows[at], ids[at], weights[at]

@@ -1,0 +1,201 @@
+"""Held-out rows: which they are, and what they decide about moments and prices."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bitsmoe_modifier.calibration.capture import more_text
+from bitsmoe_modifier.method.candidates import plan_layer
+from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
+from bitsmoe_modifier.method.quantize import quantize_layer
+from bitsmoe_modifier.method.rounding import damp_, feedback_factor, round_with_feedback
+from bitsmoe_modifier.method.shrinkage import SHARES, absorbed_energy, sample_experts, towards_diagonal_
+from bitsmoe_modifier.method.statistics import RoutedTokens, collect_statistics, held_rows
+from bitsmoe_modifier.method.trial import trial_experts, trial_losses
+
+
+@pytest.mark.parametrize(("rows", "held"), [(1, 0), (3, 0), (4, 1), (7, 1), (8, 1), (16, 2), (20, 2), (128, 16)])
+def test_an_eighth_of_the_rows_is_held_out(rows: int, held: int) -> None:
+    chosen = held_rows(rows)
+    assert len(chosen) == rows
+    assert sum(chosen) == held
+    places = [at for at, one in enumerate(chosen) if one]
+    assert all(b - a <= -(-rows // held) for a, b in itertools.pairwise(places)), "evenly spread"
+
+
+def correlated(tokens: int, hidden: int, generator: torch.Generator, mix: torch.Tensor) -> torch.Tensor:
+    return torch.randn(tokens, hidden, generator=generator) @ mix
+
+
+def make(rows: int, length: int = 32, hidden: int = 64, width: int = 32, num_experts: int = 4, seed: int = 0):
+    gen = torch.Generator().manual_seed(seed)
+    mix = torch.linalg.qr(torch.randn(hidden, hidden, generator=gen))[0] * torch.logspace(0.5, -1, hidden)[:, None]
+    mix = mix.T @ torch.linalg.qr(torch.randn(hidden, hidden, generator=gen))[0]
+    x = correlated(rows * length, hidden, gen, mix)
+    ids = torch.rand(len(x), num_experts, generator=gen).argsort(1)[:, :2]
+    p = torch.rand(ids.shape, generator=gen) + 0.1
+    experts = DenseExperts(
+        torch.randn(num_experts, 2 * width, hidden, generator=gen) / 8,
+        torch.randn(num_experts, hidden, width, generator=gen) / 6,
+        Gating(),
+    )
+    return experts, x, ids, p, mix
+
+
+def test_held_out_tokens_and_the_others_are_all() -> None:
+    experts, x, ids, p, _ = make(8)
+    tokens = RoutedTokens.from_router(x, ids, p, 4, rows=8)
+    rows = torch.arange(len(x)) // 32
+    kept = rows != 7
+    assert torch.equal(tokens.held, rows == 7)
+    fitted = tokens.fitted()
+    alone = RoutedTokens.from_router(x[kept], ids[kept], p[kept], 4)
+    assert fitted.counts == alone.counts
+    assert sum(tokens.held_out().counts) + sum(fitted.counts) == sum(tokens.counts)
+    one, two = (collect_statistics(t, experts.gate_up, experts.down, experts.gating) for t in (fitted, alone))
+    torch.testing.assert_close(one.input_moment, two.input_moment)
+    assert torch.equal(one.row_importance, two.row_importance)
+
+
+def test_a_trial_rounds_by_the_fitted_rows_alone() -> None:
+    """Other inputs on the held-out rows change what is lost there and nothing else."""
+    experts, x, ids, p, _ = make(8)
+    settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16, shrinkage=0.1)
+    tokens = RoutedTokens.from_router(x, ids, p, 4, rows=8)
+    design = plan_layer(experts, tokens, settings).choose(3.0 * experts.elements)
+    found = []
+    for factor in (1.0, 3.0):
+        changed = torch.where(tokens.held[:, None], x * factor, x)
+        other = RoutedTokens.from_router(changed, ids, p, 4, rows=8)
+        found.append(trial_losses(experts, other.fitted(), other.held_out(), design, settings, None, [1, 3]))
+    assert torch.equal(found[0][1], found[1][1])
+    assert bool((found[1][0] > 2 * found[0][0]).all())
+
+
+def test_fewer_rows_promise_less_on_unseen_ones() -> None:
+    settings = QuantizerSettings(bits=2.0, block_size=16, group_size=16)
+    gaps = []
+    for length in (8, 256):
+        experts, x, ids, p, _ = make(16, length)
+        tokens = RoutedTokens.from_router(x, ids, p, 4, rows=16)
+        design = plan_layer(experts, tokens, settings).choose(2.0 * experts.elements)
+        _, report = quantize_layer(experts, tokens, design, settings)
+        gaps.append(report.unseen_output_error / report.relative_output_error)
+    assert gaps[0] > 1.3
+    assert 1.0 <= gaps[1] < 1.1
+
+
+def test_few_rows_are_all_fitted_and_the_error_says_so() -> None:
+    experts, x, ids, p, _ = make(3)
+    tokens = RoutedTokens.from_router(x, ids, p, 4, rows=3)
+    assert tokens.held is None
+    settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16)
+    design = plan_layer(experts, tokens, settings).choose(3.0 * experts.elements)
+    _, report = quantize_layer(experts, tokens, design, settings)
+    assert report.relative_output_error == report.unseen_output_error
+    assert report.shrinkage == (0.0, 0.0)
+
+
+def test_shrinking_leaves_the_diagonal() -> None:
+    moment = torch.arange(18.0).view(2, 3, 3)
+    shrunk = towards_diagonal_(moment.clone(), 0.25)
+    assert torch.equal(shrunk.diagonal(dim1=1, dim2=2), moment.diagonal(dim1=1, dim2=2))
+    assert torch.equal(shrunk[:, 0, 1:], moment[:, 0, 1:] * 0.75)
+    assert torch.equal(towards_diagonal_(moment.clone(), 0.0), moment)
+
+
+def test_absorbed_energy_is_the_conditional_variance() -> None:
+    """On the inputs that the moment is made of: what is left of a column once the later ones have explained it."""
+    gen = torch.Generator().manual_seed(0)
+    h = correlated(400, 24, gen, torch.randn(24, 24, generator=gen)).double()
+    order = torch.randperm(24, generator=gen)
+    found = absorbed_energy((h.T @ h).float(), order, h.float(), 0.0, (0.0,))[0]
+    for at, column in enumerate(order.tolist()):
+        later = h[:, order[at + 1 :]]
+        left = h[:, column] - later @ torch.linalg.lstsq(later, h[:, column, None]).solution[:, 0]
+        assert float(found[column]) == pytest.approx(float(left.square().sum()), rel=1e-3)
+
+
+def test_absorbed_energy_foretells_what_rounding_loses() -> None:
+    gen = torch.Generator().manual_seed(1)
+    mix = torch.randn(48, 48, generator=gen)
+    h, other = (correlated(n, 48, gen, mix) for n in (200, 150))
+    w = torch.randn(1, 64, 48, generator=gen)
+    moment, order = h.T @ h, torch.arange(48)
+    energy = absorbed_energy(moment, order, other, 0.01)
+    for share, expected in zip(SHARES, energy.sum(1) * (0.1**2 / 3) * 64, strict=True):
+        shrunk = damp_(towards_diagonal_(moment.clone(), share), 0.01)
+        factor = feedback_factor(shrunk[None], order[None])
+        steps, level = torch.full((1, 1, 48), 0.1), torch.full((1, 1, 48), 255.0)
+        codes, _ = round_with_feedback(w, factor, steps, level, order[None])
+        lost = ((w - (codes * 2 - 255) * 0.1) @ other.T).square().sum()
+        assert float(lost) == pytest.approx(float(expected), rel=0.1)
+
+
+def test_correlations_are_believed_as_far_as_they_hold() -> None:
+    """Those of a few tokens of independent channels are chance; those of many tokens of correlated ones are not."""
+    settings = QuantizerSettings(bits=3.0, block_size=16, group_size=16, input_basis="none", output_basis="none")
+    chosen = []
+    for length, correlate in ((8, False), (200, True)):
+        experts, x, ids, p, _ = make(16, length)
+        x = x if correlate else torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+        tokens = RoutedTokens.from_router(x, ids, p, 4, rows=16)
+        design = plan_layer(experts, tokens, settings).choose(3.0 * experts.elements)
+        chosen.append(quantize_layer(experts, tokens, design, settings)[1].shrinkage[0])
+    assert chosen[0] >= 0.5
+    assert chosen[1] <= 0.05
+
+
+def test_samples_of_all_processes_make_the_whole_sample() -> None:
+    whole = sample_experts(37, range(37))
+    assert sample_experts(37, range(20)) + sample_experts(37, range(20, 37)) == whole
+    assert 3 <= len(whole) <= 4
+    assert sample_experts(1, range(1)) == [0]
+
+
+@pytest.mark.parametrize(("spread", "bits", "spectral"), [(2.5, 1.25, True), (0.0, 2.0, False)])
+def test_auto_takes_what_loses_less_on_held_out_rows(spread: float, bits: float, spectral: bool) -> None:
+    """Where few directions carry the inputs, the basis; where all carry alike, the channels."""
+    gen = torch.Generator().manual_seed(9)
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=gen))[0]
+    x = torch.randn(2048, 64, generator=gen) * torch.logspace(0, -spread, 64) @ turn
+    ids = torch.rand(2048, 16, generator=gen).argsort(1)[:, :4]
+    tokens = RoutedTokens.from_router(x, ids, torch.rand(ids.shape, generator=gen) + 0.1, 16, rows=32)
+    experts = DenseExperts(
+        torch.randn(16, 64, 64, generator=gen) / 8, torch.randn(16, 64, 32, generator=gen) / 6, Gating()
+    )
+    settings = QuantizerSettings(bits=bits, block_size=16, group_size=32)
+    plan = plan_layer(experts, tokens, settings)
+    assert len(plan.inputs) == len(plan.outputs) == 1
+    losses = {}
+    for choice in ("spectral", "none"):
+        fixed = replace(settings, input_basis=choice, output_basis="none")
+        design = plan_layer(experts, tokens, fixed).choose(bits * experts.elements)
+        losses[choice] = quantize_layer(experts, tokens, design, fixed)[1].relative_output_error
+    assert (losses["spectral"] < losses["none"]) == spectral
+    assert (plan.inputs[0].basis is not None) == spectral
+
+
+def test_experts_of_a_trial() -> None:
+    _, x, ids, p, _ = make(8)
+    held = RoutedTokens.from_router(x, ids, p, 4, rows=8).held_out()
+    assert trial_experts(torch.ones(4, dtype=torch.float64), held, (), 4) == [0, 1, 2, 3]
+    assert trial_experts(torch.tensor([1.0, 1.0, 1.0, 97.0], dtype=torch.float64), held, (), 2) == [3]
+    assert trial_experts(torch.ones(4, dtype=torch.float64), held, (1, 2), 4) == [0, 3]
+    assert trial_experts(torch.zeros(4, dtype=torch.float64), held, (), 4) == []
+
+
+def test_more_text_is_advised_where_it_would_help() -> None:
+    def reports(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"relative_output_error": fitted, "unseen_output_error": unseen} for fitted, unseen in pairs]
+
+    (said,) = more_text(reports((0.01, 0.03), (0.03, 0.05)))
+    assert "2.0 times" in said
+    assert "4.00 % of their output's power in place of 2.00 %" in said
+    assert "to about 3.50 %" in said
+    assert more_text(reports((0.02, 0.03))) == []
+    assert more_text(reports((0.0, 0.0))) == []
+    assert more_text([]) == []
