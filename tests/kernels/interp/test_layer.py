@@ -5,17 +5,21 @@ random operands a rounding error passes the next sum no larger than the signal d
 gate's slope: 10 eps.
 """
 
+import dataclasses
+
 import pytest
 import torch
-from bitsmoe_kernels import moe_forward, prepare
+from bitsmoe_kernels import moe_forward, prepare, unsupported
 from bitsmoe_kernels.reference import moe_reference
 from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.planes import WIDTHS
+from helpers import random_layer
 
 
 def check(layout, widths, ids, dtype=torch.bfloat16, gating=None, seed=0, packed=None):
@@ -74,6 +78,14 @@ def test_prefill_of_80_tokens_equals_decode(monkeypatch):
 def test_a_layer_without_any_code_returns_zeros():
     *_, y = check(SMALL, (0,), torch.tensor([[0, 1]]))
     assert not y.any()
+
+
+def test_trellis_codes_are_left_to_the_plain_path():
+    layer = random_layer(intermediate=64, group_size=32, stripes=1)
+    assert unsupported(layer.layout) == "trellis codes have no kernel yet"
+    assert unsupported(dataclasses.replace(layer.layout, codes=0, stripes=0)) != "trellis codes have no kernel yet"
+    with pytest.raises(CheckpointError, match="trellis codes have no kernel yet; use the plain path"):
+        prepare(layer.packed)
 
 
 def test_no_expert_chosen_returns_zeros():
