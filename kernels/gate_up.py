@@ -302,7 +302,7 @@ def gate_up(
             h, tiles, pairs, codes, steps, head, order, bias, z, part, arrivals if shared else None,
             count, parts, gain, 1 / gain,
             TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
-            BM=pair_tile, BN=bn, SHARED=shared, SWAP=swap, SPREAD=spread(pair_tile, block_size, how.warps),
+            BM=pair_tile, BN=bn, SHARED=shared, SWAP=swap, SPREAD=spread(pair_tile, block_size, how.warps, widths),
             HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
             STAGES=how.stages, PACK=how.pack, num_warps=how.warps, **FUSION,
         )  # fmt: skip

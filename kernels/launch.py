@@ -4,6 +4,7 @@ Few tokens: two warps, each decoding 64 rows of weights for 8 tokens with `mma.s
 sm_80. Many tokens: eight warps, with the widest tensor-core instruction that the GPU has.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -83,12 +84,13 @@ def launch(tile: int, rows: int, cc: int) -> Launch:
     return Launch(warps, 3 if tile <= 16 else 2, pack, 200 if tile <= 8 else None)
 
 
-def spread(tile: int, block: int, warps: int) -> int:
+def spread(tile: int, block: int, warps: int, widths: Iterable[int]) -> int:
     """How many parts the directions of a unit are cut into for as many warps of gate_up.
 
-    Warps that share the columns each scale the same activations; those that share the directions scale their own.
+    Warps that share the columns each scale the same activations; those that share the directions scale their own, for
+    which half a row of every plane must be long enough: not of 1-bit digits (1 and 3 bits).
     """
-    return 2 if tile <= 16 and warps == 2 and block == 128 else 1
+    return 2 if tile <= 16 and warps == 2 and block == 128 and not {1, 3} & set(widths) else 1
 
 
 def launch_down(tile: int, rows: int, cc: int) -> Launch:
