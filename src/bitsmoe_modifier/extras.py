@@ -5,6 +5,14 @@ from importlib.util import find_spec
 from .errors import BitsMoEError
 
 
+def installed(package: str) -> bool:
+    """Whether ``import package`` would find it."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def require(package: str, purpose: str, extra: str = "quantize") -> None:
     """Refuse what a package of an extra is needed for, in the words of the one who wants it, before any work.
 
@@ -16,11 +24,7 @@ def require(package: str, purpose: str, extra: str = "quantize") -> None:
     Raises:
         BitsMoEError: when it is not installed.
     """
-    try:
-        found = find_spec(package) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
+    if not installed(package):
         raise BitsMoEError(
             f"{purpose} needs {package}, which is not installed: pip install 'bitsmoe-modifier[{extra}]'"
         )

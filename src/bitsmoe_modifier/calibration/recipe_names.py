@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import RecipeError
+from ..extras import installed
 
 _CLASS = re.compile(r"^class (\w+)\(([^)]*)\)", re.MULTILINE)
 #: names of fields that are no longer among a class's own
@@ -146,7 +147,7 @@ def fields_of(modifier: str) -> frozenset[str]:
 def _classes() -> dict[str, list[tuple[Path, tuple[str, ...]]]]:
     """File and base classes of every class of llm-compressor's modifiers, and of ours; some are defined twice."""
     found: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
-    spec = find_spec("llmcompressor")
+    spec = find_spec("llmcompressor") if installed("llmcompressor") else None
     folders = [Path(place) / "modifiers" for place in (spec.submodule_search_locations or ())] if spec else []
     files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
     for file in [*files, Path(__file__).with_name("modifier.py")]:
