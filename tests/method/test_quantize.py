@@ -508,7 +508,7 @@ def test_super_experts_have_no_codes(solver: str) -> None:
     packed, _ = layer.run(s, dense_ids=(1, 4))
     assert not bool(packed.widths_in[[1, 4]].any())
     assert not bool(packed.widths_out[[1, 4]].any())
-    with pytest.raises(RecipeError, match=r"super_experts .* add 0 to `widths`"):
+    with pytest.raises(RecipeError, match=r"super_experts .* add 0 to `bit_widths`"):
         layer.run(settings(bits=12.0, widths=(2, 4)), dense_ids=(1, 4))
 
 

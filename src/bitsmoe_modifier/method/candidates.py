@@ -59,7 +59,7 @@ def plan_layer(
     if dense_ids == "auto":
         dense_ids = super_experts(statistics)
     if dense_ids and 0 not in settings.widths:
-        raise RecipeError("super_experts store no codes, which takes width 0; add 0 to `widths`")
+        raise RecipeError("super_experts store no codes, which takes width 0; add 0 to `bit_widths`")
     block_size = settings.resolve_block_size(experts.down.shape[1])
     warnings: list[str] = []
     with collected(warnings):

@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import CheckpointError
 
 _PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "tokenizer*", "vocab*", "merges*")
+#: what a model may be used for; whoever passes it on has to pass these on
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 _FOLDERS = ("additional_chat_templates",)
 #: about the weights of the folder they are in
 _NOT_TAKEN = (
@@ -25,12 +27,12 @@ _GENERATION = "generation_config.json"
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation settings, processors and code from one model's folder to another's.
+    """Copy tokenizer, chat template, generation settings, processors, code and licences from one folder to another.
 
     Of the generation settings, what is in ``target`` already is replaced or, where the source has none, deleted.
     """
     (target / _GENERATION).unlink(missing_ok=True)
-    for file in sorted({file for pattern in _PATTERNS for file in source.glob(pattern)}):
+    for file in sorted({file for pattern in (*_PATTERNS, *LICENCES) for file in source.glob(pattern)}):
         name = file.name
         if file.is_file() and name not in _NOT_TAKEN and not name.endswith(".index.json") and not name.startswith("."):
             shutil.copyfile(file, target / name)

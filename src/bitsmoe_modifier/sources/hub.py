@@ -14,9 +14,10 @@ from typing import Any
 from ..errors import CheckpointError
 from ..remote_code import trusts_remote_code
 from ..storage.shards import read_json
+from .companions import LICENCES
 
 _INDEX = "model.safetensors.index.json"
-_DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+_DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", *LICENCES]
 _CODE = ["*.py"]
 _WEIGHTS = ["*.safetensors"]
 #: copies of the weights in other forms, and files of theirs
