@@ -100,7 +100,7 @@ def test_the_rounding_settings_change_no_plan(
     other: dict[str, LayerPlan] = {}
     survey = calibrating.survey_layers
     monkeypatch.setattr(calibrating, "survey_layers", lambda *args: other.update(survey(*args)) or other)
-    changes = {"bits": 5.0, "error_feedback": True, "compensation": False, "refine_passes": 2, "solver": "highs"}
+    changes = {"bits": 5.0, "compensation": False, "refine_passes": 2, "solver": "highs"}
     assert changes.keys() | {"max_kld"} == calibrating._ROUNDING_FIELDS
     recipe = [BitsMoEModifier(**{**FIELDS, **changes}, survey_only=True)]
     with pytest.raises(Surveyed):

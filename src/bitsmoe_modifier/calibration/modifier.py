@@ -47,8 +47,8 @@ from .resume import ResumeFolder
 from .survey import Inputs, experts_inputs, survey_layers
 from .targets import check_experts, check_super_experts, check_unclaimed, dense_experts, dense_ids, find_experts
 
-#: What the survey does not depend on; one survey serves any value of these.
-_ROUNDING_FIELDS = {"bits", "max_kld", "solver", "error_feedback", "compensation", "refine_passes"}
+#: What the survey does not depend on; one survey serves any value of these. (It tries bases with feedback or without.)
+_ROUNDING_FIELDS = {"bits", "max_kld", "solver", "compensation", "refine_passes"}
 
 
 class BitsMoEModifier(Modifier):
@@ -103,8 +103,8 @@ class BitsMoEModifier(Modifier):
         dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
         shrinkage: how far rounding mistrusts correlations of the calibration inputs; None: held-out rows decide.
         resume_dir: folder in which the survey and finished layers are kept; the same command continues from there after
-            it was killed, and one with other `bits` (or another `solver`, `error_feedback`, `compensation` or
-            `refine_passes`) takes the survey from there. None: keep nothing.
+            it was killed, and one with other `bits` (or another `solver`, `compensation` or `refine_passes`) takes the
+            survey from there. None: keep nothing.
     """
 
     requires_calibration_data: bool = True
