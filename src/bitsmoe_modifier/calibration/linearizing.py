@@ -68,8 +68,19 @@ def _taken_apart(experts: Any, model: Any) -> LinearExperts2D:
         if isinstance(value, float):
             setattr(made, name, value)
     if kind.has_gate and hasattr(experts, "act_fn"):
-        made.act_fn = experts.act_fn
+        made.act_fn = experts.act_fn if isinstance(experts.act_fn, nn.Module) else _Activation(experts.act_fn)
     return made
+
+
+class _Activation(nn.Module):
+    """A function as a module: LFM2's experts have one, llm-compressor's want the other."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 class _Sized:
