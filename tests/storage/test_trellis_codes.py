@@ -182,7 +182,7 @@ HEADERS = {
     "stripes of scalar codes": {0: 1, 13: 0},
     "blocks of 8": {6: 8},
     "groups of 24": {7: 24},
-    "something behind": {15: 1},
+    "neither gated nor ungated": {15: 2},
 }
 
 

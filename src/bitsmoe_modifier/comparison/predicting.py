@@ -1,20 +1,23 @@
 """`bitsmoe plan --survey`: the predicted loss of every size of a model."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import llmcompressor  # noqa: F401 - before ours: importing it brings the modifier, which must not come amid them
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ..calibration.oneshot import QuantizeSettings
-from ..calibration.prediction import Prediction
 from ..calibration.recipe import check_stage, one_stage, with_fields
-from ..calibration.surveying import survey
 from ..logs import set_up_logging
 from ..sources.model import load_tokenizer, open_dense
 from ..sources.text import calibration_rows, read_text, tokenize
 from .runner import resolve_device, resolve_dtype
 from .runs import use_device
 from .single import Options
+
+if TYPE_CHECKING:
+    from ..calibration.prediction import Prediction
 
 #: sizes that are printed, bits per expert weight
 _SIZES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0)
@@ -31,6 +34,10 @@ def survey_one(model: str, recipe: str, stage: str | None, calibration: str, opt
     Raises:
         BitsMoEError: when the inputs cannot be used.
     """
+    import llmcompressor  # noqa: F401 - before ours: importing it brings the modifier, which must not come amid them
+
+    from ..calibration.surveying import survey
+
     chosen = with_fields(one_stage(recipe, stage), resume_dir=options.resume_dir)
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
