@@ -8,7 +8,8 @@ from bitsmoe_modifier.serving import evaluation, versions
 
 
 @pytest.mark.parametrize(
-    ("found", "message"), [(None, "no vLLM is installed"), ("0.31.0", "serves with vLLM 0.32.*, this is 0.31.0")]
+    ("found", "message"),
+    [(None, "no vLLM is installed"), ("0.31.0", "serves with vLLM 0.32.*, 0.33.*, this is 0.31.0")],
 )
 def test_names_what_is_missing(
     found: str | None, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
