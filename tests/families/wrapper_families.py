@@ -100,7 +100,22 @@ WRAPPER_FAMILIES = (
         },
     ),
     Family("inkling_mm_model"),
-    Family("deepseek_ocr2", {"text_config": {"mlp_layer_types": ["sparse"] * 2, "num_key_value_heads": 4}}),
+    Family(
+        "deepseek_ocr2",
+        {
+            "text_config": {"mlp_layer_types": ["sparse"] * 2, "num_key_value_heads": 4},
+            "vision_config": {  # by default the towers alone take 20 GB
+                "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64},
+                "encoder_config": {
+                    "hidden_size": 64,
+                    "intermediate_size": 96,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 4,
+                },
+            },
+        },
+    ),
     Family("diffusion_gemma", {"vision_config": _GEMMA_TOWER}, refusal="does not predict the next token"),
     Family("aria", refusal=f"AriaExperts .* {NOT_COMMON}"),
 )
