@@ -89,13 +89,21 @@ def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype)
     if experts.spec.ungated:
         return {"up_proj": gate_up.chunk(2, 1)[0].to(dtype).contiguous(), "down_proj": down.to(dtype).contiguous()}
     found = {"gate_up_proj": _interleave(gate_up) if interleaved else gate_up, "down_proj": down}
-    if getattr(fused, "is_transposed", False):
+    if _is_transposed(fused, found):
         found = {name: tensor.transpose(1, 2) for name, tensor in found.items()}
     if experts.spec.has_bias:
         bias = experts.in_bias.detach()
         found["gate_up_proj_bias"] = _interleave(bias) if interleaved else bias
         found["down_proj_bias"] = experts.out_bias.detach()
     return {name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
+
+
+def _is_transposed(fused: nn.Module, plain: dict[str, torch.Tensor]) -> bool:
+    """Whether a class has the last two axes exchanged: as its decorator says, or, without one (Llama 4), its shapes."""
+    said = getattr(fused, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    return any(fused.get_parameter(name).shape != tensor.shape for name, tensor in plain.items())
 
 
 def _interleave(rows: torch.Tensor) -> torch.Tensor:
