@@ -31,7 +31,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/bitsmoe compare --out $(DEMO_OUT)
 
-## Everything that takes seconds (under 10 minutes in all)
+## Everything that takes seconds (some 13 minutes in all, on 2 cores)
 test: $(VENV)/ready
 	$(BIN)/pytest
 
