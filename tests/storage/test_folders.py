@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bitsmoe_modifier.errors import BitsMoEError
 from bitsmoe_modifier.storage import folders
-from bitsmoe_modifier.storage.folders import OutputFolder, check_file_place, existing_parent, written_whole
+from bitsmoe_modifier.storage.folders import OutputFolder, check_file_place, existing_parent
 
 
 def write(out: Path) -> None:
@@ -39,6 +41,13 @@ def test_a_folder_appears_at_the_end(existing: bool, tmp_path: Path) -> None:
     assert (out / "x").read_text() == "1"
     assert names(out.parent) == ["out"]
     assert names(out) == ["x"]
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A finished folder by way of `OutputFolder`, as every command makes one."""
+    with OutputFolder(out) as output, output.written() as temporary:
+        yield temporary
 
 
 def test_out_is_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,17 +160,6 @@ class OutputFolder:
             messages.say("warning", f"an earlier run for {self.asked} left {folder}; delete it if you do not need it")
 
 
-@contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder which becomes ``out`` when the block ends; see `OutputFolder`.
-
-    Raises:
-        BitsMoEError: when ``out`` holds something, or the block or what follows it fails; what was written then stays.
-    """
-    with OutputFolder(out) as output, output.written() as temporary:
-        yield temporary
-
-
 def leftovers(out: Path) -> list[Path]:
     """Temporary folders of earlier runs for ``out`` that were killed or failed."""
     path = resolved(out)
