@@ -153,6 +153,23 @@ def test_stages_without_our_modifier_are_not_planned(tiny: Path, tmp_path: Path)
     check_machine([Stage("gptq", (("GPTQModifier", {}),), "")], tiny / "model", tmp_path, 512, torch.float32, "cpu")
 
 
+def test_experts_without_a_gate_count_two_matrices(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "vocab_size": 128, "intermediate_size": 48, "moe_intermediate_size": 48}
+    mixer = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 8}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(
+        "nemotron_h", layers_block_type=["moe", "full_attention", "moe"], **sizes, **mixer, **attention
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    headers = read_headers(str(tmp_path / "model"))
+    stored = sum(size.nbytes for name, size in headers.sizes.items() if ".experts." in name)
+    shape, plan = make_plan(headers, {**FIELDS, "scope": "layer"}, 512, torch.float32, "cpu")
+    assert shape.expert_bytes == stored == 2 * 2 * 8 * 64 * 48 * 4
+    assert plan.result_bytes == shape.stored_bytes - stored + 2 * 2 * 8 * 64 * 48 * FIELDS["bits"] / 8
+
+
 def test_unsupported_family_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

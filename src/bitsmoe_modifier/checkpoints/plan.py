@@ -118,7 +118,11 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
     chosen = {name for name, _ in match_named_modules(model, modifier.targets, modifier.ignore)} & present.keys()
     if not chosen:
         raise RecipeError(f"targets and ignore of the recipe match none of {', '.join(present)}")
-    layers = tuple(LayerShape(name, *experts_sizes(present[name])) for name in present if name in chosen)
+    layers = tuple(
+        LayerShape(name, *experts_sizes(module), gated=bool(getattr(module, "has_gate", True)))
+        for name, module in present.items()
+        if name in chosen
+    )
     for layer in layers:
         check_sizes(layer.name, layer.experts, layer.hidden, layer.width, modifier.settings)
     elements = sum(torch.Size(size.shape).numel() for size in headers.sizes.values())

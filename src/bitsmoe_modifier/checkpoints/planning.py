@@ -20,17 +20,22 @@ _SEARCH = 60
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer's routed experts."""
+    """One layer's routed experts.
+
+    Attributes:
+        gated: whether an expert has a gate beside its input and its output projection.
+    """
 
     name: str
     experts: int
     hidden: int
     width: int
+    gated: bool = True
 
     @property
     def weights(self) -> int:
-        """``3 E I H``."""
-        return 3 * self.experts * self.width * self.hidden
+        """``3 E I H``; ``2 E I H`` without a gate."""
+        return (3 if self.gated else 2) * self.experts * self.width * self.hidden
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSetti
     parts = {
         "layer: inputs": run.tokens * (shape.hidden * run.itemsize + 12 * model.choices)
         + 8 * run.tokens * shape.hidden,
-        "layer: weights": 3 * size * run.itemsize,
+        "layer: weights": 3 * size * run.itemsize,  # without a gate, zeros stand in its place meanwhile
         "layer: codes": 3 * size,
         "layer: a part in float32": _PART_TENSORS * 4 * part,
     }
