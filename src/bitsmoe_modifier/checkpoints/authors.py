@@ -1,8 +1,9 @@
 """Checkpoints of the BitsMoE authors' own runtime, decoded to dense weights.
 
-Their layout, learned from their code (https://github.com/zjiayu064/BitsMoE, MIT). Per layer, beside the router:
-``shared_vh_gate_proj`` and ``shared_vh_up_proj`` float16 ``[R, H]``, ``shared_u_down`` float16 ``[H, R']``. Per expert
-and matrix (``gate_``, ``up_``, ``down_``):
+Their layout, learned from their code (https://github.com/zjiayu064/BitsMoE, MIT; at 51e17a37 for what came in 2026-10).
+Per layer, beside the router: bases ``shared_vh_gate_proj`` and ``shared_vh_up_proj`` ``[R, H]``, ``shared_u_down``
+``[H, R']``, in float16 or, since 2026-10, in 8 bits (`authors_bases`). Per expert and matrix (``gate_``, ``up_``,
+``down_``):
 
     payload_buffer    uint32, [slab][tile][stage][micro][row][word]
     rank_idx_buffer   int32, the direction of every row, slab by slab
@@ -14,7 +15,7 @@ and matrix (``gate_``, ``up_``, ``down_``):
 A slab is up to 64 directions of one width, a tile 128 columns along I, a stage 16 rows, a micro 32 columns. Word w of a
 row holds bit w of its 32 columns, one per bit position; at 16 bits, two float16. A code u stands for u − 2**(bits − 1),
 at one bit for 2u − 1, times scale and singular value. Gate and up are A B with A = (codes)ᵀ and B the shared Vh, down
-is U F.
+is U F. A matrix without a slab, whose buffers are empty, is zero: so are experts dropped.
 
 Above one bit these grids hold zero, which those of the format "bitsmoe" leave out: the weights can be decoded exactly,
 but not stored exactly in packed form by format version 1.
@@ -30,14 +31,16 @@ from ..errors import CheckpointError
 from ..sources.companions import copy_companions
 from ..storage.folders import OutputFolder
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
+from .authors_bases import BASES, layers_with_bases, read_basis
 
 _STAGE, _TILE, _MICRO = 16, 128, 32
 _WIDTHS = (1, 2, 3, 4, 6, 8, 16)
 _MATRICES = ("gate", "up", "down")
-_BASES = ("shared_vh_gate_proj", "shared_vh_up_proj", "shared_u_down")
 _PARTS = ("payload", "rank_idx", "tile_meta", "slab_meta", "scale", "s")
 #: buffers that repeat what the others say
 _REDUNDANT = ("segments", "original_indices", "original_rank", "groupsize", "packed_expert_mask")
+#: what their config.json says to their loader
+_THEIRS = ("quantization_config", "auto_map", "bitsmoe", "bitsmoe_model_type", "bitsmoe_vllm")
 
 
 def decode_matrix(parts: dict[str, torch.Tensor], rank: int, where: str) -> torch.Tensor:
@@ -125,13 +128,13 @@ def _import(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
 
     config = read_json(checkpoint / "config.json")
     found = scan(map(str, checkpoint_files(checkpoint)))
-    layers = sorted({key.removesuffix(f".{_BASES[0]}") for key in found if key.endswith(f".{_BASES[0]}")})
+    layers = layers_with_bases(found)
     if not layers:
-        raise CheckpointError(f"{checkpoint} has no {_BASES[0]}; it is not of the BitsMoE authors' layout")
+        raise CheckpointError(f"{checkpoint} has no {BASES[0]}; it is not of the BitsMoE authors' layout")
     dense: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
     for layer in tqdm(layers, desc="Decoding"):
-        weights, used = _decode_layer(found, layer)
+        weights, used = _decode_layer(found, layer, config.get("moe_intermediate_size"))
         dense.update({name: weight.to(dtype) for name, weight in weights.items()})
         taken |= used
     for key, stored in found.items():
@@ -144,21 +147,22 @@ def _import(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
         dense[key] = stored.read()
     with output.written() as folder:
         save_torch_state_dict(dense, folder)
-        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+        plain = {key: value for key, value in config.items() if key not in _THEIRS}
         (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
         copy_companions(checkpoint, folder)
 
 
-def _decode_layer(found: dict[str, Stored], layer: str) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Dense weights of a layer's packed experts by name, and the tensors that they came from."""
-    bases = {}
-    for matrix, name in zip(_MATRICES, _BASES, strict=True):
-        stored = found.get(f"{layer}.{name}")
-        if stored is None or stored.dtype is not torch.float16:
-            raise CheckpointError(f"{layer}.{name}: missing or not float16, which is all that is read here")
-        bases[matrix] = stored.read().float()
-    used = {f"{layer}.{name}" for name in _BASES}
-    weights = {}
+def _decode_layer(found: dict[str, Stored], layer: str, width: int | None) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Dense weights of a layer's packed experts by name, and the tensors that they came from.
+
+    ``width`` is the expert size I by config.json, which counts where all experts of the layer were dropped.
+    """
+    bases: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    for matrix, name in zip(_MATRICES, BASES, strict=True):
+        bases[matrix], taken = read_basis(found, f"{layer}.{name}")
+        used |= taken
+    factors: dict[str, torch.Tensor | None] = {}
     experts = [key.removesuffix(".gate_payload_buffer") for key in found if key.endswith(".gate_payload_buffer")]
     for expert in (name for name in experts if name.startswith(f"{layer}.experts.")):
         for matrix in _MATRICES:
@@ -167,8 +171,39 @@ def _decode_layer(found: dict[str, Stored], layer: str) -> tuple[dict[str, torch
             if absent:
                 raise CheckpointError(f"{absent[0]}: missing; fetch the checkpoint again")
             used |= set(keys.values())
+            name = f"{expert}.{matrix}_proj.weight"
+            parts = {part: found[key].read() for part, key in keys.items()}
+            if not parts["payload"].numel():
+                _check_empty(parts, f"{expert}.{matrix}")
+                factors[name] = None
+                continue
             basis = bases[matrix]
             rank = basis.shape[1] if matrix == "down" else basis.shape[0]
-            factor = decode_matrix({part: found[key].read() for part, key in keys.items()}, rank, f"{expert}.{matrix}")
-            weights[f"{expert}.{matrix}_proj.weight"] = basis @ factor if matrix == "down" else factor.T @ basis
+            factors[name] = decode_matrix(parts, rank, f"{expert}.{matrix}")
+    if not factors:
+        return {}, used
+    columns = {factor.shape[1] for factor in factors.values() if factor is not None}
+    columns = columns or ({width} if width else set())
+    if len(columns) != 1:
+        raise CheckpointError(
+            f"{layer}: experts of {sorted(columns) or 'no known'} columns, which is not one size; the checkpoint is "
+            "damaged, fetch it again"
+        )
+    weights = {}
+    for name, factor in factors.items():
+        matrix = name.rpartition(".")[0].rpartition(".")[2].removesuffix("_proj")
+        basis = bases[matrix]
+        if factor is None:
+            hidden = basis.shape[0 if matrix == "down" else 1]
+            size = (hidden, *columns) if matrix == "down" else (*columns, hidden)
+            weights[name] = torch.zeros(size)
+        else:
+            weights[name] = basis @ factor if matrix == "down" else factor.T @ basis
     return weights, used
+
+
+def _check_empty(parts: dict[str, torch.Tensor], where: str) -> None:
+    """Check that the tables of an empty payload, which stands for a zero matrix, are empty as well."""
+    filled = [part for part in ("rank_idx", "slab_meta", "s") if parts[part].numel()]
+    if filled:
+        raise CheckpointError(f"{where}: an empty payload with a {filled[0]} that is not; the checkpoint is damaged")
