@@ -1,0 +1,114 @@
+"""What `real_weights.py` and `peers.py` measured: lines of JSON, their table and their chart."""
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.jsonl"
+#: Rows that losses are measured on.
+KINDS = ("calibration", "held_out", "wikitext")
+
+
+class Results:
+    """The lines of OUT/results.jsonl."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = out / RESULTS
+        self._known = {self._key(line) for line in lines([self._file])} if self._file.exists() else set()
+
+    @staticmethod
+    def _key(line: dict[str, Any]) -> tuple[str, str, int, int]:
+        return line["model"], line["arm"], line["rows"], line["seed"]
+
+    def has(self, model: str, arm: str, rows: int, seed: int) -> bool:
+        return (model, arm, rows, seed) in self._known
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line, at once, and say it."""
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._known.add(self._key(line))
+        loss = ", ".join(f"{name} {line[name]['mean']:.2f}" for name in KINDS)
+        print(f"{line['arm']} rows {line['rows']} seed {line['seed']}: {line['bits']:.3f} bits, {loss}", flush=True)
+
+
+def lines(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Lines of result files; of folders, of the file in them."""
+    for file in files:
+        for text in (file / RESULTS if file.is_dir() else file).read_text().splitlines():
+            yield json.loads(text)
+
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "calibration rows": ("calibration", "mean"),
+    "other rows": ("held_out", "mean"),
+    "WikiText-2": ("wikitext", "mean"),
+    "median": ("wikitext", "median"),
+    "perplexity": ("wikitext", "perplexity"),
+    "seconds": ("quantize_seconds",),
+}
+
+
+def grouped(found: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, list[dict[str, Any]]]]:
+    """Lines by model and rows, then by arm."""
+    groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    for line in found:
+        groups.setdefault((line["model"], line["rows"]), {}).setdefault(line["arm"], []).append(line)
+    return groups
+
+
+def table(found: Iterable[dict[str, Any]]) -> str:
+    """Markdown tables, one per model and number of rows: mean over seeds ± half the range, sorted by bits."""
+    text = []
+    for (model, rows), arms in grouped(found).items():
+        text += [f"{model}, {rows} calibration rows; KL divergence x 1000", ""]
+        text += ["| " + " | ".join(("arm", "bits", "seeds", *COLUMNS)) + " |", "|" + "---|" * (3 + len(COLUMNS))]
+        for arm, members in sorted(arms.items(), key=lambda item: item[1][0]["bits"]):
+            cells = [arm, f"{statistics.fmean(m['bits'] for m in members):.3f}", str(len(members))]
+            for path in COLUMNS.values():
+                values = [value for m in members if (value := _at(m, path)) is not None]
+                spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
+            text.append("| " + " | ".join(cells) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _at(line: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    value: Any = line
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def family(arm: str) -> str:
+    """The line of the chart that an arm belongs to: all of one method and its options, whatever the bits."""
+    name, *options = arm.split(":")
+    return ":".join([name.rpartition("_")[0] or name, *options])
+
+
+def draw(found: Iterable[dict[str, Any]], file: Path) -> None:
+    """KL divergence on the evaluation text against bits, a panel per model and number of rows."""
+    from matplotlib.figure import Figure
+
+    groups = grouped(found)
+    figure = Figure(figsize=(7.2 * len(groups), 4.8), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, ((model, rows), arms) in zip(panels, groups.items(), strict=True):
+        families: dict[str, list[tuple[float, float]]] = {}
+        for arm, members in arms.items():
+            point = (members[0]["bits"], statistics.fmean(m["wikitext"]["mean"] for m in members))
+            families.setdefault(family(arm), []).append(point)
+        for marker, (label, points) in zip("osDv^<>*Pphx+12348" * 4, families.items(), strict=False):
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, marker=marker, markersize=5, linewidth=1.2, label=label)
+        axes.set_title(f"{model}, {rows} rows", fontsize=9)
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per expert weight, everything stored counted")
+        axes.set_ylabel("KL divergence to the unquantized model x 1000, WikiText-2")
+        axes.grid(True, which="both", color="#e0e0e0", linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file)
