@@ -174,6 +174,19 @@ def test_every_command_shows_examples_that_parse(name):
             command.make_context(name, rest, parent=context)
 
 
+def test_options_of_quantize_become_fields(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bitsmoe_modifier.comparison import single
+
+    seen: list[Stage] = []
+    monkeypatch.setattr(single, "quantize_each", lambda _model, stages, *_: seen.extend(one for one, _ in stages) or [])
+    options = "--codes trellis --bits 1.5,2 --ignore a --best --samples 3"
+    assert main(["quantize", "--out", str(tmp_path / "out"), *options.split()]) == 0
+    fields = [dict(stage.modifiers)["BitsMoEModifier"] for stage in seen]
+    assert [one["bits"] for one in fields] == [1.5, 2.0]
+    for one in fields:
+        assert (one["codes"], one["ignore"], one["refine_passes"]) == ("trellis", ["a"], 2)
+
+
 def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
     from bitsmoe_modifier.comparison import runner
 

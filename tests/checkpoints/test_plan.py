@@ -10,7 +10,8 @@ import torch
 from bitsmoe_modifier import BitsMoEError, RecipeError
 from bitsmoe_modifier.calibration.recipe import Stage
 from bitsmoe_modifier.checkpoints import plan as planning
-from bitsmoe_modifier.checkpoints.plan import check_machine, make_plan, matrix_rate, read_headers
+from bitsmoe_modifier.checkpoints.plan import check_machine, encoding_rate, make_plan, matrix_rate, read_headers
+from bitsmoe_modifier.checkpoints.planning import Plan
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.storage.sizes import checkpoint_bytes
 from helpers import save_tokenizer
@@ -88,6 +89,25 @@ def test_command(tiny: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().out
     for words in ("layers have experts to quantize", "GB on disk", "GB at the peak", "libraries", "time"):
         assert words in said
+
+
+def test_trellis_codes_take_the_encoders_time(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every weight passes the encoder once and once more for each refinement; what prices bit-widths comes on top."""
+    headers = read_headers(str(tiny / "model"))
+
+    def planned(**fields: object) -> tuple[int, Plan]:
+        shape, plan = make_plan(headers, {**FIELDS, **fields}, 512, torch.float32, "cpu")
+        return sum(layer.weights for layer in shape.layers), plan
+
+    weights, scalar = planned()
+    assert scalar.encoded == 0
+    once, twice = (planned(codes="trellis", refine_passes=passes)[1] for passes in (0, 1))
+    assert twice.encoded - once.encoded == weights
+    assert once.encoded > weights
+    assert once.seconds(1e9, 1e6) - once.seconds(1e9) == pytest.approx(once.encoded / 1e6)
+    assert encoding_rate("cpu") > 1e4
+    assert main(["plan", "--model", str(tiny / "model"), "--codes", "trellis", "--samples", "8"]) == 0
+    assert "M trellis codes at" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["memory", "disk"])

@@ -99,12 +99,12 @@ def test_matrices_share_what_rounding_leaves(kind: str) -> None:
 def test_a_sample_of_the_matrices_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for two of four matrices the shares are theirs; what dropping loses is every matrix's own."""
     factor, weight, gain = problem("gauss")
-    monkeypatch.setattr(costs_module, "_SAMPLE_ELEMENTS", 2 * LENGTH * DIRECTIONS)
+    monkeypatch.setattr(costs_module, "SAMPLE_ELEMENTS", 2 * LENGTH * DIRECTIONS)
     costs = table("gauss")
     two = side_costs([factor[::2]], weight[::2], gain[::2], WIDTHS, BLOCK, GROUP).distortion
     share = two.sum(0) / two[:, :, 0].sum(0)[:, None]
     torch.testing.assert_close(costs.distortion, energy_of("gauss")[:, :, None] * share, rtol=1e-5, atol=0)
-    monkeypatch.setattr(costs_module, "_SAMPLE_ELEMENTS", 1)
+    monkeypatch.setattr(costs_module, "SAMPLE_ELEMENTS", 1)
     assert bool(torch.isfinite(table("gauss").distortion).all())
 
 

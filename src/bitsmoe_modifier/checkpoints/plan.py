@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ..calibration.recipe import Stage, check_stage, one_stage, with_fields
+from ..calibration.recipe import Stage, check_stage
 from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..extras import require
+from ..method.trellis import GroupTrellis
 from ..sources.classes import build_published, read_auto_config
 from ..sources.hub import hub_errors, reason
 from ..sources.model import check_hub_name, find_model
@@ -162,10 +163,8 @@ def make_plan(
     return shape, plan_run(shape, modifier.settings, run)
 
 
-def plan_command(
-    model: str, recipe: str, stage: str | None, bits: float | None, tokens: int, dtype: str, device: str
-) -> str:
-    """What `bitsmoe plan` prints; the arguments are its options. The machine need not have ``device``.
+def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str) -> str:
+    """What `bitsmoe plan` prints of a stage; the other arguments are its options. The machine need not have ``device``.
 
     Raises:
         BitsMoEError: when the model or the recipe cannot be used.
@@ -177,7 +176,6 @@ def plan_command(
     except RuntimeError as error:
         raise BitsMoEError(f"--device {device} is unknown: {str(error).splitlines()[0]}") from None
     check_at_least(1, samples=tokens)
-    chosen = with_fields(one_stage(recipe, stage), bits=bits)
     headers = read_headers(model)
     check_unquantized(model, headers)
     require("llmcompressor", "planning, which asks it what it can do with a family,")
@@ -190,7 +188,8 @@ def plan_command(
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     shape, plan = make_plan(headers, fields, tokens, known[dtype], device)
     rated = device if torch.device(device).type == "cuda" and torch.cuda.is_available() else "cpu"
-    return render(f"{model}, {tokens} calibration tokens, {dtype} on {device}", shape, plan, matrix_rate(rated))
+    rates = matrix_rate(rated), encoding_rate(rated) if plan.encoded else None
+    return render(f"{model}, {tokens} calibration tokens, {dtype} on {device}", shape, plan, *rates)
 
 
 def _commonest_dtype(sizes: dict[str, TensorSize]) -> str:
@@ -212,8 +211,23 @@ def matrix_rate(device: str, dtype: torch.dtype = torch.float32, size: int = 102
     return 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def render(model: str, shape: ModelShape, plan: Plan, rate: float) -> str:
-    """The plan for a terminal."""
+def encoding_rate(device: str) -> float:
+    """Weights per second that trellis codes are found for, measured for a fraction of a second: columns of experts of
+    a common size at 2 bits, with all that is done for them."""
+    generator = torch.Generator().manual_seed(0)
+    target, weight = (torch.rand(16, 512, generator=generator).to(device) for _ in range(2))
+    step, level = torch.ones(16, 4, device=device), torch.full((16, 1), 3.0, device=device)
+    coder = GroupTrellis()
+    windows, _, _ = coder.column(target, step, level, weight)  # the first call may have to compile the encoder
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.3:
+        coder.column(target, step, level, weight, windows)
+        count += 1
+    return target.numel() * count / (time.perf_counter() - started)
+
+
+def render(model: str, shape: ModelShape, plan: Plan, rate: float, encoding: float | None = None) -> str:
+    """The plan for a terminal, with the machine's rates (`Plan.seconds`)."""
     sizes = sorted({(layer.experts, layer.width, layer.hidden) for layer in shape.layers})
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f} G parameters, {shape.stored_bytes / 1e9:.2f} GB",
@@ -228,9 +242,14 @@ def render(model: str, shape: ModelShape, plan: Plan, rate: float) -> str:
     return "\n".join(
         [
             *lines,
-            f"  time            {_duration(plan.seconds(rate))}, to a factor of three or so: "
+            f"  time            {_duration(plan.seconds(rate, encoding))}, to a factor of three or so: "
             f"{plan.operations / 1e12:.1f} T float operations at a quarter of the {rate / 1e9:.0f} G/s that a matrix "
-            "product reaches on this machine now",
+            "product reaches on this machine now"
+            + (
+                f", and {plan.encoded / 1e6:.0f} M trellis codes at {encoding / 1e6:.1f} M/s"
+                if encoding is not None
+                else ""
+            ),
         ]
     )
 

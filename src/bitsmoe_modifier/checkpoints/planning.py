@@ -6,6 +6,7 @@ The terms of a layer's memory are those of docs/method.md#memory. Symbols: E, k,
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..method.costs import SAMPLE_ELEMENTS
 from ..method.layer import PART_ELEMENTS, QuantizerSettings
 
 #: Resident memory of a Python process with torch, transformers and llm-compressor imported, before any model.
@@ -84,12 +85,14 @@ class Plan:
         cpu, accelerator: bytes at the peak, by what they are for.
         result_bytes: the checkpoint.
         operations: float operations.
+        encoded: weights that the encoder of trellis codes goes through, each as often as it does.
     """
 
     cpu: dict[str, int]
     accelerator: dict[str, int]
     result_bytes: int
     operations: float
+    encoded: float = 0.0
 
     @property
     def cpu_bytes(self) -> int:
@@ -101,9 +104,14 @@ class Plan:
         """Peak memory on the accelerator."""
         return sum(self.accelerator.values())
 
-    def seconds(self, rate: float) -> float:
-        """Time at ``rate`` float operations per second in large matrix products."""
-        return self.operations / (rate * _EFFICIENCY)
+    def seconds(self, rate: float, encoding_rate: float | None = None) -> float:
+        """Time at ``rate`` float operations per second in large matrix products.
+
+        Args:
+            encoding_rate: weights that the encoder of trellis codes finds per second, where there are any.
+        """
+        encoding = self.encoded / encoding_rate if encoding_rate else 0.0
+        return self.operations / (rate * _EFFICIENCY) + encoding
 
 
 def plan_run(model: ModelShape, settings: QuantizerSettings, run: Run) -> Plan:
@@ -125,6 +133,7 @@ def plan_run(model: ModelShape, settings: QuantizerSettings, run: Run) -> Plan:
         result_bytes=model.stored_bytes - model.expert_bytes + round(packed * settings.bits / 8),
         operations=sum(_operations(shape, model, settings, run) for shape in model.layers)
         + 2 * model.parameters * run.tokens * (4 if run.survey else 2) * _active_share(model),
+        encoded=sum(_encoded(shape, settings) for shape in model.layers),
     )
 
 
@@ -170,6 +179,17 @@ def _operations(shape: LayerShape, model: ModelShape, settings: QuantizerSetting
         moments = 2 * pairs * (h**2 + i**2) + e * (h**3 + i**3)
         total += moments + (1 + settings.refine_passes) * 2 * e * (2 * i * h**2 + h * i**2)
     return total * (1.5 if run.survey else 1.0)
+
+
+def _encoded(shape: LayerShape, settings: QuantizerSettings) -> float:
+    """Weights that the encoder of trellis codes goes through for one layer: once to round them and once for every
+    refinement, and those of the sample that prices each bit-width in each basis."""
+    if settings.codes != "trellis":
+        return 0.0
+    passes = 1 + (settings.refine_passes if settings.error_feedback else 0)
+    sides = ((2 * shape.weights / 3, settings.input_basis), (shape.weights / 3, settings.output_basis))
+    bases = sum(min(weights, SAMPLE_ELEMENTS) * (2 if basis == "auto" else 1) for weights, basis in sides)
+    return passes * shape.weights + bases * sum(width > 0 for width in settings.widths)
 
 
 def table(parts: dict[str, int]) -> Sequence[str]:

@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from typer.core import TyperCommand
 
 from .. import __version__, messages
 from ..errors import BitsMoEError
+from .options import MESSAGES
 
 app = typer.Typer(
     help="Quantize the experts of mixture-of-experts models, and measure what it costs.",
@@ -83,13 +85,33 @@ class Command(TyperCommand):
             sys.exit(130)
 
 
-def command(name: str, summary: str, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, summary: str, *examples: str, options: tuple[Parameter, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command to the command line.
 
     Args:
         name: what one types after ``bitsmoe``.
         summary: its line in the list of commands; the function's docstring explains it.
         examples: shown after the options; whole command lines, perhaps two blanks and a remark.
+        options: of the groups in `options`; those about messages are every command's. The function gets those that it
+            has a parameter for; the others are in the context's.
     """
     shown = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)  # \b: click keeps the lines as they are
-    return app.command(name, cls=Command, short_help=summary, epilog=shown)
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        own = signature(function).parameters
+        groups = {option.name: option for option in (*options, *MESSAGES)}
+
+        def run(**values: Any) -> None:
+            function(**{name: value for name, value in values.items() if name in own})
+
+        here = [groups.get(name, one).replace(kind=Parameter.KEYWORD_ONLY) for name, one in own.items()]
+        parameters = [*here, *(option for name, option in groups.items() if name not in own)]
+        run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
+        run.__signature__ = signature(run).replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        app.command(name, cls=Command, short_help=summary, epilog=shown)(run)
+        return function
+
+    return add

@@ -22,9 +22,6 @@ def inspect(
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Draw it as a page of its own, and print where it is.")
     ] = None,
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
 ) -> None:
     """What a checkpoint stores, from its headers: sizes per layer, bit-widths, bases, tokens per expert."""
     from ..checkpoints.describe import describe, render
@@ -56,9 +53,8 @@ def export(
     to: Annotated[Literal["dense", "w4"], typer.Option(help="What to write.")] = "dense",
     dtype: Annotated[o.Dtype, typer.Option(help="Of dense weights.")] = "bfloat16",
     group_size: Annotated[int, typer.Option(metavar="N", help="Weights per scale of w4.")] = 128,
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
+    *,
+    verbose: bool,
 ) -> None:
     """Decode the experts and write an ordinary checkpoint, under the architecture's own tensor names.
 
@@ -80,9 +76,6 @@ def import_(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR|ID", help="Folder or hub name.")],
     out: o.NewFolder,
     dtype: Annotated[o.Dtype, typer.Option(help="Of decoded weights.")] = "bfloat16",
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
 ) -> None:
     """Decode a checkpoint that the BitsMoE authors published for their own runtime to a dense one.
 

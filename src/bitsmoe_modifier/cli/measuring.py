@@ -16,6 +16,7 @@ from .app import command
     "bitsmoe compare                                                  the demo model, five runs",
     "bitsmoe compare --tasks continuations --out REPORT               accuracy too",
     "bitsmoe compare --model DIR --recipe ab_all --arms gptq_w3,bitsmoe_2_0 --calibration FILE --eval-text FILE",
+    options=(*o.TEXT, *o.BATCHES, *o.COMPUTING, *o.CALIBRATING, *o.EVALUATION),
 )
 def compare(
     context: typer.Context,
@@ -28,24 +29,10 @@ def compare(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.")] = "bitsmoe-report",
     no_preflight: o.NoPreflight = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what an earlier run in DIR finished.")] = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-    text_column: o.TextColumn = "text",
-    seq_len: o.SeqLen = 256,
-    batch_size: o.BatchSize = 16,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = "auto",
-    calibration: o.Calibration = None,
-    samples: o.Samples = 128,
-    seed: o.Seed = 0,
-    calibrate_all_experts: o.AllExperts = False,
-    pipeline: o.PipelineOption = "independent",
-    eval_text: o.EvalText = None,
-    eval_rows: o.EvalRows = 256,
-    tasks: o.Tasks = "",
-    task_items: o.TaskItems = 0,
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
+    *,
+    calibration: str | None,
+    eval_text: str | None,
+    tasks: str,
 ) -> None:
     """Quantize a model by every stage of a recipe, and measure each result against the unquantized model.
 
@@ -86,6 +73,7 @@ def compare(
     "Measure a checkpoint against the unquantized model.",
     "bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --eval-text held_out.txt --seq-len 2048",
     "bitsmoe eval qwen3-2bit --model Qwen/Qwen3-30B-A3B --tasks arc_easy,hellaswag --task-items 500",
+    options=(*o.TEXT, *o.BATCHES, *o.COMPUTING, *o.EVALUATION),
 )
 def evaluate(
     context: typer.Context,
@@ -112,19 +100,12 @@ def evaluate(
             metavar="NAME=VALUE,…", help="vLLM's engine arguments, e.g. tensor_parallel_size=2.", show_default=False
         ),
     ] = "",
-    trust_remote_code: o.TrustRemoteCode = False,
-    text_column: o.TextColumn = "text",
-    seq_len: o.SeqLen = 256,
-    batch_size: o.BatchSize = 16,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = "auto",
-    eval_text: o.EvalText = None,
-    eval_rows: o.EvalRows = 256,
-    tasks: o.Tasks = "",
-    task_items: o.TaskItems = 0,
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
+    *,
+    dtype: str,
+    eval_text: str | None,
+    eval_rows: int,
+    tasks: str,
+    task_items: int,
 ) -> None:
     """Perplexity of a checkpoint, and how far its predictions are from the unquantized model's."""
     if json_file:

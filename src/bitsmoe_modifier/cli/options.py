@@ -1,7 +1,12 @@
-"""Options that several commands know: their names, types, and what the help says of them."""
+"""Options that several commands know: their names, types, defaults, and what the help says of them.
+
+The groups at the end are given to `app.command`, which adds their options to a command's own; a command's function has
+parameters for those that it reads itself.
+"""
 
 import os
 from dataclasses import fields
+from inspect import Parameter
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
@@ -97,6 +102,14 @@ Context = Annotated[
 ]
 Batch = Annotated[
     int, typer.Option("--batch", metavar="N", help="Sequences at a time, for --fit.", rich_help_panel=_SIZE)
+]
+Codes = Annotated[
+    Literal["scalar", "trellis"] | None,
+    typer.Option(
+        "--codes",
+        help="Family of codes: trellis loses a third less at the same bytes, takes longer, and needs a C++ compiler.",
+        show_default="the recipe's",
+    ),
 ]
 Ignore = Annotated[
     str,
@@ -203,3 +216,26 @@ LogJson = Annotated[
         "--log-json", help="Progress, messages and errors as JSON lines on stderr.", rich_help_panel=_MESSAGES
     ),
 ]
+
+# --------------------------------------------------------------------------------------------------------- groups
+
+
+def _group(**options: tuple[Any, Any]) -> tuple[Parameter, ...]:
+    """Parameters from names to (type with its `typer.Option`, default)."""
+    return tuple(
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in options.items()
+    )
+
+
+RECIPE = _group(model=(ModelOption, None), recipe=(RecipeOption, "w2"), stage=(StageOption, None))
+TEXT = _group(trust_remote_code=(TrustRemoteCode, False), text_column=(TextColumn, "text"), seq_len=(SeqLen, 256))
+COMPUTING = _group(device=(Device, "auto"), dtype=(DtypeOption, "auto"))
+BATCHES = _group(batch_size=(BatchSize, 16))
+CALIBRATION = _group(calibration=(Calibration, None), samples=(Samples, 128), seed=(Seed, 0))
+CALIBRATING = (
+    *CALIBRATION,
+    *_group(calibrate_all_experts=(AllExperts, False), pipeline=(PipelineOption, "independent")),
+)
+EVALUATION = _group(eval_text=(EvalText, None), eval_rows=(EvalRows, 256), tasks=(Tasks, ""), task_items=(TaskItems, 0))
+MESSAGES = _group(verbose=(Verbose, False), quiet=(Quiet, False), log_json=(LogJson, False))

@@ -21,18 +21,20 @@ from .app import command
     "bitsmoe quantize --model DIR --calibration FILE --fit 24GB --context 32k --out DIR2   what one GPU holds",
     "bitsmoe quantize --model DIR --recipe w2_attn_gptq_w4 --calibration FILE --out DIR2   attention too, by GPTQ",
     "torchrun --nproc-per-node 8 -m bitsmoe_modifier quantize --model DIR --calibration FILE --out OUT   8 GPUs",
+    options=(*o.RECIPE, *o.TEXT, *o.BATCHES, *o.COMPUTING, *o.CALIBRATING),
 )
 def quantize(
     call: typer.Context,
+    *,
     out: Annotated[
         str,
         typer.Option(
             metavar="DIR", help="Checkpoint folder to create; with several --bits, their parent.", show_default=False
         ),
     ],
-    model: o.ModelOption = None,
-    recipe: o.RecipeOption = "w2",
-    stage: o.StageOption = None,
+    model: str | None,
+    recipe: str,
+    stage: str | None,
     bits: o.Bits = "",
     size: o.Size = None,
     fit: o.FitOption = None,
@@ -42,6 +44,7 @@ def quantize(
         float | None,
         typer.Option(metavar="NATS", help="The smallest size whose predicted KL divergence is at most this."),
     ] = None,
+    codes: o.Codes = None,
     ignore: o.Ignore = "",
     fast: Annotated[
         bool, typer.Option("--fast", help="Round without error feedback: about half of the time, twice the loss.")
@@ -66,20 +69,8 @@ def quantize(
         typer.Option(help="Layers for multi-token prediction: keep them as they are, or leave them out."),
     ] = "keep",
     no_preflight: o.NoPreflight = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-    text_column: o.TextColumn = "text",
-    seq_len: o.SeqLen = 256,
-    batch_size: o.BatchSize = 16,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = "auto",
-    calibration: o.Calibration = None,
-    samples: o.Samples = 128,
-    seed: o.Seed = 0,
-    calibrate_all_experts: o.AllExperts = False,
-    pipeline: o.PipelineOption = "independent",
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
+    calibration: str | None,
+    verbose: bool,
 ) -> None:
     """Quantize a model by one stage of a recipe and save a checkpoint that AutoModelForCausalLM loads.
 
@@ -92,6 +83,7 @@ def quantize(
         one_stage(recipe, stage),
         ignore=list(o.names(ignore)) or None,
         max_kld=max_kld,
+        codes=codes,
         error_feedback=False if fast else None,
         refine_passes=2 if best else None,
     )
@@ -139,13 +131,16 @@ def quantize(
     "bitsmoe plan --model Qwen/Qwen3-30B-A3B --bits 2",
     "bitsmoe plan --model DIR --survey --calibration FILE             the loss that every size would have",
     "bitsmoe plan --model DIR --recipe w2_attn_gptq_w4 --samples 256 --seq-len 2048 --device cuda",
+    options=(*o.RECIPE, *o.TEXT, *o.BATCHES, *o.COMPUTING, *o.CALIBRATION),
 )
 def plan(
     call: typer.Context,
-    model: o.ModelOption = None,
-    recipe: o.RecipeOption = "w2",
-    stage: o.StageOption = None,
+    *,
+    model: str | None,
+    recipe: str,
+    stage: str | None,
     bits: Annotated[float | None, typer.Option(metavar="N", help="Instead of the recipe's.")] = None,
+    codes: o.Codes = None,
     survey: Annotated[
         bool, typer.Option("--survey", help="Survey the model for the KL divergence of every size; reads the weights.")
     ] = False,
@@ -155,23 +150,18 @@ def plan(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the survey's points there too.")
     ] = None,
-    text_column: o.TextColumn = "text",
-    calibration: o.Calibration = None,
-    samples: o.Samples = 128,
-    seed: o.Seed = 0,
-    seq_len: o.SeqLen = 256,
-    batch_size: o.BatchSize = 16,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = "auto",
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
+    calibration: str | None,
+    samples: int,
+    seq_len: int,
+    device: str,
+    dtype: str,
 ) -> None:
     """What quantizing a model would take: memory, disk, time, and the size of the result.
 
     Reads config.json and the headers of the safetensors files, no weights; of a hub model, a few kilobytes per file
     are fetched. With --survey, the model is loaded and surveyed, and the KL divergence of every size is predicted.
     """
+    from ..calibration.recipe import one_stage, with_fields
     from ..checkpoints.plan import plan_command
     from ..errors import check_at_least
 
@@ -179,13 +169,14 @@ def plan(
     check_at_least(2, seq_len=seq_len)
     from ..sources.demo import demo_asset
 
+    chosen = with_fields(one_stage(recipe, stage), bits=bits, codes=codes)
     model = model or demo_asset("docmoe")
     if survey:
         from ..comparison.predicting import curve_lines, survey_one
         from ..comparison.single import Options
 
         options = o.settings(Options, call)
-        found = survey_one(model, recipe, stage, calibration or demo_asset("docmoe_calibration.txt"), options)
+        found = survey_one(model, chosen, calibration or demo_asset("docmoe_calibration.txt"), options)
         print("\n".join(curve_lines(found)))
         if json_file:
             from ..storage.records import write_text
@@ -193,4 +184,4 @@ def plan(
             points = list(zip(found.bits.tolist(), found.kld.tolist(), strict=True))
             write_text(Path(json_file), json.dumps({"points": points}))
         return
-    print(plan_command(model, recipe, stage, bits, samples * seq_len, dtype, device))
+    print(plan_command(model, chosen, samples * seq_len, dtype, device))

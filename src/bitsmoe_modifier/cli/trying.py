@@ -15,6 +15,7 @@ from .app import command
     "Let a checkpoint write, beside the unquantized model.",
     "bitsmoe try docmoe-2bit --model src/bitsmoe_modifier/assets/docmoe",
     'bitsmoe try qwen3-2bit --model Qwen/Qwen3-30B-A3B --prompt "The capital of France" --length 100',
+    options=o.COMPUTING,
 )
 def try_(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of the quantized model.")],
@@ -26,11 +27,10 @@ def try_(
         list[str] | None, typer.Option(metavar="TEXT", help="To continue; may be given several times.")
     ] = None,
     length: Annotated[int, typer.Option(metavar="N", help="Tokens to write.")] = 60,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = "auto",
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-    log_json: o.LogJson = False,
+    *,
+    device: str,
+    dtype: str,
+    verbose: bool,
 ) -> None:
     """Continue prompts by the likeliest token each time.
 

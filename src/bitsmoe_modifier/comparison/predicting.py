@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..calibration.oneshot import QuantizeSettings
-from ..calibration.recipe import check_stage, one_stage, with_fields
+from ..calibration.recipe import Stage, check_stage, with_fields
 from ..logs import set_up_logging
 from ..sources.model import load_tokenizer, open_dense
 from ..sources.text import calibration_rows, read_text, tokenize
@@ -24,11 +24,12 @@ _SIZES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0)
 _BAR = 40
 
 
-def survey_one(model: str, recipe: str, stage: str | None, calibration: str, options: Options) -> Prediction:
+def survey_one(model: str, stage: Stage, calibration: str, options: Options) -> Prediction:
     """Survey a model, with the rows that `quantize_one` would take.
 
     Args:
-        model, recipe, stage, calibration: as the command line takes them.
+        model, calibration: as the command line takes them.
+        stage: of a recipe, with a BitsMoEModifier.
         options: the rest; the survey is kept in ``resume_dir``.
 
     Raises:
@@ -38,7 +39,7 @@ def survey_one(model: str, recipe: str, stage: str | None, calibration: str, opt
 
     from ..calibration.surveying import survey
 
-    chosen = with_fields(one_stage(recipe, stage), resume_dir=options.resume_dir)
+    chosen = with_fields(stage, resume_dir=options.resume_dir)
     device = use_device(resolve_device(options.device))
     dense = open_dense(model)
     dtype = resolve_dtype(options.dtype, str(device), dense.folder)

@@ -14,7 +14,7 @@ from .trellis import chain_error, group_error
 #: passes over the same weights are three times faster than from memory; on a GPU many enough to be worth a launch.
 _CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 24
 #: Elements of a factor that are rounded to learn what rounding loses.
-_SAMPLE_ELEMENTS = 1 << 18
+SAMPLE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def side_costs(
     ``D = gain_r * Σ_i weight_i (a_ir - Q(a_ir))²`` summed over the directions r of a unit: with weight ρ and gain
     diag(B C[e] Bᵀ) for gate and up, weight diag Z[e] and gain diag(Uᵀ M U) for down. At width 0 this is exact. At the
     others it is that times the share which the real quantizer leaves, and this share is measured, for each width and
-    each unit's place along the directions, on evenly spaced matrices of `_SAMPLE_ELEMENTS` elements (all of a small
+    each unit's place along the directions, on evenly spaced matrices of `SAMPLE_ELEMENTS` elements (all of a small
     layer's).
 
     Args:
@@ -72,7 +72,7 @@ def side_costs(
     widths = tuple(sorted(widths))
     whole = torch.zeros(matrices, directions // block_size, dtype=torch.float64, device=gain.device)
     left = torch.zeros(directions // block_size, len(widths), dtype=torch.float64, device=gain.device)
-    stride = min(matrices, -(-matrices * weight.shape[1] * directions // _SAMPLE_ELEMENTS))
+    stride = min(matrices, -(-matrices * weight.shape[1] * directions // SAMPLE_ELEMENTS))
     each = (matrix for part in factors for matrix in part)
     for at, factor in zip(range(matrices) if own is None else own, each, strict=True):
         whole[at] = _per_unit(weight[at] @ factor.square(), gain[at], block_size)
