@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from .basis import basis_kernel
 from .combine import combine_kernel
 from .down import down_kernel
 from .gate_up import gate_up_kernel
-from .launch import FUSION, Launch, basis_stages, launch, launch_down, spread
+from .launch import FUSION, NO_FUSION, Launch, basis_stages, launch, launch_down, spread
 from .rounding import constants_of, round_block_kernel
 from .routing import route_arguments, route_kernel
 
@@ -72,6 +72,7 @@ class Case:
     programs: int = 1
     stack: int = 0
     flies: bool = False
+    fusion: dict[str, bool] = field(default_factory=lambda: FUSION)
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,15 @@ def _rounding() -> Iterator[Case]:
     signature = dict.fromkeys(round_block_kernel.arg_names, "i32") | {f"{k}_ptr": v for k, v in pointers.items()}
     for name, refit in (("round 32 columns, refit", True), ("round 32 columns", False)):
         constants = constants_of(32, 128 if refit else None, True, torch.float32)
-        yield Case(name, round_block_kernel, signature, constants, Launch(warps=4, stages=1, pack=0), programs=2)
+        yield Case(
+            name,
+            round_block_kernel,
+            signature,
+            constants,
+            Launch(warps=4, stages=1, pack=0),
+            programs=2,
+            fusion=NO_FUSION,
+        )
 
 
 def cases(cc: int, every: bool = True) -> Iterator[Case]:
@@ -267,7 +276,7 @@ def compile_case(case: Case, cc: int) -> Report:
     constants = {(names.index(n),): value for n, value in case.constants.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.how.warps, "num_stages": case.how.stages, "maxnreg": case.how.registers}
-    options |= FUSION
+    options |= case.fusion
     compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")

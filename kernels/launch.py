@@ -35,6 +35,8 @@ def _knows_fusion() -> bool:
 
 #: For every launch: a product and a sum become one instruction. Triton's default changes from version to version.
 FUSION: dict[str, bool] = {"enable_fp_fusion": True} if _knows_fusion() else {}
+#: For what shall round as PyTorch does.
+NO_FUSION: dict[str, bool] = dict.fromkeys(FUSION, False)
 
 
 @dataclass(frozen=True)

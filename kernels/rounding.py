@@ -12,7 +12,7 @@ import triton.language as tl
 
 from bitsmoe_modifier.method import rounding
 
-from .launch import on
+from .launch import NO_FUSION, on
 
 #: Rows of a program where steps are kept.
 _ROWS = 128
@@ -144,6 +144,6 @@ def round_block(
             *target.stride()[:2], *response.stride()[:2], *reference.stride()[:2], *step.stride()[:2],
             *level.stride()[:2], level.stride(2) if level.shape[2] > 1 else 0, weight.stride(0), *before.stride()[:2],
             *found.stride()[:2], *new_step.stride()[:2],
-            **constants, num_warps=4,
+            **constants, num_warps=4, **NO_FUSION,
         )  # fmt: skip
     return found, new_step, change

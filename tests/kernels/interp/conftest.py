@@ -1,12 +1,21 @@
-"""These tests run in Triton's interpreter, in a process of its own: ../test_interpreter.py starts it."""
+"""These tests run in processes of their own, interpreted or compiled: ../test_interpreter.py starts them."""
 
 import os
 
 import pytest
 import torch
+from kernel_backend import COMPILED, DEVICE
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not COMPILED and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device():
+    """New tensors lie where the kernels run."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,13 +24,16 @@ def _small_grids():
     tests)."""
     from bitsmoe_kernels import launch
 
-    launch.PROGRAMS_WANTED = 8
+    if not COMPILED:
+        launch.PROGRAMS_WANTED = 8
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """Fill what torch.empty returns with NaN, so that an element no program wrote is seen."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(
+        True, warn_only=COMPILED
+    )  # PyTorch's own sums of integers on a GPU have no other
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)

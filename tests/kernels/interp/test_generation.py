@@ -1,6 +1,7 @@
 """A whole decoding step of a transformers model through the kernels: one graph, as a CUDA graph would capture it."""
 
 import torch
+from kernel_backend import DEVICE
 from transformers import StaticCache
 
 from bitsmoe_modifier.runtime import experts
@@ -11,6 +12,7 @@ def test_a_decoding_step_is_one_graph_that_copies_no_weights(monkeypatch):
     torch.use_deterministic_algorithms(False)  # the model's own operations, which fill nothing
     model = tiny_model("qwen3_moe", torch.float16)
     pack_randomly(model, group_size=32, basis_bits=(0, 0), widths=(0, 2, 4))
+    model.to(DEVICE)
     prompt, token = torch.tensor([[5, 9, 77, 3]]), torch.tensor([[40]])
     with torch.no_grad():
         plain = model(torch.cat([prompt, token], 1)).logits[:, -1]

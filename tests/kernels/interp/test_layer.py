@@ -14,6 +14,7 @@ from bitsmoe_kernels.reference import moe_reference
 from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_backend import COMPILED, DEVICE, seeded
 
 from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.method.gating import Gating
@@ -23,9 +24,9 @@ from helpers import random_layer
 
 
 def check(layout, widths, ids, dtype=torch.bfloat16, gating=None, seed=0, packed=None):
-    packed = packed or random_experts(layout, widths, seed)
+    packed = packed or random_experts(layout, widths, seed, DEVICE)
     gating = gating or Gating()
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     x = torch.randn(ids.shape[0], layout.hidden_size, generator=g).to(dtype)
     p = torch.rand(ids.shape, generator=g)
     want = moe_reference(x, ids, p, packed, gating)
@@ -37,6 +38,8 @@ def check(layout, widths, ids, dtype=torch.bfloat16, gating=None, seed=0, packed
     return x, p, packed, got
 
 
+#: float32 has no compiled kernel.
+DTYPES = [torch.float16, torch.bfloat16] + [torch.float32] * (not COMPILED)
 BASES = [(0, 0), (4, 0), (4, 8), (16, 16), (8, 4)]
 
 
@@ -58,8 +61,8 @@ def test_random_layers(data):
         num_dense=data.draw(st.integers(0, 1)), has_bias=data.draw(st.integers(0, 1)),
     )  # fmt: skip
     tokens, k = data.draw(st.sampled_from([1, 3, 17])), data.draw(st.integers(1, 3))
-    ids = torch.randint(-1, experts + 1, (tokens, k), generator=torch.Generator().manual_seed(tokens))
-    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    ids = torch.randint(-1, experts + 1, (tokens, k), generator=seeded(tokens))
+    dtype = data.draw(st.sampled_from(DTYPES))
     check(layout, data.draw(st.sampled_from([WIDTHS, (0, 2, 4, 6)])), ids, dtype, seed=k)
 
 
@@ -67,7 +70,7 @@ SMALL = ExpertsLayout(2, 32, 32, 32, 32, 16, 32, 0, 0, 32)
 
 
 def test_prefill_of_80_tokens_equals_decode(monkeypatch):
-    ids = torch.randint(0, 2, (80, 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 2, (80, 1), generator=seeded(0))
     *_, decoded = check(SMALL, (2, 4), ids, torch.float16)
     monkeypatch.setattr("bitsmoe_kernels.forward.DECODE_PAIRS", 0)  # sums the experts in a kernel of its own
     *_, sorted_ = check(SMALL, (2, 4), ids, torch.float16)
@@ -94,7 +97,7 @@ def test_no_expert_chosen_returns_zeros():
 
 
 def test_no_token():
-    packed = random_experts(SMALL, (2,))
+    packed = random_experts(SMALL, (2,), device=DEVICE)
     ids = torch.empty(0, 2, dtype=torch.int64)
     y = moe_forward(torch.empty(0, 32), ids, torch.empty(0, 2), prepare(packed), Gating())
     assert y.shape == (0, 32)
@@ -114,23 +117,46 @@ def test_non_contiguous_input_and_other_dtypes_of_ids_and_weights():
 
 def test_launches_of_a_decoding_step(monkeypatch):
     """Three, and one more for an output basis."""
-    from triton.runtime.interpreter import GridExecutor
+    if COMPILED:
+        from triton.runtime.jit import JITFunction as Launched
 
-    count, call = [], GridExecutor.__call__
+        method = "run"
+    else:
+        from triton.runtime.interpreter import GridExecutor as Launched
+
+        method = "__call__"
+    count, call = [], getattr(Launched, method)
 
     def counted(self, *arguments, **named):
-        count.append(self.fn.__name__)
+        count.append(getattr(self, "fn", self).__name__)
         return call(self, *arguments, **named)
 
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    monkeypatch.setattr(Launched, method, counted)
     for bases, launches in (((0, 0), 3), ((16, 0), 3), ((16, 16), 4)):
         count.clear()
         check(ExpertsLayout(3, 32, 32, 32, 32, 16, 32, *bases, 32), (2, 4), torch.tensor([[0, 2]]))
         assert len(count) == launches, count
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_a_captured_graph_gives_what_launches_one_by_one_give(tokens):
+    if not COMPILED:
+        pytest.skip("the interpreter has no CUDA graphs")
+    layout = ExpertsLayout(4, 128, 128, 128, 128, 64, 64, 4, 16, 64, num_dense=1, has_bias=1)
+    ids = torch.randint(-1, 4, (tokens, 2), generator=seeded(0))
+    x, p, packed, eager = check(layout, (0, 2, 4, 6), ids)
+    experts, graph = prepare(packed), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = moe_forward(x, ids, p, experts, Gating())
+    for _ in range(2):
+        y.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, eager)
+
+
 def test_repeated_runs_are_bit_equal():
-    ids = torch.randint(0, 2, (9, 2), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 2, (9, 2), generator=seeded(0))
     x, p, packed, first = check(SMALL, (2, 4), ids)
     assert torch.equal(first, moe_forward(x, ids, p, prepare(packed), Gating()))
 
@@ -139,35 +165,37 @@ def test_repeated_runs_are_bit_equal():
 def test_compiles_without_graph_breaks(bases):
     layout = ExpertsLayout(2, 32, 32, 32, 32, 16, 32, *bases, 32, num_dense=1, has_bias=1)
     ids = torch.tensor([[0, 1]])
-    x, p, packed, want = check(layout, (2,), ids, torch.float32)
+    dtype = DTYPES[-1]
+    x, p, packed, want = check(layout, (2,), ids, dtype)
     experts, gating = prepare(packed), Gating()
     step = torch.compile(lambda x, ids, p: moe_forward(x, ids, p, experts, gating), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(step(x, ids, p), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step(x, ids, p), want, rtol=max(1e-5, 10 * torch.finfo(dtype).eps), atol=1e-6)
 
 
 def test_operators_describe_their_results():
     """The fake implementations agree with the real ones: what torch.compile and export rely on."""
     ids = torch.tensor([[0, 1]])
-    packed = random_experts(SMALL, (2,))
+    packed = random_experts(SMALL, (2,), device=DEVICE)
     side_in, side_out = prepare(packed).side_in, prepare(packed).side_out
     ops = torch.ops.bitsmoe
     tests = ("test_schema", "test_faketensor")
+    dtype = DTYPES[-1]
     weight = torch.randn(32, 32).to(torch.bfloat16)
-    torch.library.opcheck(ops.basis.default, (torch.randn(2, 32), weight, None, 16, 32), test_utils=tests)
+    torch.library.opcheck(ops.basis.default, (torch.randn(2, 32).to(dtype), weight, None, 16, 32), test_utils=tests)
     torch.library.opcheck(ops.route.default, (ids, 2, 8, 3), test_utils=tests)
     routing = (ids, 2, 8, 3)
     torch.library.opcheck(
-        ops.basis_and_route.default, (torch.randn(1, 32), weight, None, 16, 32, *routing), test_utils=tests
+        ops.basis_and_route.default, (torch.randn(1, 32).to(dtype), weight, None, 16, 32, *routing), test_utils=tests
     )
     tiles, pairs, arrivals = ops.route(ids, 2, 8, 10)
     arguments = (side_in.codes, side_in.steps, side_in.head, side_in.order, None, [2], side_in.gain, 2, 16, 32, 32, 8)
     gate = ("silu", None, 1.0, 0.0)
-    h = torch.randn(1, 32)
+    h = torch.randn(1, 32).to(dtype)
     torch.library.opcheck(
         ops.gate_up.default, (h, tiles, pairs, arrivals, *arguments, 32, 4, True, *gate), test_utils=tests
     )
     factor, last = (side_out.codes, side_out.steps, side_out.head, side_out.order), ([2], 16, 32, 8, 16)
-    z, weights = torch.randn(2, 32), torch.rand(1, 2)
+    z, weights = torch.randn(2, 32).to(dtype), torch.rand(1, 2)
     torch.library.opcheck(ops.down.default, (z, tiles, pairs, *factor, *last), test_utils=tests)
     total = (z, tiles, pairs, torch.zeros_like(arrivals), *factor, ids, weights, None, None, *last)
     torch.library.opcheck(ops.down_and_combine.default, total, test_utils=tests)

@@ -21,6 +21,7 @@ from bitsmoe_kernels.routing import route, tiles_reference
 from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_backend import COMPILED, DEVICE, seeded
 
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.storage.factors import decode_basis
@@ -28,6 +29,8 @@ from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.planes import WIDTHS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+if COMPILED:
+    del DTYPES["fp32"]  # has no compiled kernel
 EXAMPLES = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 
 
@@ -65,7 +68,7 @@ def routings(draw, experts: int, tokens: int):
 def layer_of(sizes, widths, seed, **more):
     experts, inner, rank, block, group = sizes
     layout = ExpertsLayout(experts, rank, inner, rank, rank, block, group, 0, 0, 32, **more)
-    return layout, random_experts(layout, widths, seed)
+    return layout, random_experts(layout, widths, seed, DEVICE)
 
 
 def swapped(z: torch.Tensor) -> torch.Tensor:
@@ -77,7 +80,7 @@ def swapped(z: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize(("tokens", "n", "k", "group"), [(1, 48, 96, 32), (9, 16, 128, 128), (70, 24, 64, 64)])
 def test_basis_equals_its_oracle(bits, dtype, tokens, n, k, group):
-    g = torch.Generator().manual_seed(bits + tokens)
+    g = seeded(bits + tokens)
     x = torch.randn(tokens, k, generator=g).to(dtype)
     if bits == 16:
         weight, step = torch.randn(n, k, generator=g).to(torch.bfloat16), None
@@ -136,7 +139,7 @@ def test_gate_up_equals_its_oracle(data):
     tokens = data.draw(st.sampled_from([1, 2, 9]))
     ids = data.draw(routings(sizes[0], tokens))
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
-    h = torch.randn(tokens, layout.rank_in, generator=torch.Generator().manual_seed(0)).to(dtype)
+    h = torch.randn(tokens, layout.rank_in, generator=seeded(0)).to(dtype)
     parts = data.draw(st.sampled_from([1, 2, 4, 8]))
     check_gate_up(
         layout, packed, ids, h, Gating(), parts, data.draw(st.sampled_from([8, 16])), data.draw(st.booleans())
@@ -147,7 +150,7 @@ def test_gate_up_equals_its_oracle(data):
 @pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
 def test_gates_and_biases(gating, parts):
     layout, packed = layer_of((2, 32, 32, 16, 32), (2, 4), 3, has_bias=1)
-    h = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    h = torch.randn(2, 32, generator=seeded(1)).to(torch.bfloat16)
     check_gate_up(layout, packed, torch.tensor([[1], [0]]), h, gating, parts, 8)
 
 
@@ -155,7 +158,7 @@ def test_gates_and_biases(gating, parts):
 def test_each_width_in_blocks_of_128(width):
     layout, packed = layer_of((1, 128, 128, 128, 128), (width,), width)
     ids = torch.zeros(1, 1, dtype=torch.int32)
-    h = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)).to(torch.float16)
+    h = torch.randn(1, 128, generator=seeded(2)).to(torch.float16)
     check_gate_up(layout, packed, ids, h, Gating(), 1, 8)
     check_down(layout, packed, ids, h, 8)
 
@@ -178,7 +181,7 @@ def check_down(layout, packed, ids, z, tile):
         if 0 <= e < layout.num_experts:  # operands are exact here: only the float32 sums round
             bounds[p] = product_bound(z[p, None], f[e], torch.float32)[0]
             assert_within(got[p], want[p], bounds[p])
-    g = torch.Generator().manual_seed(tokens)
+    g = seeded(tokens)
     weights = torch.rand(tokens, k, generator=g).to(z.device)
     bias = torch.randn(layout.num_experts, layout.rank_out, generator=g).to(z.device, z.dtype)
     base = torch.randn(tokens, layout.rank_out, generator=g).to(z.device)
@@ -198,13 +201,13 @@ def test_down_equals_its_oracle(data):
     tokens = data.draw(st.sampled_from([1, 2, 9]))
     ids = data.draw(routings(sizes[0], tokens))
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
-    z = torch.randn(ids.numel(), layout.intermediate_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z = torch.randn(ids.numel(), layout.intermediate_size, generator=seeded(0)).to(dtype)
     check_down(layout, packed, ids, z, data.draw(st.sampled_from([8, 16])))
 
 
 @pytest.mark.parametrize("parts", ["experts", "bias", "both on a base"])
 def test_combine_equals_its_oracle(parts):
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     tokens, k, n, experts = 5, 3, 70, 4
     ids = torch.randint(-1, experts + 1, (tokens, k), generator=g)
     p = torch.rand(tokens, k, generator=g)
@@ -237,7 +240,7 @@ def test_routing_gives_each_pair_to_one_tile(beside, data):
 
 def test_routing_of_many_pairs():
     """More than one chunk of pairs, more experts than a warp has threads, and one expert with most of them."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     ids = torch.where(torch.rand(700, 4, generator=g) < 0.6, 17, torch.randint(-1, 41, (700, 4), generator=g))
     tiles, pairs, _ = route(ids, 40, 64, 0)
     found = [(e, pairs[begin:end].tolist()) for e, begin, end in tiles.tolist() if e >= 0]
