@@ -130,9 +130,9 @@ def calibratable(folder: Path, taken: torch.Tensor) -> Iterator[tuple[Path, torc
 
 
 @torch.no_grad()
-def predictions(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Logits over the compared tokens, float16 ``[n, T − 1, COMPARED]``; changes the model's head."""
-    model.lm_head.weight.data = model.lm_head.weight.data[:COMPARED]
+def predictions(model: Any, rows: torch.Tensor, compared: int | None = None) -> torch.Tensor:
+    """Logits over the first ``compared`` tokens, float16 ``[n, T − 1, compared]``; cuts the model's head to those."""
+    model.lm_head.weight.data = model.lm_head.weight.data[: compared or COMPARED]
     key = "inputs_embeds" if rows.is_floating_point() else "input_ids"
     dtype = model.lm_head.weight.dtype if rows.is_floating_point() else rows.dtype
     return torch.cat([model(**{key: part.to(dtype)}, use_cache=False).logits[:, :-1].half() for part in rows.split(2)])
@@ -154,28 +154,41 @@ def measured(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor
     return figures
 
 
+@dataclass
 class Judge:
-    """Compares models with the unquantized one, on the rows of one calibration. References of rows that all
-    calibrations share are kept in the output folder."""
+    """Compares models with the unquantized one, by kind of rows.
 
-    def __init__(self, folder: Path, rows: Rows, taken: torch.Tensor, out: Path) -> None:
-        self._rows = {"calibration": taken[:SEEN_ROWS], "held_out": rows.held_out, "wikitext": rows.evaluation}
-        self._labels = {"wikitext": rows.labels}
+    Attributes:
+        rows: ids or hidden states by kind of rows.
+        labels: tokens ``[n, T]`` of the kinds whose perplexity is measured.
+        reference: the unquantized model's `predictions` by kind.
+        compared: over how many tokens; None: `COMPARED`.
+    """
+
+    rows: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
+    reference: dict[str, torch.Tensor]
+    compared: int | None = None
+
+    @classmethod
+    def of(cls, folder: Path, rows: Rows, taken: torch.Tensor, out: Path) -> "Judge":
+        """That of one calibration; references of rows that all calibrations share are kept in the output folder."""
+        kinds = {"calibration": taken[:SEEN_ROWS], "held_out": rows.held_out, "wikitext": rows.evaluation}
         stamp = (folder / "layers.safetensors").stat().st_mtime_ns
         kept = out / f"reference-{folder.resolve().name}-{stamp}.safetensors"
-        self._reference = load_file(kept) if kept.exists() else {}
-        missing = {name: part for name, part in self._rows.items() if name not in self._reference}
+        reference = load_file(kept) if kept.exists() else {}
         with calibratable(folder, taken) as (path, _):
             model = load(path)
-        self._reference |= {name: predictions(model, part) for name, part in missing.items()}
+        reference |= {name: predictions(model, part) for name, part in kinds.items() if name not in reference}
         if not kept.exists():
-            save_file({name: self._reference[name] for name in ("held_out", "wikitext")}, kept)
+            save_file({name: reference[name] for name in ("held_out", "wikitext")}, kept)
+        return cls(kinds, {"wikitext": rows.labels}, reference)
 
     def __call__(self, model: Any) -> dict[str, dict[str, float]]:
         """Figures of a model by kind of rows."""
         return {
-            name: measured(predictions(model, rows), self._reference[name], self._labels.get(name))
-            for name, rows in self._rows.items()
+            name: measured(predictions(model, rows, self.compared), self.reference[name], self.labels.get(name))
+            for name, rows in self.rows.items()
         }
 
 
@@ -227,7 +240,7 @@ def run(folder: Path, arms: list[str], counts: list[int], seeds: list[int], out:
         for seed in seeds:
             taken, judge = rows.taken(count, seed), None
             for arm in (a for a in arms if not results.has(folder.name, a, count, seed)):
-                judge = judge or Judge(folder, rows, taken, out)
+                judge = judge or Judge.of(folder, rows, taken, out)
                 try:
                     line = run_arm(arm, folder, taken, seed, judge)
                 except Exception as error:  # noqa: BLE001 - the other arms can still be measured
@@ -239,7 +252,8 @@ def run(folder: Path, arms: list[str], counts: list[int], seeds: list[int], out:
     return complete
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Of a comma-separated list."""
     return [int(part) for part in text.split(",")]
 
 
@@ -254,10 +268,10 @@ def main() -> None:
     prepare.add_argument("--eval-text", type=Path, metavar="FILE")
     prepare.add_argument("--pool", type=int, default=128, help="calibration rows")
     prepare.add_argument("--length", type=int, default=256, help="tokens per row")
-    prepare.add_argument("--starts", type=_numbers, default=[12, 20], help="layers that models may begin with")
+    prepare.add_argument("--starts", type=numbers, default=[12, 20], help="layers that models may begin with")
     build = commands.add_parser("build", help="make a model of the prepared weights")
     build.add_argument("--variant", required=True, choices=["exact", "carved"])
-    build.add_argument("--layers", type=_numbers, required=True, help="layers of the dense model that get experts")
+    build.add_argument("--layers", type=numbers, required=True, help="layers of the dense model that get experts")
     build.add_argument("--start", type=int, help="layer that the model begins with; default: all of it")
     build.add_argument("--out", type=Path, required=True)
     for command in (prepare, build):
@@ -265,8 +279,8 @@ def main() -> None:
     start = commands.add_parser("run", help="quantize and measure")
     start.add_argument("--model", type=Path, required=True, metavar="DIR")
     start.add_argument("--arms", default=ARMS)
-    start.add_argument("--rows", type=_numbers, default=[16], help="calibration rows, e.g. 16,48,128")
-    start.add_argument("--seeds", type=_numbers, default=[0, 1, 2])
+    start.add_argument("--rows", type=numbers, default=[16], help="calibration rows, e.g. 16,48,128")
+    start.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     start.add_argument("--out", type=Path, required=True, metavar="DIR")
     show = commands.add_parser("table", help="print what was measured")
     show.add_argument("results", type=Path, nargs="+", metavar="DIR|FILE")

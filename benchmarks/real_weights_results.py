@@ -31,15 +31,52 @@ class Results:
         with self._file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         self._known.add(self._key(line))
-        loss = ", ".join(f"{name} {line[name]['mean']:.2f}" for name in KINDS)
+        loss = ", ".join(f"{name} {line[name]['mean']:.2f}" for name in KINDS if name in line)
         print(f"{line['arm']} rows {line['rows']} seed {line['seed']}: {line['bits']:.3f} bits, {loss}", flush=True)
 
 
-def lines(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Lines of result files; of folders, of the file in them."""
-    for file in files:
-        for text in (file / RESULTS if file.is_dir() else file).read_text().splitlines():
-            yield json.loads(text)
+def lines(sources: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Lines of result files; of folders, of the file in them, or of the reports that `quality.py` left there."""
+    for source in sources:
+        reports = sorted(source.glob("seed_*/report.json"))
+        for report in reports:
+            yield from _of_report(report)
+        file = source / RESULTS if source.is_dir() else source
+        if file.exists() or not reports:
+            for text in file.read_text(encoding="utf-8").splitlines():
+                yield json.loads(text)
+
+
+def _of_report(report: Path) -> Iterator[dict[str, Any]]:
+    """The arms of `bitsmoe compare` as lines, under the names that `real_weights.py` gives them."""
+    found = json.loads(report.read_text(encoding="utf-8"))
+    for arm in found["arms"]:
+        if "error" not in arm:
+            yield {
+                "model": Path(found["model"]["name"]).name,
+                "arm": _arm_of_stage(arm["name"]),
+                "rows": found["calibration"]["rows"],
+                "seed": found["calibration"]["seed"],
+                "bits": arm["measured_bits_per_expert_weight"],
+                "wikitext": {
+                    "mean": 1000 * arm["kld_mean"],
+                    "median": 1000 * arm["kld_median"],
+                    "standard_error": 1000 * (arm["kld_stderr"] or 0.0),
+                    "perplexity": arm["perplexity"],
+                },
+                "quantize_seconds": arm["quantize_seconds"],
+            }
+
+
+def _arm_of_stage(stage: str) -> str:
+    """bitsmoe_2.125:codes=trellis of a stage of `quality.py` named trellis_bitsmoe_2_125."""
+    if "_w" in stage and stage.rpartition("_w")[2].isdigit():
+        return stage
+    name, whole, decimals = stage.rsplit("_", 2)
+    options = [":codes=trellis"] if name.startswith("trellis_") else []
+    change = name.removeprefix("trellis_")
+    options += [] if change in ("bitsmoe", "full") else [f":{change}"]
+    return f"bitsmoe_{whole}.{decimals}" + "".join(options)
 
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -87,7 +124,7 @@ def _at(line: dict[str, Any], path: tuple[str, ...]) -> float | None:
 def family(arm: str) -> str:
     """The line of the chart that an arm belongs to: all of one method and its options, whatever the bits."""
     name, *options = arm.split(":")
-    return ":".join([name.rpartition("_")[0] or name, *options])
+    return ":".join([name.partition("_")[0], *options])
 
 
 def draw(found: Iterable[dict[str, Any]], file: Path) -> None:

