@@ -9,8 +9,10 @@ from transformers import AutoConfig
 
 from bitsmoe_modifier import CheckpointError
 from bitsmoe_modifier.cli import main
+from bitsmoe_modifier.loading.source import load_source
+from bitsmoe_modifier.sources.codecs import decode_mxfp4, decode_scaled
 from bitsmoe_modifier.sources.model import open_dense
-from bitsmoe_modifier.sources.precision import decode_block_fp8, decode_mxfp4, load_source, source_tensors
+from bitsmoe_modifier.sources.precision import source_tensors
 from helpers import load, logits, packed_modules
 from low_precision import encode_fp8, encode_mxfp4, publish_fp8, publish_mxfp4
 from published import stored_tensors
@@ -37,13 +39,13 @@ GPT_OSS = {
 @pytest.mark.parametrize("shape", [(64, 64), (96, 40), (33, 70)])
 def test_block_fp8_is_exact(shape: tuple[int, int]) -> None:
     codes, scales, values = encode_fp8(torch.randn(shape), 32)
-    assert torch.equal(decode_block_fp8(codes, scales, (32, 32)), values)
+    assert torch.equal(decode_scaled(codes, scales, (32, 32)), values)
 
 
 def test_scales_of_another_size_are_refused() -> None:
     codes, scales, _ = encode_fp8(torch.randn(64, 64), 32)
     with pytest.raises(CheckpointError, match=r"scales of \(2, 2\) for weights of \(64, 64\) in blocks of \(16, 16\)"):
-        decode_block_fp8(codes, scales, (16, 16))
+        decode_scaled(codes, scales, (16, 16))
 
 
 def test_mxfp4_is_exact() -> None:
@@ -82,7 +84,8 @@ def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert not hasattr(model.config, "quantization_config")
     assert torch.isfinite(logits(model)).all()
-    experts = [p for name, p in model.named_parameters() if name.endswith("experts.down_proj")]
+    experts = [module.down_proj[:] for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name and not name.endswith("bias")]
     expected = [value for key, value in stands.items() if ".experts." in key and "down_proj" in key]
     if make is mxfp4_folder:
         assert all(torch.equal(a, b.bfloat16()) for a, b in zip(experts, expected, strict=True))

@@ -13,6 +13,8 @@ from compressed_tensors.offload import disable_offloading
 from torch import nn
 
 from .. import __version__
+from ..sources.stacks import stored_parameters
+from .stored_experts import stored_matrices
 
 _PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "numpy", "scipy")
 
@@ -74,18 +76,25 @@ def rows_digest(batches: Iterable[Any]) -> dict[str, Any]:
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
-    """Digest of the parameters and buffers of every numbered block of the model, and of every module outside of them.
+    """Digest of the parameters and buffers of every numbered block of the model, and of every module outside of them;
+    of experts that stay in files, of what is stored.
 
     Every byte is read once, one module at a time, so offloaded models are welcome.
     """
     digests: dict[str, Any] = defaultdict(hashlib.sha256)
     for name, module in model.named_modules():
+        stored = stored_matrices(module)
+        stacks = stored_parameters(module) if stored is None else stored.stacks
         numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", name)
         digest = digests[numbered[0] if numbered else name]
         with disable_offloading():
             for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 digest.update(f"{name}.{leaf}".encode())
                 _update(digest, tensor)
+        for leaf, stack in stacks.items():
+            for one in stack.stored():
+                digest.update(f"{name}.{leaf} {one.key}".encode())
+                _update(digest, one.read())
     empty = hashlib.sha256().hexdigest()
     return {name: found for name, digest in digests.items() if (found := digest.hexdigest()) != empty}
 

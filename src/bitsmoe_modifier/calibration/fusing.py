@@ -11,6 +11,9 @@ from compressed_tensors.offload import disable_offloading, update_offload_parame
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
 
+from ..sources.stacks import read_parameters
+from .stored_experts import stored_matrices
+
 
 def fuse_dense_experts(model: nn.Module) -> None:
     """Fuse every linearized experts module that nothing has quantized; the others keep the form they were packed in.
@@ -18,7 +21,12 @@ def fuse_dense_experts(model: nn.Module) -> None:
     Llama 4's, which transformers reads as a list of MLPs in quantized checkpoints, stay as they are.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, LinearExperts2D) and hasattr(module, "_source_experts_cls") and not _is_claimed(module):
+        if not isinstance(module, LinearExperts2D):
+            continue
+        stored = stored_matrices(module)
+        if stored is not None:
+            model.set_submodule(name, read_parameters(stored.experts))
+        elif hasattr(module, "_source_experts_cls") and not _is_claimed(module):
             model.set_submodule(name, _fused(module))
 
 

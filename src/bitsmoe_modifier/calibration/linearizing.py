@@ -18,6 +18,9 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 
+from ..sources.stacks import stored_parameters
+from .stored_experts import take_apart
+
 #: what transformers calls an experts module with
 _INTERFACE = ["self", "hidden_states", "top_k_index", "top_k_weights"]
 _PLAIN = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}
@@ -62,8 +65,11 @@ def _taken_apart(experts: Any, model: Any) -> LinearExperts2D:
         if not hasattr(experts, attribute):
             setattr(experts, attribute, getattr(kind, attribute))
     sized: Any = _Sized(config.get_text_config(), experts, kind)
-    made: Any = kind.from_experts_module(experts, sized)
-    made._source_experts_cls, made._source_config = _rebuilder(experts), config
+    if stored_parameters(experts):
+        made: Any = take_apart(experts, kind, sized)
+    else:
+        made = kind.from_experts_module(experts, sized)
+        made._source_experts_cls, made._source_config = _rebuilder(experts), config
     for name, value in vars(experts).items():
         if isinstance(value, float):
             setattr(made, name, value)

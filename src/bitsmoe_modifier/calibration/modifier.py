@@ -44,6 +44,7 @@ from .padding import Padding
 from .prediction import Surveyed, decide, predict
 from .progress import Progress
 from .resume import ResumeFolder
+from .stored_experts import is_kept_decoded, placed_module
 from .survey import Inputs, experts_inputs, survey_layers
 from .targets import check_experts, check_super_experts, check_unclaimed, dense_experts, dense_ids, find_experts
 
@@ -314,7 +315,7 @@ class BitsMoEModifier(Modifier):
             self._metrics[name] = metric.cpu()
             with naming_layer(name):
                 tokens = routed_tokens(module, self._ranks.collect(inputs), self._rows)
-                return moved(self._plan(name, dense_experts(module), tokens, metric), "cpu")
+                return moved(self._plan(name, dense_experts(module, tokens.x.device), tokens, metric), "cpu")
 
         return survey_layers(state.model, state.data.calib, self._names, measure, self._sequential_targets, self._ranks)
 
@@ -330,9 +331,8 @@ class BitsMoEModifier(Modifier):
             if name is not None and (module in self._inputs or name in self._finished):
                 self._said.begin(name, "rounding")
                 with naming_layer(name), torch.no_grad(), disable_offloading():
-                    replacement = self._replacement(module, name, self._inputs.pop(module, []))
-                # the rows go through it batch by batch, on to the next layer
-                replacement.keep_decoded(True)
+                    replacement = self._replacement(state.model, module, name, self._inputs.pop(module, []))
+                replacement.keep_decoded(is_kept_decoded(module))  # while the rows go on to the next layer
                 self._propagating.append(replacement)
                 state.model.set_submodule(name, replacement)
                 del self._names[module]
@@ -356,7 +356,7 @@ class BitsMoEModifier(Modifier):
 
     def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """Pack one layer from its captured inputs, by the survey's design or by one of its own."""
-        experts, tokens = dense_experts(module), routed_tokens(module, inputs, self._rows)
+        experts, tokens = dense_experts(module, inputs[0][0].device), routed_tokens(module, inputs, self._rows)
         metric = self._metrics.get(name)
         metric = None if metric is None else metric.to(tokens.x.device)
         design = self._designs.get(name)
@@ -369,10 +369,10 @@ class BitsMoEModifier(Modifier):
             log_layer(name, report)
         return packed, report
 
-    def _replacement(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
+    def _replacement(self, model: Any, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
         """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
         packed, report = self._make(module, name, inputs)
-        leaf = cast(Any, module[0]).up_proj
+        leaf = placed_module(module, model)
         replacement = BitsMoEExperts(packed.to(leaf.weight.device), gating_of(module))
         replacement.report = report
         attach(replacement, self._scheme)

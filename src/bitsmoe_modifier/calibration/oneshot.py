@@ -22,11 +22,13 @@ from torch import nn
 
 from ..errors import BitsMoEError
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
+from ..loading.source import load_source
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
 from ..sources.model import read_config
-from ..sources.precision import load_source, low_precision
+from ..sources.precision import low_precision
 from ..sources.provenance import REPORT_NAME, source_record
+from ..sources.stacks import stored_parameters
 from ..sources.text import dataloader
 from ..storage.folders import OutputFolder, check_new_folder, resolved
 from .fingerprint import fingerprint, rows_digest
@@ -187,7 +189,9 @@ def _load(folder: Path, offload: Offload | None) -> Any:
     auto = auto_class_of(read_auto_config(folder))
     if low_precision(read_config(folder)):
         if offload is not None:
-            raise BitsMoEError(f"{folder}: a model in low precision is decoded in memory; leave out --offload-dir")
+            raise BitsMoEError(
+                f"{folder}: the experts of a source in low precision stay on disk as it is; leave out --offload-dir"
+            )
         return load_source(folder)
     if offload is None:
         return auto.from_pretrained(folder, dtype="auto")
@@ -208,6 +212,9 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     for name, tensor in _tensors(model):
         if name in persistent and tensor.dtype == stored:
             tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        for stack in stored_parameters(module).values():
+            stack.dtype = dtype  # from the stored codes at once, not by way of the dtype that the model came in
     _declare_dtype(model, dtype)
 
 

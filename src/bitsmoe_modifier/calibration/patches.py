@@ -27,10 +27,12 @@ from loguru import logger
 from torch import nn
 
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
+from ..loading.source import load_source
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
 from ..sources.model import load_tokenizer, read_config
-from ..sources.precision import load_source, low_precision
+from ..sources.precision import low_precision
 from .linearizing import experts_modules, linearize
+from .stored_experts import read_other_experts
 
 
 def _install_norms() -> None:
@@ -67,7 +69,9 @@ class _Published:
     @classmethod
     def from_pretrained(cls, folder: Any, config: Any, **kwargs: Any) -> Any:
         if Path(folder).is_dir() and low_precision(read_config(Path(folder))):
-            return load_source(Path(folder), kwargs.get("dtype", "auto"))
+            model = load_source(Path(folder), kwargs.get("dtype", "auto"))
+            model.source_inventory = take_inventory(model, Path(folder))
+            return model
         model = auto_class_of(config).from_pretrained(folder, config=config, **kwargs)
         if Path(folder).is_dir():
             model.source_inventory = take_inventory(model, Path(folder))
@@ -75,7 +79,10 @@ class _Published:
 
 
 def _install_validation() -> None:
-    """Let pass what was decoded on loading: llm-compressor looks at the config.json that it came from."""
+    """Let pass what was decoded on loading: llm-compressor looks at the config.json that it came from.
+
+    This is also the place where a run knows both its model and its recipe.
+    """
     original = _oneshot.Oneshot.validate_model
     if getattr(original, "knows_decoded", False):
         return
@@ -83,6 +90,8 @@ def _install_validation() -> None:
     def validate_model(run: Any, model: Any) -> None:
         if getattr(model, "decoded_from", None) is None:
             original(run, model)
+        else:
+            read_other_experts(model, run.recipe)
 
     validate_model.knows_decoded = True  # type: ignore[attr-defined]
     _oneshot.Oneshot.validate_model = validate_model

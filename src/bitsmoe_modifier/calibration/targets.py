@@ -22,6 +22,7 @@ from ..runtime.experts import BitsMoEExperts
 from ..storage.layout import ExpertsLayout
 from .entries import check_entries, check_patterns
 from .linearizing import experts_modules
+from .stored_experts import stored_matrices
 
 #: why families are refused whose experts could be packed, by model type
 _REFUSED = {
@@ -130,13 +131,16 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
         gating_of(module)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
-    down: torch.Tensor = cast(Any, module[0]).down_proj.weight
+    stored = stored_matrices(module)
+    down: Any = cast(Any, module[0]).down_proj.weight if stored is None else stored.down()
     if not module.has_gate and 0 not in settings.widths:
         raise RecipeError(f"{name}: experts without a gate need bit-width 0 for what stands in its place; add it")
-    hidden, width = down.shape
+    hidden, width = down.shape[-2:]
     dense_share = num_dense / module.num_experts
     dense_bits = 8 * down.element_size()
     check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
+    if stored is not None:
+        return  # its weights are looked at when the layer is measured, and read then anyway
     with torch.no_grad(), disable_offloading():
         for expert in range(module.num_experts):
             for projection in _PROJECTIONS[0 if module.has_gate else 1 :]:
@@ -208,8 +212,14 @@ def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSet
     return fixed / layout.dense_elements + 16 / settings.group_size + min(settings.widths)
 
 
-def dense_experts(module: LinearExperts2D) -> DenseExperts:
-    """Stack the Linears of a linearized experts module; call under ``disable_offloading`` for offloaded models."""
+def dense_experts(module: LinearExperts2D, device: torch.device | str = "cpu") -> DenseExperts:
+    """The weights of a linearized experts module; call under ``disable_offloading`` for offloaded models.
+
+    Linears are stacked, on the device where they are; experts that stay in files are read to ``device`` one by one.
+    """
+    stored = stored_matrices(module)
+    if stored is not None:
+        return stored.dense(device)
     experts: list[Any] = [module[e] for e in range(module.num_experts)]
     with torch.no_grad():
         down = torch.stack([e.down_proj.weight for e in experts])

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..loading.decoding import load_decoded, misread_experts
+from ..loading.source import load_source
 from ..sources.classes import load_published
 from ..sources.model import read_config
-from ..sources.precision import load_source, low_precision
+from ..sources.precision import low_precision
 from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
 from .reference import Reference
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..sources.precision import source_tensors
+from ..sources.stacks import StoredStack, stored_parameters
 from ..storage.mtp import decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
 from .transformers_api import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
@@ -75,7 +76,7 @@ def take_inventory(model: Any, folder: Path) -> Inventory:
         CheckpointError: when the files are damaged.
     """
     found = source_tensors(folder)
-    expected = model.state_dict()
+    expected = {**model.state_dict(), **_stacks(model)}
     names = _model_names(model, found, expected)
     layers = decoder_layers(folder)
     beside = {key: stored for key, stored in found.items() if names[key] not in expected}
@@ -84,6 +85,15 @@ def take_inventory(model: Any, folder: Path) -> Inventory:
         beside=beside,
         mtp=frozenset(key for key in beside if is_mtp(key, layers)),
     )
+
+
+def _stacks(model: Any) -> dict[str, StoredStack]:
+    """Experts' tensors that a model reads from the source's files, by the names that they have in the model."""
+    return {
+        f"{prefix}.{name}": stack
+        for prefix, module in model.named_modules()
+        for name, stack in stored_parameters(module).items()
+    }
 
 
 def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A layer's unquantized experts and the settings that decide how they are quantized."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -68,6 +68,34 @@ class QuantizerSettings:
         return next((g for g in (128, 64, 32, 16, 8) if columns % g == 0), columns)
 
 
+class Matrices(Protocol):
+    """A tensor ``[E, rows, columns]``, or what answers like one and reads an expert's matrix when asked for it."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, rows, columns)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a matrix."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of a matrix."""
+
+    def numel(self) -> int:
+        """Weights."""
+
+    def element_size(self) -> int:
+        """Bytes of a weight."""
+
+    def __len__(self) -> int:
+        """E."""
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """One expert's matrix by its number; those of a slice or a tensor of numbers."""
+
+
 @dataclass(frozen=True)
 class DenseExperts:
     """The unquantized experts of a layer.
@@ -81,8 +109,8 @@ class DenseExperts:
             ``gating`` adds 1 to them. Zeros cost nothing: they get width 0.
     """
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrices
+    down: Matrices
     gating: Gating
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
@@ -90,7 +118,7 @@ class DenseExperts:
 
     def parts(self, experts: range) -> list[slice]:
         """Consecutive experts of some, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
-        size = max(1, PART_ELEMENTS // max(self.gate_up[0].numel(), self.down.shape[1] ** 2))
+        size = max(1, PART_ELEMENTS // max(self.gate_up.shape[1:].numel(), self.down.shape[1] ** 2))
         return [slice(at, min(at + size, experts.stop)) for at in range(experts.start, experts.stop, size)]
 
     def in_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:
@@ -131,7 +159,8 @@ class DenseExperts:
         """Raise CalibrationError naming the first expert with NaN or infinity in its weights."""
         for name in ("gate_up", "down", "in_bias", "out_bias"):
             tensor = getattr(self, name)
-            bad = [] if tensor is None else (~torch.stack([all_finite(one) for one in tensor])).nonzero().tolist()
+            experts = range(0 if tensor is None else len(tensor))
+            bad = [] if tensor is None else (~torch.stack([all_finite(tensor[e]) for e in experts])).nonzero().tolist()
             if bad:
                 expert = bad[0][0]
                 raise CalibrationError(

@@ -8,6 +8,7 @@ from ..errors import RecipeError
 from ..storage.factors import decode_basis, pack_basis
 from ..storage.planes import levels
 from .distributed import Ranks
+from .layer import Matrices
 from .numerics import note
 from .rounding import encode, search_step
 
@@ -60,7 +61,7 @@ def symmetric_sqrt(moment: torch.Tensor, dampening: float) -> tuple[torch.Tensor
 
 def input_directions(
     input_moment: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_up: Matrices,
     row_importance: torch.Tensor,
     rank: int,
     dampening: float,

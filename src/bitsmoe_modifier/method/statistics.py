@@ -12,7 +12,7 @@ import torch
 from ..errors import CalibrationError
 from .distributed import Ranks
 from .gating import Gating
-from .layer import DenseExperts
+from .layer import DenseExperts, Matrices
 from .numerics import all_finite
 
 #: How far an expert's share of the tokens, as calibration saw it, is believed: text in use routes differently. The
@@ -259,8 +259,8 @@ def activate(
 
 def collect_statistics(
     tokens: RoutedTokens,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Matrices,
+    down: Matrices,
     gating: Gating,
     in_bias: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,

@@ -1,21 +1,23 @@
 """Models that are published in low precision: their tensors, decoded one at a time as they are read.
 
-Two formats have no unquantized original that anybody could download, so they are sources themselves:
+Three methods of config.json's ``quantization_config`` have no unquantized original that anybody could download, so they
+are sources themselves:
 
 - ``fp8``: 8-bit floats (E4M3) with a scale per block of 128 × 128, ``X.weight`` and ``X.weight_scale_inv``
-  (DeepSeek-V3, MiniMax-M2)
+  (DeepSeek-V3, MiniMax-M2) or ``X.scale`` (DeepSeek-V4, there a power of two, E8M0). Where ``X.weight`` is int8, each
+  byte holds two 4-bit floats, and a row has a scale per 32 of them: MXFP4 (DeepSeek-V4's experts).
 - ``mxfp4``: 4-bit floats (E2M1), two in a byte, low half first, with a power of two per 32 weights along the input,
   ``X_blocks`` ``[E, rows, groups, 16]`` and ``X_scales`` ``[E, rows, groups]`` (gpt-oss). transformers keeps these
   experts transposed, ``[E, input, rows]``.
+- ``compressed-tensors``: what `schemes` lists, ``X.weight_packed`` or ``X.weight`` with ``X.weight_scale`` and more
+  (Kimi-K2, INT4 with a scale per 32).
 
-What is decoded has the dtype of the model. That is exact for ``mxfp4``; for ``fp8`` it rounds the product of an 8-bit
-float and its float32 scale once, as the format's own conversion to bfloat16 does. A tensor that the checkpoint keeps as
-it is (routers, norms, embeddings) stays so.
+What is decoded has the dtype of the model: the product of code and scale, rounded to it once (`codecs`). A tensor that
+the checkpoint keeps as it is (routers, norms, embeddings) stays so.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,70 +26,40 @@ import torch
 from ..errors import CheckpointError
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
 from ..storage.sizes import TensorSize
-from .classes import class_of, read_auto_config
+from .codecs import MX_GROUP, decode_mxfp4, decode_scaled
+from .compressed import compressed_tensors
+from .decoded import AsStored, Decoded
+from .schemes import FORMATS, weight_schemes
 
 #: the methods of config.json's ``quantization_config`` that are decoded here
-METHODS = ("fp8", "mxfp4")
-_FP8_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
-#: values of the 4-bit floats with one exponent bit more than mantissa, by their bits; the upper eight are negative
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_MX_GROUP, _E8M0_BIAS = 32, 127
-
-
-def decode_block_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Weights of 8-bit floats with a scale per block, float32.
-
-    Args:
-        weight: float8_e4m3fn ``[…, N, K]``.
-        scale: ``[…, ceil(N / block[0]), ceil(K / block[1])]``, any float dtype, to be multiplied with.
-        block: rows and columns that share a scale; blocks at the ends may be smaller.
-    """
-    rows, columns = weight.shape[-2:]
-    wanted = (-(-rows // block[0]), -(-columns // block[1]))
-    if tuple(scale.shape[-2:]) != wanted:
-        raise CheckpointError(
-            f"scales of {tuple(scale.shape)} for weights of {tuple(weight.shape)} in blocks of {block}"
-        )
-    spread = scale.float().repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
-    return weight.float() * spread
-
-
-def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Weights of 4-bit floats with a power of two per 32, float32 ``[…, rows, 32 groups]``.
-
-    Args:
-        blocks: uint8 ``[…, rows, groups, 16]``, two values a byte, the first in the low half.
-        scales: uint8 ``[…, rows, groups]``: exponents, 127 too large.
-    """
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=blocks.device)
-    halves = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-    values = torch.ldexp(table[halves.long()], (scales.int() - _E8M0_BIAS).unsqueeze(-1))
-    return values.flatten(-2)
-
-
-@dataclass(frozen=True)
-class Decoded(Stored):
-    """A tensor that is stored in low precision, read as the tensor that it stands for.
-
-    Attributes:
-        parts: what is stored.
-        decode: from the parts to float32.
-    """
-
-    parts: tuple[Stored, ...] = ()
-    decode: Callable[..., torch.Tensor] = field(default=torch.Tensor.float)
-
-    def read(self) -> torch.Tensor:
-        """The decoded tensor, in ``dtype``, on the CPU."""
-        with torch.device("cpu"):
-            return self.decode(*(part.read() for part in self.parts)).to(self.dtype)
+METHODS = ("fp8", "mxfp4", "compressed-tensors")
+_BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 def low_precision(config: Mapping[str, Any]) -> str | None:
-    """The method of a config.json whose source is decoded here; None for all others."""
-    scheme = config.get("quantization_config")
-    method = scheme.get("quant_method") if isinstance(scheme, dict) else None
-    return method if method in METHODS else None
+    """The method of a config.json whose source is decoded here; None for all others.
+
+    A checkpoint of compressed-tensors counts where all of its weights are in `FORMATS`; our own do not.
+    """
+    scheme = quantization_of(config)
+    method = scheme.get("quant_method") if scheme else None
+    if method not in METHODS:
+        return None
+    if method == "compressed-tensors":
+        whole, groups = scheme.get("format"), (scheme.get("config_groups") or {}).values()
+        if not groups or not all((group.get("format") or whole) in FORMATS for group in groups):
+            return None
+    return method
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``quantization_config`` of a config.json, or that of the language model inside it; {} where neither has one."""
+    inner = config.get("text_config")
+    for one in (config, inner if isinstance(inner, dict) else {}):
+        scheme = one.get("quantization_config")
+        if isinstance(scheme, dict):
+            return scheme
+    return {}
 
 
 def source_tensors(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Stored]:
@@ -102,32 +74,80 @@ def source_tensors(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[st
     """
     found = scan(map(str, checkpoint_files(folder)))
     config = read_json(folder / "config.json")
-    method = low_precision(config)
+    method, scheme = low_precision(config), quantization_of(config)
     if method is None:
         return found
-    return _mxfp4_tensors(found, dtype) if method == "mxfp4" else _fp8_tensors(found, _block(config), dtype)
-
-
-def _block(config: Mapping[str, Any]) -> tuple[int, int]:
-    rows, columns = config["quantization_config"].get("weight_block_size") or (128, 128)
-    return int(rows), int(columns)
+    if method == "mxfp4":
+        return _mxfp4_tensors(found, dtype)
+    if method == "fp8":
+        rows, columns = scheme.get("weight_block_size") or (128, 128)
+        return _fp8_tensors(found, (int(rows), int(columns)), dtype)
+    return compressed_tensors(found, weight_schemes(scheme, str(folder)), str(folder), dtype)
 
 
 def _fp8_tensors(found: dict[str, Stored], block: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
+    scales = {}
+    for key in found:
+        prefix, _, leaf = key.rpartition(".")
+        if leaf.endswith("_scale_inv"):
+            scales[key] = key.removesuffix("_scale_inv")
+        elif leaf == "scale" and _is_byte(found.get(f"{prefix}.weight")):
+            scales[key] = f"{prefix}.weight"
+    for key, name in scales.items():
+        if name not in found:
+            raise CheckpointError(f"{found[key].file}: {key} scales nothing; the checkpoint is incomplete")
+    scale_of = {name: found[key] for key, name in scales.items()}
     for key, stored in found.items():
-        if key.endswith(_FP8_SCALE):
-            if key.removesuffix(_FP8_SCALE) not in found:
-                raise CheckpointError(f"{stored.file}: {key} scales nothing; the checkpoint is incomplete")
+        if key in scales:
             continue
-        scale = found.get(f"{key}{_FP8_SCALE}")
+        scale = scale_of.get(key)
         if scale is None:
+            if _is_byte(stored):
+                raise CheckpointError(f"{stored.file}: {key} has no {key}_scale_inv; the checkpoint is incomplete")
             tensors[key] = stored
+        elif stored.dtype is torch.int8:
+            tensors[key] = _mxfp4_matrix(stored, scale, key, dtype)
         else:
+            kept = AsStored({"weight": stored, "weight_scale": scale}, _fp8_group(block))
+            plain = key.endswith(".weight") and len(stored.shape) == 2
             tensors[key] = Decoded(
-                stored.file, key, dtype, stored.shape, (stored, scale), lambda w, s: decode_block_fp8(w, s, block)
+                stored.file,
+                key,
+                dtype,
+                stored.shape,
+                (stored, scale),
+                lambda w, s: decode_scaled(w, s, block),
+                as_stored=kept if plain else None,
             )
     return tensors
+
+
+def _is_byte(stored: Stored | None) -> bool:
+    return stored is not None and stored.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+def _fp8_group(block: tuple[int, int]) -> dict[str, Any]:
+    """Block-FP8 as compressed-tensors spells it: inputs are rounded to 8 bits by groups where the kernels do so."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "format": "float-quantized",
+        "weights": {**common, "strategy": "block", "block_structure": list(block), "dynamic": False},
+        "input_activations": {**common, "strategy": "group", "group_size": block[1], "dynamic": True},
+    }
+
+
+def _mxfp4_matrix(packed: Stored, scale: Stored, key: str, dtype: torch.dtype) -> Decoded:
+    """Two 4-bit floats in a byte of a two-dimensional weight."""
+    *lead, columns = packed.shape
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": MX_GROUP}
+    kept = AsStored(
+        {"weight_packed": packed, "weight_scale": scale},
+        {"format": "mxfp4-pack-quantized", "weights": {**weights, "dynamic": False, "scale_dtype": "torch.uint8"}},
+        {"weight_packed": torch.uint8, "weight_scale": torch.uint8},
+    )
+    shape = (*lead, 2 * columns)
+    return Decoded(packed.file, key, dtype, shape, (packed, scale), decode_mxfp4, as_stored=kept)
 
 
 def _mxfp4_tensors(found: dict[str, Stored], dtype: torch.dtype) -> dict[str, Stored]:
@@ -143,7 +163,7 @@ def _mxfp4_tensors(found: dict[str, Stored], dtype: torch.dtype) -> dict[str, St
         if scales is None:
             raise CheckpointError(f"{stored.file}: {key} has no {name}{_SCALES}; the checkpoint is incomplete")
         *lead, rows, groups, _ = stored.shape
-        shape = (*lead, groups * _MX_GROUP, rows)
+        shape = (*lead, groups * MX_GROUP, rows)
         tensors[name] = Decoded(stored.file, name, dtype, shape, (stored, scales), _transposed_mxfp4)
     return tensors
 
@@ -157,7 +177,7 @@ def source_sizes(folder: Path, sizes: Mapping[str, TensorSize]) -> dict[str, Ten
     names = source_tensors(folder)
     made = {}
     for name, stored in names.items():
-        parts = stored.parts if isinstance(stored, Decoded) else (stored,)
+        parts = (*stored.parts, *stored.others) if isinstance(stored, Decoded) else (stored,)
         nbytes = sum(sizes[part.key].nbytes for part in parts)
         made[name] = TensorSize("BF16", stored.shape, nbytes) if isinstance(stored, Decoded) else sizes[name]
     return made
@@ -171,23 +191,3 @@ def decoded_sizes(folder: Path, sizes: Mapping[str, TensorSize]) -> dict[str, Te
         else size
         for name, size in source_sizes(folder, sizes).items()
     }
-
-
-def load_source(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """The dense model that a source in low precision stands for; all of it, in memory, in ``dtype``.
-
-    Args:
-        folder: of the source.
-        dtype: of its weights; "auto": what config.json declares, bfloat16 where it declares none.
-
-    Raises:
-        CheckpointError: when the files are damaged or transformers does not know the model.
-    """
-    config = read_auto_config(folder)
-    del config.quantization_config
-    chosen = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.bfloat16)
-    tensors = {name: stored.read() for name, stored in source_tensors(folder, chosen).items()}
-    model = class_of(config).from_pretrained(None, config=config, state_dict=tensors, dtype=chosen)
-    model.config._name_or_path = model.name_or_path = str(folder)
-    model.decoded_from = str(folder)
-    return model

@@ -30,6 +30,9 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -44,7 +47,7 @@ class Stored:
     Attributes:
         file: path of the file that holds it.
         key: its name there.
-        dtype: None where torch has no equivalent among the dtypes a bitsmoe checkpoint uses.
+        dtype: None where torch has no equivalent.
         shape: its shape.
     """
 
@@ -53,11 +56,11 @@ class Stored:
     dtype: torch.dtype | None
     shape: tuple[int, ...]
 
-    def read(self) -> torch.Tensor:
-        """The tensor itself, on the CPU."""
+    def read(self, row: int | None = None) -> torch.Tensor:
+        """The tensor itself, on the CPU; or one row of its first dimension alone, of which the others are not read."""
         # a loader may run under a meta default device, which would catch the tensor that safetensors creates
         with torch.device("cpu"), safe_open(self.file, "pt") as shard:
-            return shard.get_tensor(self.key)
+            return shard.get_tensor(self.key) if row is None else shard.get_slice(self.key)[row]
 
 
 def read_json(path: Path) -> dict[str, Any]:
