@@ -16,18 +16,25 @@ def write_text(path: Path, characters: int, seed: int) -> Path:
     return path
 
 
-def save_tiny(folder: Path, architecture: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_tiny(
+    folder: Path, architecture: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16, **overrides: object
+) -> Path:
     """A random model, in which the experts carry much of the output, with a tokenizer of single characters."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    model = tiny_model(architecture, dtype=dtype)
+    model = tiny_model(architecture, dtype=dtype, **overrides)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.fill_(1)
         elif ".experts." in name:
             parameter.data.mul_(3)
     model.save_pretrained(folder)
+    return save_letters(folder)
+
+
+def save_letters(folder: Path) -> Path:
+    """A tokenizer of single characters beside a model."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

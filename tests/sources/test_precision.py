@@ -1,22 +1,35 @@
 """Sources in low precision: decoded exactly, quantized from their folder, and without a trace of it in the result."""
 
 import json
+import operator
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_modifier import CheckpointError
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.loading.source import load_source
-from bitsmoe_modifier.sources.codecs import decode_mxfp4, decode_scaled
+from bitsmoe_modifier.sources.classes import class_of
+from bitsmoe_modifier.sources.codecs import decode_mxfp4, decode_packed_integers, decode_scaled
 from bitsmoe_modifier.sources.model import open_dense
 from bitsmoe_modifier.sources.precision import source_tensors
 from helpers import load, logits, packed_modules
-from low_precision import encode_fp8, encode_mxfp4, publish_fp8, publish_mxfp4
+from low_precision import (
+    bit_stream,
+    encode_fp8,
+    encode_integers,
+    encode_mxfp4,
+    publish_compressed,
+    publish_fp8,
+    publish_mxfp4,
+    publish_v4,
+)
 from published import stored_tensors
-from tiny_text import save_tiny, write_text
+from tiny_text import save_letters, save_tiny, write_text
 
 RECIPE = "quant_stage: {quant_modifiers: {BitsMoEModifier: {bits: 4.0, block_size: 16}}}"
 GPT_OSS = {
@@ -33,6 +46,14 @@ GPT_OSS = {
     "sliding_window": 16,
     "pad_token_id": 0,
     "eos_token_id": 2,
+}
+
+DEEPSEEK_V4 = {
+    **{key: value for key, value in GPT_OSS.items() if key not in ("num_local_experts", "num_key_value_heads")},
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "q_lora_rank": 64,
+    "o_lora_rank": 16,
 }
 
 
@@ -54,25 +75,85 @@ def test_mxfp4_is_exact() -> None:
     assert torch.equal(values.bfloat16().float(), values), "bfloat16 holds them all"
 
 
+@pytest.mark.parametrize("kind", ["int4", "int4-zero", "int3", "fp8-channel", "fp8-block", "nvfp4", "mxfp4"])
+def test_compressed_tensors_are_exact(kind: str, tmp_path: Path) -> None:
+    """Of rows of unequal size, one of them of zeros; read from a file, as a source is."""
+    weight = torch.randn(40, 96) * torch.logspace(-3, 1, 40)[:, None]
+    weight[7] = 0 if kind != "fp8-channel" else 1e-3
+    (tmp_path / "model").mkdir()
+    save_file({"model.layers.0.mlp.experts.0.up_proj.weight": weight}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    stands = publish_compressed(tmp_path / "model", kind)
+    ((name, value),) = source_tensors(tmp_path / "model", torch.float32).items()
+    assert torch.equal(value.read(), stands[name])
+    assert value.shape == weight.shape
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_of_all_widths(bits: int) -> None:
+    stored, values = encode_integers(torch.randn(16, 96), bits, 32, symmetric=bits > 1)
+    found = decode_packed_integers(
+        stored["weight_packed"], stored["weight_scale"], (16, 96), bits, stored.get("weight_zero_point")
+    )
+    assert torch.equal(found, values)
+
+
+def test_groups_in_any_order_of_columns() -> None:
+    """GPTQ with activation order says for every column whose scale it has."""
+    order = torch.randperm(96)
+    stored, values = encode_integers(torch.randn(8, 96)[:, order], 4, 32)
+    shuffled = {column: place for place, column in enumerate(order.tolist())}
+    back = torch.tensor([shuffled[column] for column in range(96)])
+    packed = encode_integers(values[:, back], 4, 32)[0]["weight_packed"]
+    integers = (values / stored["weight_scale"].float().repeat_interleave(32, 1)).round()[:, back]
+    words = bit_stream(integers, 4)
+    found = decode_packed_integers(words, stored["weight_scale"], (8, 96), 4, None, (back // 32).int())
+    assert torch.equal(found, values[:, back])
+    assert packed.shape == words.shape
+
+
 def fp8_folder(folder: Path) -> dict[str, torch.Tensor]:
     save_tiny(folder, "deepseek_v3")
     return publish_fp8(folder)
 
 
 def mxfp4_folder(folder: Path) -> dict[str, torch.Tensor]:
-    save_tiny(folder)  # for its tokenizer
-    (folder / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **GPT_OSS), dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    return publish_mxfp4(_saved(model, folder))
+
+
+def v4_folder(folder: Path) -> dict[str, torch.Tensor]:
+    config = AutoConfig.for_model("deepseek_v4", **DEEPSEEK_V4)
+    return publish_v4(_saved(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), folder))
+
+
+def kimi_folder(folder: Path) -> dict[str, torch.Tensor]:
+    save_tiny(folder, "deepseek_v3")
+    return publish_compressed(folder, "int4")
+
+
+def nvfp4_folder(folder: Path) -> dict[str, torch.Tensor]:
+    save_tiny(folder)
+    return publish_compressed(folder, "nvfp4", everything=True)
+
+
+def channel_folder(folder: Path) -> dict[str, torch.Tensor]:
+    save_tiny(folder, "mixtral", intermediate_size=64)
+    return publish_compressed(folder, "fp8-channel")
+
+
+def _saved(model: torch.nn.Module, folder: Path) -> Path:
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and parameter.ndim == 1), std=0.1)
     model.save_pretrained(folder)
-    return publish_mxfp4(folder)
+    return save_letters(folder)
 
 
-@pytest.mark.parametrize("make", [fp8_folder, mxfp4_folder])
+FOLDERS = [fp8_folder, mxfp4_folder, v4_folder, kimi_folder, nvfp4_folder, channel_folder]
+
+
+@pytest.mark.parametrize("make", FOLDERS)
 def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
     stands = make(tmp_path / "source")
     assert stands
@@ -80,21 +161,25 @@ def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
     assert set(stands) <= set(tensors)
     assert all(torch.equal(tensors[key].read(), value) for key, value in stands.items())
     assert all(tensors[key].shape == tuple(value.shape) for key, value in stands.items())
-    model = load_source(tmp_path / "source")
-    assert model.dtype == torch.bfloat16
-    assert not hasattr(model.config, "quantization_config")
-    assert torch.isfinite(logits(model)).all()
-    experts = [module.down_proj[:] for name, module in model.named_modules() if name.endswith("mlp.experts")]
-    assert not [name for name, _ in model.named_parameters() if ".experts." in name and not name.endswith("bias")]
-    expected = [value for key, value in stands.items() if ".experts." in key and "down_proj" in key]
-    if make is mxfp4_folder:
-        assert all(torch.equal(a, b.bfloat16()) for a, b in zip(experts, expected, strict=True))
-    else:
-        assert torch.equal(torch.cat([p.flatten(0, 1) for p in experts]), torch.cat(expected).bfloat16())
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load_source(tmp_path / "source", dtype)
+        assert model.dtype == dtype
+        assert not hasattr(model.config, "quantization_config")
+        assert not [n for n, _ in model.named_parameters() if re.search(r"[.]experts[.].*_proj$", n)], "stay in files"
+        whole = {key: stored.read().to(dtype) for key, stored in tensors.items()}
+        config = AutoConfig.from_pretrained(tmp_path / "source")
+        del config.quantization_config
+        dense = class_of(config).from_pretrained(None, config=config, state_dict=whole, dtype=dtype).eval()
+        names = [name for name, _ in dense.named_parameters() if re.search(r"[.]experts[.]\w+_proj$", name)]
+        assert names
+        for name in names:
+            assert torch.equal(operator.attrgetter(name)(model)[:], dense.get_parameter(name))
+    assert torch.allclose(logits(model), logits(dense), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [fp8_folder, mxfp4_folder])
-def test_a_source_is_quantized_from_its_folder(make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", FOLDERS)
+def test_a_source_is_quantized_from_its_folder(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the experts is ever read but one expert's matrix at a time, or some, for one layer's work."""
     source, out, recipe = tmp_path / "source", tmp_path / "out", tmp_path / "recipe.yaml"
     make(source)
     assert open_dense(str(source)).expert_bits < 10
@@ -102,6 +187,11 @@ def test_a_source_is_quantized_from_its_folder(make, tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", 4000, seed=0)
     assert main(["plan", "--model", str(source), "--recipe", str(recipe), "--samples", "8", "--seq-len", "32"]) == 0
     inputs = ["--model", str(source), "--recipe", str(recipe), "--calibration", str(text), "--out", str(out)]
+
+    def refused(*args: object) -> None:
+        raise AssertionError("a layer's experts were read whole")
+
+    monkeypatch.setattr("bitsmoe_modifier.calibration.stored_experts.read_parameters", refused)
     assert main(["quantize", *inputs, "--samples", "16", "--seq-len", "32"]) == 0
     loaded = load(out)
     assert len(packed_modules(loaded)) == 2
@@ -109,13 +199,12 @@ def test_a_source_is_quantized_from_its_folder(make, tmp_path: Path) -> None:
     others = {key: one for key, one in source_tensors(source).items() if ".experts." not in key}
     stored = stored_tensors(out)
     assert not [key for key, one in others.items() if not torch.equal(stored[key], one.read())]
-    assert not [key for key in stored if key.endswith(("_scale_inv", "_blocks", "_scales"))]
+    assert not [key for key in stored if key.endswith(("_scale_inv", "_blocks", "_scales", "weight_packed"))]
+    assert main(["eval", str(out), "--model", str(source), "--eval-text", str(text), "--seq-len", "32"]) == 0
 
 
 def test_missing_scales_are_named(tmp_path: Path) -> None:
     mxfp4_folder(tmp_path / "source")
-    from safetensors.torch import load_file, save_file
-
     file = tmp_path / "source" / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.0.mlp.experts.down_proj_scales"]

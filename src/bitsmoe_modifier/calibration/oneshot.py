@@ -25,8 +25,7 @@ from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.source import load_source
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
-from ..sources.model import read_config
-from ..sources.precision import low_precision
+from ..sources.precision import is_low_precision_source
 from ..sources.provenance import REPORT_NAME, source_record
 from ..sources.stacks import stored_parameters
 from ..sources.text import dataloader
@@ -187,7 +186,7 @@ def _quantize(
 def _load(folder: Path, offload: Offload | None) -> Any:
     """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk."""
     auto = auto_class_of(read_auto_config(folder))
-    if low_precision(read_config(folder)):
+    if is_low_precision_source(folder):
         if offload is not None:
             raise BitsMoEError(
                 f"{folder}: the experts of a source in low precision stay on disk as it is; leave out --offload-dir"

@@ -29,8 +29,8 @@ from torch import nn
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.source import load_source
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
-from ..sources.model import load_tokenizer, read_config
-from ..sources.precision import low_precision
+from ..sources.model import load_tokenizer
+from ..sources.precision import is_low_precision_source
 from .linearizing import experts_modules, linearize
 from .stored_experts import read_other_experts
 
@@ -68,7 +68,7 @@ class _Published:
 
     @classmethod
     def from_pretrained(cls, folder: Any, config: Any, **kwargs: Any) -> Any:
-        if Path(folder).is_dir() and low_precision(read_config(Path(folder))):
+        if Path(folder).is_dir() and is_low_precision_source(Path(folder)):
             model = load_source(Path(folder), kwargs.get("dtype", "auto"))
             model.source_inventory = take_inventory(model, Path(folder))
             return model

@@ -18,8 +18,16 @@ from ..method.trellis import GroupTrellis
 from ..sources.classes import build_published, read_auto_config
 from ..sources.hub import hub_errors, reason
 from ..sources.model import check_hub_name, find_model
-from ..sources.precision import METHODS, decoded_sizes
+from ..sources.precision import (
+    decoded_sizes,
+    decoded_tensors,
+    is_low_precision_source,
+    low_precision,
+    source_tensors,
+)
+from ..sources.provenance import REPORT_NAME
 from ..storage.folders import existing_parent
+from ..storage.shards import read_json, stored_of
 from ..storage.sizes import TensorSize, tensor_sizes
 from .planning import LayerShape, ModelShape, Plan, Run, plan_run, table
 
@@ -44,13 +52,17 @@ def read_headers(model: str) -> Headers:
     """
     if Path(model).is_dir():
         folder = find_model(model)
-        return Headers(model, decoded_sizes(folder, tensor_sizes(folder)))
+        sizes = tensor_sizes(folder)
+        return Headers(
+            model, decoded_sizes(source_tensors(folder), sizes) if is_low_precision_source(folder) else sizes
+        )
     check_hub_name(model)
-    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
         found = get_safetensors_metadata(model)
+        config = read_json(Path(hf_hub_download(model, "config.json")))
     except NotASafetensorsRepoError as error:
         raise BitsMoEError(f"{model} is neither a folder nor a hub model with safetensors files: {error}") from error
     except hub_errors() as error:
@@ -60,7 +72,8 @@ def read_headers(model: str) -> Headers:
         for file in found.files_metadata.values()
         for name, t in file.tensors.items()
     }
-    return Headers(model, sizes)
+    tensors = {name: stored_of("", name, size.dtype, size.shape) for name, size in sizes.items()}
+    return Headers(model, decoded_sizes(decoded_tensors(tensors, config, model), sizes))
 
 
 def check_unquantized(model: str, headers: Headers) -> None:
@@ -77,7 +90,8 @@ def check_unquantized(model: str, headers: Headers) -> None:
         return  # `model_shape` says what is wrong with it
     if scheme is not None:
         known = scheme if isinstance(scheme, dict) else vars(scheme)
-        if str(known.get("quant_method")) in METHODS:
+        ours = Path(headers.source).is_dir() and (Path(headers.source) / REPORT_NAME).exists()
+        if low_precision({"quantization_config": known}) and not ours:
             return  # a source like any other
         kind = known.get("format") or known.get("quant_method") or "of an unknown kind"
         raise RecipeError(

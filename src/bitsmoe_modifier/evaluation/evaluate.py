@@ -11,8 +11,7 @@ from ..errors import CheckpointError
 from ..loading.decoding import load_decoded, misread_experts
 from ..loading.source import load_source
 from ..sources.classes import load_published
-from ..sources.model import read_config
-from ..sources.precision import low_precision
+from ..sources.precision import is_low_precision_source
 from .metrics import Summary, TokenMetrics, chunks, summarize, token_metrics
 from .reference import Reference
 
@@ -25,10 +24,10 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         CheckpointError: when transformers found no weights for experts, and made some up.
     """
+    if is_low_precision_source(Path(path)):
+        return load_source(Path(path), dtype).to(device).eval()
     if misread_experts(Path(path)):
         return load_decoded(Path(path), dtype).to(device).eval()
-    if low_precision(read_config(Path(path))):
-        return load_source(Path(path), dtype).to(device).eval()
     loaded: Any = load_published(path, dtype=dtype, output_loading_info=True)
     model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if ".experts." in name)

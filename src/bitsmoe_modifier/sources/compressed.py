@@ -117,6 +117,8 @@ def _packed_shape(prefix: str, leaves: dict[str, Stored], scheme: WeightScheme) 
     packed, scale = leaves["weight_packed"], leaves.get("weight_scale")
     if scheme.strategy == "group" and scheme.group_size > 0 and scale is not None and len(scale.shape) == 2:
         shape = (packed.shape[0], scale.shape[1] * scheme.group_size)
+    elif not packed.file:  # of the hub, whose headers alone are here: to within the padding of a row
+        shape = (packed.shape[0], packed.shape[1] * 32 // scheme.bits)
     elif "weight_shape" in leaves:
         rows, columns = leaves["weight_shape"].read().tolist()
         shape = (int(rows), int(columns))

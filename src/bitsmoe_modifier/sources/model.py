@@ -11,7 +11,7 @@ from ..remote_code import trusts_remote_code
 from ..storage.shards import read_json
 from ..storage.sizes import checkpoint_bytes, expert_elements, tensor_sizes
 from .hub import fetch
-from .precision import low_precision, source_sizes
+from .precision import is_low_precision_source, low_precision, source_sizes, source_tensors
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def open_dense(model: str) -> DenseModel:
 
     folder = find_model(model, check)
     config = read_config(folder)
-    sizes = source_sizes(folder, tensor_sizes(folder))
+    if low_precision(config) and not is_low_precision_source(folder):
+        raise RecipeError(f"{model} was quantized by this package; give the model that it was made from")
+    sizes = source_sizes(source_tensors(folder), tensor_sizes(folder))
     elements = expert_elements(sizes)
     if elements == 0:
         raise RecipeError(

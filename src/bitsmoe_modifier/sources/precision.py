@@ -29,6 +29,7 @@ from ..storage.sizes import TensorSize
 from .codecs import MX_GROUP, decode_mxfp4, decode_scaled
 from .compressed import compressed_tensors
 from .decoded import AsStored, Decoded
+from .provenance import REPORT_NAME
 from .schemes import FORMATS, weight_schemes
 
 #: the methods of config.json's ``quantization_config`` that are decoded here
@@ -52,6 +53,11 @@ def low_precision(config: Mapping[str, Any]) -> str | None:
     return method
 
 
+def is_low_precision_source(folder: Path) -> bool:
+    """Whether a folder is a source in low precision, and not a checkpoint that this package made of one."""
+    return low_precision(read_json(folder / "config.json")) is not None and not (folder / REPORT_NAME).exists()
+
+
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """``quantization_config`` of a config.json, or that of the language model inside it; {} where neither has one."""
     inner = config.get("text_config")
@@ -73,7 +79,23 @@ def source_tensors(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[st
         CheckpointError: when the files are damaged, or a tensor lacks its scales.
     """
     found = scan(map(str, checkpoint_files(folder)))
-    config = read_json(folder / "config.json")
+    return decoded_tensors(found, read_json(folder / "config.json"), str(folder), dtype)
+
+
+def decoded_tensors(
+    found: dict[str, Stored], config: Mapping[str, Any], where: str, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Stored]:
+    """As `source_tensors`, of what is known of the files and of config.json.
+
+    Args:
+        found: the files' tensors by key.
+        config: the content of config.json.
+        where: for messages.
+        dtype: of what is decoded.
+
+    Raises:
+        CheckpointError: when a tensor lacks its scales.
+    """
     method, scheme = low_precision(config), quantization_of(config)
     if method is None:
         return found
@@ -82,7 +104,7 @@ def source_tensors(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[st
     if method == "fp8":
         rows, columns = scheme.get("weight_block_size") or (128, 128)
         return _fp8_tensors(found, (int(rows), int(columns)), dtype)
-    return compressed_tensors(found, weight_schemes(scheme, str(folder)), str(folder), dtype)
+    return compressed_tensors(found, weight_schemes(scheme, where), where, dtype)
 
 
 def _fp8_tensors(found: dict[str, Stored], block: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
@@ -172,22 +194,28 @@ def _transposed_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     return decode_mxfp4(blocks, scales).transpose(-1, -2).contiguous()
 
 
-def source_sizes(folder: Path, sizes: Mapping[str, TensorSize]) -> dict[str, TensorSize]:
-    """Sizes of a source's tensors with the shapes that they have unquantized and the bytes that they take as stored."""
-    names = source_tensors(folder)
+def source_sizes(tensors: Mapping[str, Stored], sizes: Mapping[str, TensorSize]) -> dict[str, TensorSize]:
+    """Sizes of a source's tensors with the shapes that they have unquantized and the bytes that they take as stored.
+
+    Args:
+        tensors: by `decoded_tensors`.
+        sizes: of everything in the files.
+    """
     made = {}
-    for name, stored in names.items():
-        parts = (*stored.parts, *stored.others) if isinstance(stored, Decoded) else (stored,)
-        nbytes = sum(sizes[part.key].nbytes for part in parts)
-        made[name] = TensorSize("BF16", stored.shape, nbytes) if isinstance(stored, Decoded) else sizes[name]
+    for name, stored in tensors.items():
+        if isinstance(stored, Decoded):
+            nbytes = sum(sizes[part.key].nbytes for part in (*stored.parts, *stored.others))
+            made[name] = TensorSize("BF16", stored.shape, nbytes)
+        else:
+            made[name] = sizes[name]
     return made
 
 
-def decoded_sizes(folder: Path, sizes: Mapping[str, TensorSize]) -> dict[str, TensorSize]:
-    """Sizes of a source's tensors as they are after decoding."""
+def decoded_sizes(tensors: Mapping[str, Stored], sizes: Mapping[str, TensorSize]) -> dict[str, TensorSize]:
+    """Sizes of a source's tensors as they are after decoding; arguments as of `source_sizes`."""
     return {
-        name: TensorSize(size.dtype, size.shape, 2 * math.prod(size.shape))
-        if name not in sizes or size != sizes[name]
-        else size
-        for name, size in source_sizes(folder, sizes).items()
+        name: TensorSize("BF16", stored.shape, 2 * math.prod(stored.shape))
+        if isinstance(stored, Decoded)
+        else sizes[name]
+        for name, stored in tensors.items()
     }

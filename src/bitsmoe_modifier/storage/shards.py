@@ -63,6 +63,11 @@ class Stored:
             return shard.get_tensor(self.key) if row is None else shard.get_slice(self.key)[row]
 
 
+def stored_of(file: str, key: str, dtype: str, shape: tuple[int, ...]) -> Stored:
+    """A tensor by what a header says of it, its dtype in safetensors' spelling ("BF16")."""
+    return Stored(file, key, _DTYPES.get(dtype), shape)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
 
@@ -129,7 +134,7 @@ def scan(files: Iterable[str]) -> dict[str, Stored]:
                     if key in found:
                         other = os.path.basename(found[key].file)
                         raise CheckpointError(f"{name}: repeats {key} of {other}; fetch the checkpoint again")
-                    found[key] = Stored(file, key, _DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+                    found[key] = stored_of(file, key, part.get_dtype(), tuple(part.get_shape()))
         except FileNotFoundError:
             raise CheckpointError(f"{name}: the file is missing; fetch the checkpoint again") from None
         except SafetensorError as error:
