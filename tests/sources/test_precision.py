@@ -177,7 +177,7 @@ def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
     assert torch.allclose(logits(model), logits(dense), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", FOLDERS)
+@pytest.mark.parametrize("make", [*FOLDERS[:4], *(pytest.param(make, marks=pytest.mark.slow) for make in FOLDERS[4:])])
 def test_a_source_is_quantized_from_its_folder(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the experts is ever read but one expert's matrix at a time, or some, for one layer's work."""
     source, out, recipe = tmp_path / "source", tmp_path / "out", tmp_path / "recipe.yaml"

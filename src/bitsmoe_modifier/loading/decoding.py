@@ -57,9 +57,14 @@ def load_decoded(folder: Path, dtype: torch.dtype) -> Any:
             raise KeyError(f"{prefix}: packed, but no group of config.json targets it")
         compressor = BaseCompressor.get_value_from_registry(schemes[index].format)
         tensors[f"{prefix}.weight"] = compressor.decompress(local, schemes[index])["weight"]
-    tensors = {_COMPRESSOR_NAMES.sub(_family_name, name): tensor for name, tensor in tensors.items()}
+    tensors = {family_key(name): tensor for name, tensor in tensors.items()}
     architecture = getattr(transformers, config.architectures[0])  # AutoModel insists on a folder
     return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def family_key(name: str) -> str:
+    """A tensor's name as its family stores it, where llm-compressor wrote it by its own."""
+    return _COMPRESSOR_NAMES.sub(_family_name, name)
 
 
 def _family_name(found: re.Match[str]) -> str:

@@ -20,6 +20,7 @@ from ..sources.precision import source_tensors
 from ..sources.stacks import StoredStack, stored_parameters
 from ..storage.mtp import decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
+from .decoding import family_key
 from .transformers_api import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
 
 #: bytes of a file of tensors that are copied; they pass through memory
@@ -75,7 +76,7 @@ def take_inventory(model: Any, folder: Path) -> Inventory:
     Raises:
         CheckpointError: when the files are damaged.
     """
-    found = source_tensors(folder)
+    found = {family_key(key): stored for key, stored in source_tensors(folder).items()}
     expected = {**model.state_dict(), **_stacks(model)}
     names = _model_names(model, found, expected)
     layers = decoder_layers(folder)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import CheckpointError
 from ..sources.classes import class_of, read_auto_config
 from ..sources.decoded import Decoded
 from ..sources.precision import source_tensors
 from ..sources.stacks import Pieces, StoredStack
 from ..storage.shards import Stored
+from .decoding import family_key
 from .transformers_api import (
     WeightConverter,
     WeightRenaming,
@@ -60,7 +62,8 @@ def load_source(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     with torch.device("meta"):
         skeleton = kind(copy.deepcopy(config))
     names = _NamesOf(skeleton)
-    tensors = {key: stored for key, stored in source_tensors(folder, chosen).items() if names.has(key)}
+    found = {family_key(key): stored for key, stored in source_tensors(folder, chosen).items()}
+    tensors = {key: stored for key, stored in found.items() if names.has(key)}
     stacks = _stacks(skeleton, tensors, names, chosen)
     left = {key for key in tensors if names.module(key) in stacks and names.leaf(key) in stacks[names.module(key)]}
 
@@ -75,8 +78,13 @@ def load_source(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     Built.__name__, Built.__qualname__, Built.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     implementation = {"experts_implementation": "eager"} if stacks else {}  # the one that reads expert after expert
     state = {key: stored.read() for key, stored in tensors.items() if key not in left}
-    model: Any = Built.from_pretrained(None, config=config, state_dict=state, dtype=chosen, **implementation)
-    del state
+    asked = {"config": config, "state_dict": state, "dtype": chosen, "output_loading_info": True, **implementation}
+    loaded: Any = Built.from_pretrained(None, **asked)
+    model, info = loaded
+    del state, asked
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{folder}: no file holds {missing[0]} ({len(missing)} tensors); fetch it again")
     model.__class__ = kind
     for name, replaced in stacks.items():
         model.set_submodule(name, _with_stacks(skeleton.get_submodule(name), model.get_submodule(name), replaced))
