@@ -24,13 +24,14 @@ on the evaluation text. One line of JSON per arm goes to OUT/results.jsonl; what
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,9 @@ class Judge:
             model = load(path)
         reference |= {name: predictions(model, part) for name, part in kinds.items() if name not in reference}
         if not kept.exists():
-            save_file({name: reference[name] for name in ("held_out", "wikitext")}, kept)
+            unfinished = kept.with_suffix(f".{os.getpid()}")
+            save_file({name: reference[name] for name in ("held_out", "wikitext")}, unfinished)
+            unfinished.rename(kept)
         return cls(kinds, {"wikitext": rows.labels}, reference)
 
     def __call__(self, model: Any) -> dict[str, dict[str, float]]:
@@ -222,7 +225,8 @@ def run_arm(arm: str, folder: Path, taken: torch.Tensor, seed: int, judge: Judge
         checkpoint = path.parent / "quantized"
         made = quantize(path, recipe(arm), ids, checkpoint, settings)
         noted = json.loads((checkpoint / REPORT_NAME).read_text())["layers"]
-        found: dict[str, Any] = {"bits": bits_per_expert_weight(checkpoint), **judge(load(checkpoint))}
+        bits = bits_per_expert_weight(checkpoint)
+        found: dict[str, Any] = {"bits": bits.total, "bits_apart": asdict(bits), **judge(load(checkpoint))}
     wanted = ("bits", "input_basis_bits", "output_basis_bits", "shrinkage", "relative_output_error", "width_counts")
     found["layers"] = {name: {key: layer.get(key) for key in wanted} for name, layer in noted.items()}
     wall = time.perf_counter() - begun

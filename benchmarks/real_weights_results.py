@@ -58,6 +58,7 @@ def _of_report(report: Path) -> Iterator[dict[str, Any]]:
                 "rows": found["calibration"]["rows"],
                 "seed": found["calibration"]["seed"],
                 "bits": arm["measured_bits_per_expert_weight"],
+                "bits_apart": arm.get("bits_apart", {}),
                 "wikitext": {
                     "mean": 1000 * arm["kld_mean"],
                     "median": 1000 * arm["kld_median"],
@@ -80,6 +81,7 @@ def _arm_of_stage(stage: str) -> str:
 
 
 COLUMNS: dict[str, tuple[str, ...]] = {
+    "of it bases": ("bits_apart", "bases"),
     "calibration rows": ("calibration", "mean"),
     "other rows": ("held_out", "mean"),
     "WikiText-2": ("wikitext", "mean"),

@@ -30,6 +30,9 @@ def test_layers_are_described_as_they_were_packed(packed):
         assert layer["bytes"]["codes"] == made.codes_in.nbytes + made.codes_out.nbytes
         assert layer["bytes"]["scales"] == made.steps_in.nbytes + made.steps_out.nbytes
         assert layer["bits"] == pytest.approx(made.bits_per_weight)
+        assert sum(layer["bits_apart"].values()) == pytest.approx(layer["bits"], rel=1e-12)
+        bases = made.basis_in.nbytes + made.basis_in_step.nbytes + made.basis_out.nbytes + made.basis_out_step.nbytes
+        assert layer["bits_apart"]["bases"] == 8 * bases / (8 * 3 * 32 * 64)
         assert layer["bit_widths"]["gate"] == dict(Counter(made.widths_in[:, 0].flatten().tolist()))
         assert layer["bit_widths"]["up"] == dict(Counter(made.widths_in[:, 1].flatten().tolist()))
         assert layer["bit_widths"]["down"] == dict(Counter(made.widths_out.flatten().tolist()))
@@ -42,6 +45,7 @@ def test_the_description_is_json_and_readable(packed):
     assert json.loads(json.dumps(found))["model_type"] == "qwen3_moe"
     text = render(found)
     assert "bits per expert weight" in text
+    assert f"bases {found['bits_apart']['bases']:.3f}" in text
     for layer in found["layers"]:
         assert layer["name"] in text
     assert "tokens" not in text

@@ -89,8 +89,13 @@ def test_bits_count_the_packed_modules_against_their_own_weights(kept: str, tmp_
             for projection in ("gate", "up", "down"):
                 tensors[f"mtp.layers.0.mlp.experts.{expert}.{projection}_proj.weight"] = torch.zeros(32, 64).bfloat16()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    packed = sum(layer.packed.nbytes for layer in layers.values())
-    assert bits_per_expert_weight(folder) == 8 * packed / (len(layers) * 8 * 3 * 32 * 64)
+    weights = len(layers) * 8 * 3 * 32 * 64
+    packed = [(name, tensor.nbytes) for layer in layers.values() for name, tensor in layer.packed.items()]
+    found = bits_per_expert_weight(folder)
+    assert found.total == pytest.approx(8 * sum(nbytes for _, nbytes in packed) / weights, rel=1e-12)
+    assert found.bases == 8 * sum(nbytes for name, nbytes in packed if name.startswith("basis")) / weights > 0
+    codes = sum(nbytes for name, nbytes in packed if name.startswith(("codes", "steps", "dense")))
+    assert found.codes == 8 * codes / weights > found.metadata > 0
 
 
 @pytest.mark.parametrize(
@@ -110,12 +115,14 @@ def test_bits_of_quantized_linears(parts: dict[str, torch.Tensor], bits: float, 
     kept = {"a.experts.1.up_proj.weight": torch.zeros(6, 16), "a.up_proj.weight": torch.zeros(6, 16)}
     save_file({**linear, **scales, **kept}, tmp_path / "model.safetensors")
     weights = 6 * 21 if bits == 512 / 126 else 6 * 16
-    assert bits_per_expert_weight(tmp_path) == pytest.approx(bits + 16 * 6 / weights)
+    found = bits_per_expert_weight(tmp_path)
+    assert found.total == pytest.approx(bits + 16 * 6 / weights)
+    assert found.bases == 0
 
 
 def test_bits_of_an_unquantized_model(tmp_path: Path):
     save_file({"a.experts.0.up_proj.weight": torch.zeros(6, 4).bfloat16()}, tmp_path / "model.safetensors")
-    assert bits_per_expert_weight(tmp_path) == 16
+    assert bits_per_expert_weight(tmp_path).total == 16
     save_file({"a.up_proj.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="has no routed experts"):
         bits_per_expert_weight(tmp_path)

@@ -61,7 +61,7 @@ def card(folder: Path, base_model: str, recipe: str, quality: Mapping[str, Any] 
     metadata["tags"] = ["compressed-tensors", "mixture-of-experts", *(["bitsmoe"] if packed else [])]
     size, total = found["bytes"], found["checkpoint_bytes"]
     sizes = [
-        f"{bits:.4f} bits per expert weight, everything stored counted",
+        f"{bits.total:.4f} bits per expert weight, everything stored counted: {bits}",
         f"{total / 1e6:.2f} MB: experts {size['experts'] / 1e6:.2f}, everything else {size['rest'] / 1e6:.2f}",
         f"format: compressed-tensors, {found['format'] or 'not quantized'}",
     ]

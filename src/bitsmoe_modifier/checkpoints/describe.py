@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import torch
 from ..errors import CheckpointError
 from ..sources.model import read_config
 from ..sources.provenance import REPORT_NAME
+from ..storage.kinds import kind_of
 from ..storage.layout import ExpertsLayout
-from ..storage.packed import TENSOR_NAMES
 from ..storage.shards import Stored, checkpoint_files, packed_modules, read_json, read_structure, scan
-from ..storage.sizes import checkpoint_bytes, expert_bytes, is_expert, tensor_sizes
-from .kinds import kind_of
+from ..storage.sizes import ExpertBits, checkpoint_bytes, expert_bytes, tensor_sizes
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Layer:
     Attributes:
         name: of its experts module.
         layout: its sizes.
-        bits: per expert weight, everything stored counted.
         kinds: bytes by kind, "other" for header and checksums.
         bit_widths: units of every bit-width, by matrix ("gate", "up", "down").
         report: what the quantization noted about it, {} where nothing is known.
@@ -34,10 +32,14 @@ class Layer:
 
     name: str
     layout: ExpertsLayout
-    bits: float
     kinds: dict[str, int]
     bit_widths: dict[str, dict[int, int]]
     report: dict[str, Any]
+
+    @property
+    def bits(self) -> ExpertBits:
+        """Per expert weight."""
+        return ExpertBits.of(self.kinds, self.layout.dense_elements)
 
 
 def describe_layer(name: str, stored: dict[str, Stored], report: dict[str, Any]) -> Layer:
@@ -56,7 +58,7 @@ def describe_layer(name: str, stored: dict[str, Stored], report: dict[str, Any])
         matrix: dict(sorted(Counter(w.flatten().tolist()).items()))
         for matrix, w in (("gate", widths_in[:, 0]), ("up", widths_in[:, 1]), ("down", widths_out))
     }
-    return Layer(name, layout, 8 * sum(kinds.values()) / layout.dense_elements, dict(kinds), widths, report)
+    return Layer(name, layout, dict(kinds), widths, report)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -72,17 +74,23 @@ def describe(folder: Path) -> dict[str, Any]:
     names = sorted(modules, key=_natural)
     noted = _read_report(folder, names)
     layers = [describe_layer(name, modules[name], noted.get(name, {})) for name in names]
-    packed = sum(s.nbytes for name, s in sizes.items() if name.rpartition(".")[2] in TENSOR_NAMES and is_expert(name))
+    packed = sum((Counter(layer.kinds) for layer in layers), Counter[str]())
     elements = sum(layer.layout.dense_elements for layer in layers)
+    bits = ExpertBits.of(packed, elements) if elements else None
     total = sum(s.nbytes for s in sizes.values())
     return {
         "folder": str(folder),
         "model_type": config.get("model_type"),
         "format": scheme.get("format") if isinstance(scheme, dict) else None,
         "checkpoint_bytes": checkpoint_bytes(folder),
-        "bytes": {"experts": expert_bytes(sizes), "packed experts": packed, "rest": total - expert_bytes(sizes)},
+        "bytes": {
+            "experts": expert_bytes(sizes),
+            "packed experts": packed.total(),
+            "rest": total - expert_bytes(sizes),
+        },
         "made_of": made_of(folder),
-        "bits_per_expert_weight": 8 * packed / elements if elements else None,
+        "bits_per_expert_weight": bits and bits.total,
+        "bits_apart": bits and asdict(bits),
         "layers": [
             {
                 "name": layer.name,
@@ -95,7 +103,8 @@ def describe(folder: Path) -> dict[str, Any]:
                 "basis_in_bits": layer.layout.basis_in_bits,
                 "basis_out_bits": layer.layout.basis_out_bits,
                 "dense_experts": layer.layout.num_dense,
-                "bits": layer.bits,
+                "bits": layer.bits.total,
+                "bits_apart": asdict(layer.bits),
                 "bytes": layer.kinds,
                 "bit_widths": layer.bit_widths,
                 "quantization": layer.report,
@@ -116,7 +125,7 @@ def render(found: dict[str, Any]) -> str:
     lines += _made_of_lines(found["made_of"])
     if not found["layers"]:
         return "\n".join([*lines, "  no experts packed by BitsMoE"])
-    lines.append(f"  {found['bits_per_expert_weight']:.4f} bits per expert weight, everything stored counted")
+    lines.append(f"  {bits_line(found)}")
     for layer in found["layers"]:
         whole = sum(layer["bytes"].values())
         parts = ", ".join(f"{kind} {100 * n / whole:.1f} %" for kind, n in layer["bytes"].items() if n)
@@ -125,6 +134,7 @@ def render(found: dict[str, Any]) -> str:
             "",
             f"{layer['name']}: {layer['experts']} experts of {layer['intermediate_size']} × {layer['hidden_size']}, "
             f"{layer['bits']:.4f} bits, {whole / 1e6:.3f} MB",
+            f"  bits    {ExpertBits(**layer['bits_apart'])}",
             f"  bytes   {parts}",
             f"  bases   bits: {', '.join(bases)}; blocks of {layer['block_size']}, "
             f"groups of {layer['group_size']}, {layer['codes']} codes",
@@ -146,6 +156,12 @@ def render(found: dict[str, Any]) -> str:
             unseen = noted.get("unseen_output_error")
             lines.append(error if unseen is None else f"{error}, {100 * unseen:.2f} % expected on other text")
     return "\n".join(lines)
+
+
+def bits_line(found: dict[str, Any]) -> str:
+    """The bits that `describe` found, whole and in parts."""
+    apart = ExpertBits(**found["bits_apart"])
+    return f"{found['bits_per_expert_weight']:.4f} bits per expert weight, everything stored counted: {apart}"
 
 
 def made_of(folder: Path) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def quantize(
     from ..comparison.single import Options, quantize_each
     from ..errors import BitsMoEError
     from ..sources.demo import demo_asset
+    from ..storage.sizes import ExpertBits
 
     if fast and best:
         raise BitsMoEError("--fast and --best exclude each other; give one of them")
@@ -112,7 +113,8 @@ def quantize(
     )
     for folder, one in zip(folders, made, strict=False):
         print(
-            f"{folder}: {one['measured_bits_per_expert_weight']:.4f} bits per expert weight, "
+            f"{folder}: {one['measured_bits_per_expert_weight']:.4f} bits per expert weight "
+            f"({ExpertBits(**one['bits_apart'])}), "
             f"{one['checkpoint_bytes'] / 1e6:.2f} MB, {one['quantize_seconds']:.0f} s"
         )
         for warning in one["warnings"]:

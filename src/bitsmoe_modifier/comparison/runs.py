@@ -157,8 +157,10 @@ def run_tasks(job: Job, checkpoint: Path) -> dict[str, Any]:
 
 def sizes_of(checkpoint: Path) -> dict[str, Any]:
     """The sizes of a saved checkpoint as the report names them."""
+    bits = bits_per_expert_weight(checkpoint)
     return {
-        "measured_bits_per_expert_weight": bits_per_expert_weight(checkpoint),
+        "measured_bits_per_expert_weight": bits.total,
+        "bits_apart": asdict(bits),
         "checkpoint_bytes": checkpoint_bytes(checkpoint),
     }
 

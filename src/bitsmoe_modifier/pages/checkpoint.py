@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..checkpoints.describe import describe
-from ..checkpoints.kinds import expert_kinds
+from ..checkpoints.describe import bits_line, describe
 from ..rendering import render
 from ..storage.shards import packed_modules, scan
+from ..storage.sizes import ExpertBits, expert_kinds
 from .charts import columns, over_layers, spectrum, stacked_bars, width_map
 
 
@@ -43,7 +43,7 @@ def checkpoint_page(folder: Path) -> str:
         f"{total / 1e6:.2f} MB: experts {size['experts'] / 1e6:.2f}, rest {size['rest'] / 1e6:.2f}",
     ]
     if found["layers"]:
-        lines.append(f"{found['bits_per_expert_weight']:.4f} bits per expert weight, everything stored counted")
+        lines.append(bits_line(found))
     figures = [*stored_figures({"experts": folder}), *layer_figures({folder.name: found})]
     view = {"lines": lines, "figures": figures, "layers": layer_views(found, folder)}
     return render("checkpoint.html", title=folder.name, **view)
@@ -89,7 +89,8 @@ def layer_views(found: dict[str, Any], folder: Path) -> list[LayerView]:
     views = []
     for layer in found["layers"]:
         name, noted, stored = layer["name"], layer["quantization"], modules[layer["name"]]
-        sizes = f"{layer['intermediate_size']} × {layer['hidden_size']}, {layer['bits']:.3f} bits"
+        apart = ExpertBits(**layer["bits_apart"])
+        sizes = f"{layer['intermediate_size']} × {layer['hidden_size']}, {layer['bits']:.3f} bits ({apart})"
         charts = [width_map(f"Bit-widths, {name}", stored["widths_in"].read(), stored["widths_out"].read())]
         energy = {
             f"{title} ({'basis' if layer[f'basis_{side}_bits'] else 'own channels'})": noted["energy"][side]

@@ -1,9 +1,5 @@
 """Which kind of byte the experts' tensors are, in checkpoints of this format and of compressed-tensors' others."""
 
-from pathlib import Path
-
-from ..storage.sizes import is_expert, tensor_sizes
-
 #: kind -> what the last part of a tensor's name may be
 KINDS = {
     "codes": ("codes_in", "codes_out", "weight_packed"),
@@ -22,11 +18,9 @@ def kind_of(leaf: str) -> str:
     return _KIND_OF.get(leaf, "other")
 
 
-def expert_kinds(folder: Path) -> dict[str, int]:
-    """Bytes by kind of everything a checkpoint stores for its routed experts."""
-    kinds: dict[str, int] = {}
-    for name, size in tensor_sizes(folder).items():
-        if is_expert(name):
-            kind = kind_of(name.rpartition(".")[2])
-            kinds[kind] = kinds.get(kind, 0) + size.nbytes
-    return kinds
+def part_of(kind: str) -> str:
+    """Which of the three parts that bits are reported in a kind of byte belongs to: what stands for the weights
+    themselves is "codes", what a layer's experts share to be decoded "bases", the rest "metadata"."""
+    if kind == "bases":
+        return "bases"
+    return "metadata" if kind in ("bit-widths", "other") else "codes"
