@@ -58,13 +58,13 @@ def _accuracy(task: str) -> _Column:
 
 _COLUMNS = (
     _figure("bits per expert weight", "measured_bits_per_expert_weight", lambda v: f"{v:.3f}", -1),
-    _Column("of it bases", lambda run: run.get("bits_apart", {}).get("bases"), lambda v: f"{v:.3f}", 0),
     _figure("KLD × 1000", "kld_mean", lambda v: f"{1000 * v:.2f}", -1, "kld_stderr"),
     _figure("median", "kld_median", lambda v: f"{1000 * v:.2f}", -1),
     _figure("p90", "kld_p90", lambda v: f"{1000 * v:.2f}", -1),
     _figure("same top token, %", "top1_agreement", lambda v: f"{100 * v:.2f}", 1),
     _figure("perplexity", "perplexity", lambda v: f"{v:.3f}", -1),
     _figure("checkpoint, MB", "checkpoint_bytes", lambda v: f"{v / 1e6:.2f}", -1),
+    _Column("bits of bases", lambda run: run.get("bits_apart", {}).get("bases"), lambda v: f"{v:.3f}", 0),
     _figure("quantize, s", "quantize_seconds", lambda v: f"{v:.0f}", -1),
     _figure("peak memory, MB", "peak_memory_bytes", lambda v: f"{v / 1e6:.0f}", -1),
 )
