@@ -11,7 +11,9 @@ VLLM_PIP := $(VLLM_VENV)/bin/pip $(PIP_INSTALL) -c constraints-vllm.txt
 NEWEST_PIP := $(NEWEST_VENV)/bin/pip $(PIP_INSTALL) -c constraints-newest.txt
 # What needs nothing but the base install.
 NEWEST_TESTS := tests/newest tests/loading/test_registration.py tests/runtime tests/storage tests/test_after_import.py \
-	tests/test_base_install.py tests/test_first_import.py
+	tests/test_base_install.py tests/test_first_import.py tests/families/test_newest.py tests/families/test_matrix.py
+# A packed checkpoint of every family, which the versions of `make test` write and the newest ones load.
+FAMILIES := build/families
 
 # Interpreted Triton kernels and small models gain nothing from more threads than cores.
 export TOKENIZERS_PARALLELISM := false
@@ -58,8 +60,11 @@ $(NEWEST_VENV)/ready: pyproject.toml constraints-newest.txt
 	$(NEWEST_PIP) -e . pytest
 	touch $@
 
-test-newest: $(NEWEST_VENV)/ready
-	$(NEWEST_VENV)/bin/pytest $(NEWEST_TESTS)
+$(FAMILIES)/ready: $(VENV)/ready $(wildcard tests/families/*_families.py) tests/families/make_packed.py
+	$(BIN)/python tests/families/make_packed.py $(FAMILIES)
+
+test-newest: $(NEWEST_VENV)/ready $(FAMILIES)/ready
+	BITSMOE_FAMILIES=$(FAMILIES) $(NEWEST_VENV)/bin/pytest $(NEWEST_TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -251,7 +251,8 @@ def pack_randomly(model: torch.nn.Module, names: list[str] | None = None, **laye
     layers = {}
     for seed, name in enumerate(names):
         original = model.get_submodule(name)
-        layers[name] = random_layer(*experts_sizes(original), seed=seed, **layer)
+        bias = bool(getattr(original, "has_bias", False))
+        layers[name] = random_layer(*experts_sizes(original), **{"seed": seed, "bias": bias, **layer})
         experts = BitsMoEExperts(layers[name].packed, gating_of(original))
         attach(experts, scheme)
         model.set_submodule(name, experts)

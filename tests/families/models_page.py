@@ -1,17 +1,24 @@
-"""Write docs/models.md from the matrix: ``python tests/families/models_page.py``. The models are built on meta."""
+"""Write docs/models.md from the matrix: ``python tests/families/models_page.py``. The models are built on meta.
 
+The rows of families that only a newer transformers has are in newest_rows.json, which the same command with
+``--newest`` writes where that version is (`make test-newest` says when they are out of date).
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 from building import Family, config_of
+from newest_families import BROKEN, CHANGED, NEWEST_FAMILIES, NORMALIZED, ROUNDED, SOFTCAPPED
 from others import OTHERS
 from text_families import TEXT_FAMILIES
 from wrapper_families import WRAPPER_FAMILIES
@@ -20,9 +27,15 @@ from bitsmoe_modifier.method.gating import Gating, gating_of
 from bitsmoe_modifier.sources.classes import auto_class_of, build_published
 from helpers import experts_names
 
-FAMILIES = (*WRAPPER_FAMILIES, *TEXT_FAMILIES)
+#: the families that the installed transformers has
+FAMILIES = (
+    *WRAPPER_FAMILIES,
+    *TEXT_FAMILIES,
+    *(family for family in NEWEST_FAMILIES if family.model_type in CONFIG_MAPPING),
+)
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_ROWS = Path(__file__).with_name("newest_rows.json")
 _HEAD = """# Models
 
 <!-- Written by `python tests/families/models_page.py` from the test matrix in tests/families; do not edit. -->
@@ -40,6 +53,21 @@ _REFUSED = """
 
 These are refused before calibration, by name. Together with the table above they are every module of transformers
 {version} that has routed experts (`tests/families/test_matrix.py` looks for them in its source):
+
+"""
+_NEWEST = """
+## With the newest transformers
+
+llm-compressor 0.14 holds transformers back, so quantization runs with {version}; checkpoints are loaded, measured and
+exported with newer versions too. `make test-newest` runs with transformers {newest}: a checkpoint of every family in
+the first table, packed with {version}, is loaded there and gives the same logits, bit for bit, {exceptions}.
+
+The test of completeness runs on its source too. These families came in between; they are packed at random, saved and
+loaded there, with equal logits, and cannot be quantized before llm-compressor takes a transformers that has them:
+
+"""
+_NEWEST_REFUSED = """
+Of those that came in between, packed experts cannot take the place of:
 
 """
 _SOURCES = """
@@ -63,6 +91,10 @@ _OTHER = {
     "is not a language model": "it is not a decoder that predicts the next token of a text",
     "no forward pass of its own": "its class has no forward pass, its parts call each other while they generate",
 }
+_NEWEST_REASONS = {
+    NORMALIZED: "normalizes the output of each expert, which packed experts do not do",
+    SOFTCAPPED: "caps gate and up softly (`c · tanh(x / c)`), a gating that this version does not know",
+}
 _TAIL = """
 Which of them vLLM serves is another question: it needs a model class of its own there. Tested with vLLM: Qwen3-MoE,
 Mixtral, OLMoE, DeepSeek-V2 and V3. Nemotron-H and Step 3.7 are not served yet: their gatings are not handed on there.
@@ -71,25 +103,62 @@ Mixtral, OLMoE, DeepSeek-V2 and V3. Nemotron-H and Step 3.7 are not served yet: 
 
 def page() -> str:
     """The whole page."""
-    rows = [_row(family) for family in FAMILIES if not family.refusal]
+    newest = json.loads(_ROWS.read_text(encoding="utf-8"))
+    versions = {"version": transformers.__version__, "newest": newest["transformers"], "exceptions": _exceptions()}
+    families = [family for family in FAMILIES if family not in NEWEST_FAMILIES]
     refused = [
         f"- `{family.model_type}` ({type(_build(family)).__name__}): {_reason(family)}"
-        for family in FAMILIES
+        for family in families
         if family.refusal
     ]
     refused += [f"- `{model_type}`: {_OTHER[words]}" for model_type, words in OTHERS.values()]
-    head = "| | model_type | class | auto class | experts | stored by transformers | gating |\n" + "|---" * 7 + "|\n"
-    return (
-        _HEAD
-        + head
-        + "\n".join(rows)
-        + "\n"
-        + _REFUSED.format(version=transformers.__version__)
-        + "\n".join(refused)
-        + "\n"
-        + _SOURCES
-        + _TAIL
+    return "".join(
+        [
+            _HEAD,
+            _table([_row(family) for family in families if not family.refusal]),
+            _REFUSED.format(**versions),
+            "".join(f"{line}\n" for line in refused),
+            _NEWEST.format(**versions),
+            _table(newest["rows"]),
+            _NEWEST_REFUSED,
+            "".join(f"{line}\n" for line in newest["refused"]),
+            _SOURCES,
+            _TAIL,
+        ]
     )
+
+
+def newest_rows() -> dict[str, Any]:
+    """What newest_rows.json holds: of the families that came after the version of `make test`."""
+    return {
+        "transformers": transformers.__version__,
+        "rows": [_row(family) for family in NEWEST_FAMILIES if not family.refusal],
+        "refused": [
+            f"- `{family.model_type}` ({type(_build(family)).__name__}): its experts class "
+            + _NEWEST_REASONS[family.refusal]
+            for family in NEWEST_FAMILIES
+            if family.refusal
+        ],
+    }
+
+
+def current_newest_rows() -> dict[str, Any]:
+    """What newest_rows.json holds."""
+    return json.loads(_ROWS.read_text(encoding="utf-8"))
+
+
+def _exceptions() -> str:
+    rounded = ", ".join(f"`{name}`" for name in ROUNDED)
+    changed = "".join(f"\n- `{name}`, which computes otherwise, packed or not: {why}" for name, why in CHANGED.items())
+    broken = "".join(
+        f"\n- `{name}`, whose forward pass fails there, packed or not: no `{n}`" for name, n in BROKEN.items()
+    )
+    return f"but for\n\n- {rounded}, up to float32 rounding{changed}{broken}"
+
+
+def _table(rows: list[str]) -> str:
+    head = "| | model_type | class | auto class | experts | stored by transformers | gating |\n" + "|---" * 7 + "|\n"
+    return head + "".join(f"{row}\n" for row in rows)
 
 
 def current_page() -> str:
@@ -147,7 +216,14 @@ def _reason(family: Family) -> str:
     return "its experts class does not follow transformers' common experts interface, so it cannot be linearized"
 
 
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 if __name__ == "__main__":
-    partial = _PAGE.with_suffix(".partial")
-    partial.write_text(page(), encoding="utf-8")
-    os.replace(partial, _PAGE)
+    if "--newest" in sys.argv:
+        _write(_ROWS, json.dumps(newest_rows(), indent=1, ensure_ascii=False) + "\n")
+    else:
+        _write(_PAGE, page())

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from building import Family, model_of
+from comparing import insert
 from llmcompressor import oneshot
 from models_page import FAMILIES, current_page, page
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
-from bitsmoe_modifier.loading.quantizer import experts_sizes
 from helpers import calibration, experts_names, load, logits, packed_modules, save_tokenizer
 
 WORKING = [family for family in FAMILIES if not family.refusal]
@@ -59,28 +58,6 @@ def check_unchanged(before: PreTrainedModel, after: PreTrainedModel, packed: lis
     missing = [name for name in others if name not in stored and not name.startswith(tuple(experts_names(before)))]
     assert not missing
     assert not [name for name, tensor in others.items() if name in stored and not torch.equal(tensor, stored[name])]
-
-
-def insert(experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor) -> float:
-    """Put dequantized weights into a fused experts module; return by how much, relatively, they differ from its own."""
-    num_experts, hidden, width = experts_sizes(experts)
-    if not getattr(experts, "has_gate", True):
-        gate_up, zeros = gate_up.chunk(2, dim=1)
-        assert not zeros.any()
-        pairs = (experts.up_proj, gate_up), (experts.down_proj, down)
-        errors = [float((new - own).norm() / own.norm()) for own, new in pairs]
-        experts.up_proj.data.copy_(gate_up)
-        experts.down_proj.data.copy_(down)
-        return max(errors)
-    assert gate_up.shape == (num_experts, 2 * width, hidden)
-    if not getattr(experts, "is_concatenated", True):  # gate and up rows alternate
-        gate_up = torch.stack(gate_up.chunk(2, dim=1), dim=2).flatten(1, 2)
-    errors = []
-    for own, new in ((experts.gate_up_proj.data, gate_up), (experts.down_proj.data, down)):
-        new = new if own.shape == new.shape else new.transpose(1, 2)
-        errors.append(float((new - own).norm() / own.norm()))
-        own.copy_(new)
-    return max(errors)
 
 
 @pytest.mark.parametrize("dense_layer", [False, True], ids=["whole", "one layer dense"])

@@ -6,20 +6,30 @@ from building import Family
 from text_families import FIRST, GROUPED, LATENT, LINEAR, NOT_COMMON, SPARSE, TEXT_FAMILIES
 
 
-def _rope(*sections: int, share: float = 1.0) -> dict[str, Any]:
+def rope(*sections: int, share: float = 1.0) -> dict[str, Any]:
     """Rotary embeddings whose frequencies are shared out over time, height and width."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [*sections], "partial_rotary_factor": share}
     return {"rope_parameters": rope}
 
 
+#: By default the towers of these models alone take 20 GB.
+SMALL_SAM: dict[str, Any] = {
+    "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64},
+    "encoder_config": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+}
 _GEMMA_TOWER: dict[str, Any] = {"model_type": "gemma4_vision", "head_dim": 16, "num_key_value_heads": 2}
 _QWEN4 = next(family.sizes for family in TEXT_FAMILIES if family.model_type == "qwen4_exp_text")
 
 WRAPPER_FAMILIES = (
-    Family("qwen3_5_moe", {"text_config": {**LINEAR, **_rope(2, 1, 1, share=0.5)}}, fast=True),
-    Family("qwen3_vl_moe", {"text_config": {"intermediate_size": 96, **_rope(2, 3, 3)}}, fast=True),
+    Family("qwen3_5_moe", {"text_config": {**LINEAR, **rope(2, 1, 1, share=0.5)}}, fast=True),
+    Family("qwen3_vl_moe", {"text_config": {"intermediate_size": 96, **rope(2, 3, 3)}}, fast=True),
     Family("qwen4_exp", {"text_config": _QWEN4}),
-    Family("glm4v_moe", {"text_config": {**FIRST, **_rope(2, 3, 3)}}),
+    Family("glm4v_moe", {"text_config": {**FIRST, **rope(2, 3, 3)}}),
     Family(
         "llama4",
         {
@@ -80,7 +90,7 @@ WRAPPER_FAMILIES = (
                 "intermediate_size": 96,
                 "moe_intermediate_size": [48, 48],
                 "mlp_layer_types": ["dense", "sparse", "sparse"],
-                **_rope(3, 3, 2),
+                **rope(3, 3, 2),
             }
         },
         refusal="store the experts for text and for images in one list",
@@ -104,15 +114,9 @@ WRAPPER_FAMILIES = (
         "deepseek_ocr2",
         {
             "text_config": {"mlp_layer_types": ["sparse"] * 2, "num_key_value_heads": 4},
-            "vision_config": {  # by default the towers alone take 20 GB
-                "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64},
-                "encoder_config": {
-                    "hidden_size": 64,
-                    "intermediate_size": 96,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 4,
-                },
+            "vision_config": {
+                **SMALL_SAM,
+                "encoder_config": {**SMALL_SAM["encoder_config"], "num_key_value_heads": 4},
             },
         },
     ),
