@@ -7,6 +7,7 @@ Every kernel is compiled as it would be launched for a Qwen3-30B-A3B layer (R = 
 - the shared memory fits a program of the smallest GPU of its kind, and that of one multiprocessor, with its registers,
   holds the programs that are wanted there;
 - no byte is loaded alone in the loop over the weights;
+- the loops of trellis codes store nothing in shared memory: what they decode goes to the tensor cores from registers;
 - that loop waits for the copies of one round while those of another are under way: it reads two buffers at least;
 - at most 400 instructions come before the first copy of weights is issued;
 - the loop spends no more instructions per weight than the width's budget.
@@ -39,6 +40,7 @@ from .gate_up import gate_up_kernel
 from .launch import FUSION, NO_FUSION, Launch, basis_stages, launch, launch_down, spread
 from .rounding import constants_of, round_block_kernel
 from .routing import route_arguments, route_kernel
+from .trellis_gates import trellis_cases
 
 TARGETS = (80, 89, 90, 100, 120)
 
@@ -60,7 +62,10 @@ _REGISTERS = 65536
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as launched; ``weights``: decoded by a thread per round of its loop, 0 where there is no such loop."""
+    """One kernel as launched; ``weights``: decoded by a thread per round of its loop, 0 where there is no such loop.
+
+    ``flies``: copies must be under way in the loop; ``direct``: nothing may be stored in shared memory there.
+    """
 
     name: str
     kernel: triton.JITFunction
@@ -72,6 +77,7 @@ class Case:
     programs: int = 1
     stack: int = 0
     flies: bool = False
+    direct: bool = False
     fusion: dict[str, bool] = field(default_factory=lambda: FUSION)
 
 
@@ -92,6 +98,7 @@ class Report:
     flying: float | None
     start: int | None
     fits: bool
+    stores: int
 
     def failures(self, case: Case) -> list[str]:
         """The gates that this report misses."""
@@ -103,6 +110,7 @@ class Report:
             "the loop was not found": case.weights > 0 and self.per_weight == 0,
             f"{self.shared} bytes of shared memory do not fit": not self.fits,
             f"{self.flying} rounds of copies under way": case.flies and (self.flying is None or self.flying < 1),
+            f"{self.stores} stores to shared memory": case.direct and self.stores > 0,
             f"{self.start} instructions before the first copy": (self.start or 0) > START_BUDGET,
         }
         return [text for text, failed in checks.items() if failed]
@@ -250,6 +258,7 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
             yield make(cc, (2,), 64)
             yield replace(make(cc, (8, 6, 4, 3, 2, 1), 8), stack=16)
             yield replace(make(cc, mixed, 8, block=64), stack=16)
+    yield from (Case(**case) for case in trellis_cases(cc, every, _R, _I))
     yield _basis(4)
     yield _basis(4, routing=True)
     yield from _rounding()
@@ -306,6 +315,7 @@ def compile_case(case: Case, cc: int) -> Report:
         flying=min(int(n, 16) for n in waits) / groups if waits and groups else None,
         start=len(_opcodes(code[: code.index("LDGSTS")])) if "LDGSTS" in code else None,
         fits=shared <= (_SHARED[cc] - 1) * 1024,
+        stores=sum(op.split(".")[0] in ("STS", "STSM") for op in opcodes.elements()),
     )
 
 

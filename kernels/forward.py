@@ -23,9 +23,13 @@ from .launch import (
     gate_up_tile,
     prefill_tile,
     swaps,
+    trellis_down_warps,
+    trellis_prefill_tile,
 )
 from .prepare import PreparedExperts
 from .routing import route, tile_count
+from .trellis_down import trellis_down, trellis_down_and_combine
+from .trellis_gate_up import trellis_gate_up
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Plan:
         arrivals: counters of gate_up and of down.
         total: down adds a token's experts up.
         swap: the order of z (`launch.swaps`).
+        warps: of a program of down with trellis codes.
     """
 
     tile: int
@@ -51,20 +56,23 @@ class Plan:
     arrivals: tuple[int, int]
     total: bool
     swap: bool
+    warps: int
 
 
 def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     """The launch sizes for ``tokens`` that choose ``choices`` experts each."""
     layout, pairs = experts.layout, tokens * choices
     total = pairs <= DECODE_PAIRS
-    tile = (decode_tile if total else prefill_tile)(pairs, layout.num_experts)
+    prefill = trellis_prefill_tile if layout.codes else prefill_tile
+    tile = (decode_tile if total else prefill)(pairs, layout.num_experts)
     filled = expected_tiles(pairs, layout.num_experts, tile)
     bn, parts = gate_up_tile(filled, layout.intermediate_size, layout.group_size, layout.units_in)
-    br = down_tile(filled, layout.rank_out, layout.block_size)
+    br = layout.block_size if layout.codes else down_tile(filled, layout.rank_out, layout.block_size)
     tiles = tile_count(pairs, layout.num_experts, tile)
     arrivals = (tiles * (layout.intermediate_size // bn) if parts > 1 else 0, tokens * (layout.rank_out // br))
     swap = swaps(tile, br, experts.capability)
-    return Plan(tile, tiles, bn, parts, br, (arrivals[0], arrivals[1] if total else 0), total, swap)
+    warps = trellis_down_warps(tile, filled, layout.units_out)
+    return Plan(tile, tiles, bn, parts, br, (arrivals[0], arrivals[1] if total else 0), total, swap, warps)
 
 
 def moe_forward(
@@ -86,8 +94,7 @@ def moe_forward(
     Returns:
         ``[T, H]`` of x's dtype. No value depends on the launch order, and nothing waits for the device.
     """
-    layout, packed, side_in, side_out = experts.layout, experts.packed, experts.side_in, experts.side_out
-    group = layout.basis_group_size
+    layout, packed, group = experts.layout, experts.packed, experts.layout.basis_group_size
     x, ids, p = x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
     step = plan(*ids.shape, experts)
     routing = ids, layout.num_experts, step.tile, sum(step.arrivals)
@@ -97,24 +104,11 @@ def moe_forward(
         h, tiles, pairs, arrivals = basis_and_route(
             x, packed.basis_in, packed.basis_in_step, layout.basis_in_bits, group, *routing
         )
-    sizes = layout.block_size, layout.group_size
-    z = gate_up(
-        h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.codes, side_in.steps, side_in.head, side_in.order,
-        packed.in_bias, list(side_in.widths), side_in.gain, ids.shape[1], *sizes, layout.intermediate_size,
-        step.tile, step.bn, step.parts, step.swap, *gating_arguments(gating),
-    )  # fmt: skip
     base = _dense_experts(x, ids, p, experts, gating)
     # biases and dense experts live in the hidden channels, beside the output basis
     bias, first = (packed.out_bias, base) if packed.basis_out is None else (None, None)
-    factor = side_out.codes, side_out.steps, side_out.head, side_out.order
-    if step.total:
-        y = down_and_combine(
-            z, tiles, pairs, arrivals[step.arrivals[0] :], *factor, ids, p, bias, first,
-            list(side_out.widths), *sizes, step.tile, step.br,
-        )  # fmt: skip
-    else:
-        t = down(z, tiles, pairs, *factor, list(side_out.widths), *sizes, step.tile, step.br)
-        y = combine(t, ids, p, bias, first, layout.num_experts, layout.rank_out, x.dtype)
+    products = _trellis_products if layout.codes else _products
+    y = products(h, (tiles, pairs, arrivals), ids, p, bias, first, experts, gating, step, x.dtype)
     if packed.basis_out is None:
         return y
     y = basis(y, packed.basis_out, packed.basis_out_step, layout.basis_out_bits, group)
@@ -122,6 +116,65 @@ def moe_forward(
         return y if base is None else (base + y).to(x.dtype)
     base = y if base is None else base + y
     return combine(None, ids, p, packed.out_bias, base, layout.num_experts, layout.hidden_size, x.dtype)
+
+
+def _products(
+    h: torch.Tensor,
+    routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    experts: PreparedExperts,
+    gating: Gating,
+    step: Plan,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``base + sum_j p_j (F[id_j] z_j + bias[id_j])``, ``[T, R']`` of ``dtype``; routing from `route`."""
+    layout, packed, side_in, side_out = experts.layout, experts.packed, experts.side_in, experts.side_out
+    sizes, (tiles, pairs, arrivals) = (layout.block_size, layout.group_size), routing
+    z = gate_up(
+        h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.codes, side_in.steps, side_in.head, side_in.order,
+        packed.in_bias, list(side_in.widths), side_in.gain, ids.shape[1], *sizes, layout.intermediate_size,
+        step.tile, step.bn, step.parts, step.swap, *gating_arguments(gating),
+    )  # fmt: skip
+    factor = side_out.codes, side_out.steps, side_out.head, side_out.order
+    if step.total:
+        return down_and_combine(
+            z, tiles, pairs, arrivals[step.arrivals[0] :], *factor, ids, p, bias, base,
+            list(side_out.widths), *sizes, step.tile, step.br,
+        )  # fmt: skip
+    t = down(z, tiles, pairs, *factor, list(side_out.widths), *sizes, step.tile, step.br)
+    return combine(t, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
+
+
+def _trellis_products(
+    h: torch.Tensor,
+    routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+    experts: PreparedExperts,
+    gating: Gating,
+    step: Plan,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`_products` for trellis codes."""
+    layout, packed, side_in, side_out = experts.layout, experts.packed, experts.side_in, experts.side_out
+    sizes, (tiles, pairs, arrivals) = (layout.block_size, layout.group_size), routing
+    z = trellis_gate_up(
+        h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.codes, side_in.steps, side_in.head, side_in.order,
+        packed.in_bias, list(side_in.widths), side_in.gain, ids.shape[1], *sizes, layout.intermediate_size,
+        step.tile, step.parts, *gating_arguments(gating),
+    )  # fmt: skip
+    factor = side_out.codes, side_out.steps, side_out.order
+    last = list(side_out.widths), *sizes, step.tile, step.warps, dtype
+    if step.total:
+        counters = arrivals[step.arrivals[0] :]
+        return trellis_down_and_combine(z, tiles, pairs, counters, *factor, ids, p, bias, base, *last)
+    t = trellis_down(z, tiles, pairs, *factor, *last)
+    return combine(t, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
 
 
 def _dense_experts(

@@ -101,6 +101,35 @@ def launch_down(tile: int, rows: int, cc: int) -> Launch:
     return replace(how, registers=168) if tile <= 8 else how
 
 
+def launch_trellis(tile: int, columns: int, cc: int, warps: int | None = None) -> Launch:
+    """`launch` for trellis codes, whose warps share the columns of a tile of codes and not its rows.
+
+    Args:
+        tile: BM, pairs of a tile.
+        columns: of a tile of codes; 16 or more go to a warp.
+        cc: `capability`.
+        warps: that are wanted; None: 2, or 4 for tiles of more than 16 pairs.
+    """
+    wanted = warps or (2 if tile <= 16 else 4)
+    # without a bound, and with one much lower, the compiler spills
+    registers = 200 if tile <= 8 else None
+    return Launch(max(1, min(wanted, columns // 16)), 3 if tile <= 16 else 2, 0 if cc == 0 else 2, registers)
+
+
+def trellis_down_warps(tile: int, tiles: int, units: int) -> int:
+    """Warps of a program of down with trellis codes: more where few programs would leave most of the GPU idle.
+
+    Args:
+        tile: BM, pairs of a tile.
+        tiles: of pairs that have any (`expected_tiles`).
+        units: of a matrix, each of which is a program.
+    """
+    warps = 2 if tile <= 16 else 4
+    while warps < 8 and 2 * tiles * units * warps < PROGRAMS_WANTED:
+        warps *= 2
+    return warps
+
+
 def swaps(tile: int, br: int, cc: int) -> bool:
     """Whether down takes z with the middle two of every four columns exchanged (`digits.swapped`)."""
     return launch_down(tile, br, cc).pack != 2
@@ -139,6 +168,11 @@ def prefill_tile(pairs: int, experts: int) -> int:
     """BM of prefill: about the pairs of an expert, so that most tiles are full; a wider tile decodes weights less
     often."""
     return min(64, power_of_two(pairs // experts))
+
+
+def trellis_prefill_tile(pairs: int, experts: int) -> int:
+    """`prefill_tile` for trellis codes: a warp's sums for 128 rows and 32 pairs fill half of its registers."""
+    return min(32, prefill_tile(pairs, experts))
 
 
 def expected_tiles(pairs: int, experts: int, tile: int) -> int:

@@ -8,11 +8,12 @@ that wide; ``order`` maps the payload position of a unit to the directions it ho
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bitsmoe_modifier.errors import CheckpointError
+from bitsmoe_modifier.storage.chains import chains_of, index_side
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 
@@ -35,7 +36,9 @@ class PreparedSide:
         head: int32 ``[matrices, 2 + len(widths)]``: start in quanta, start in rows of ``block_size`` steps, then for
         each
             of ``widths`` the number of units at least that wide.
-        order: int32 ``[matrices, units]``: the unit at each payload position (widest first).
+        order: int32 ``[matrices, units]``: the unit at each payload position (widest first). On the output side of
+            trellis codes ``[matrices, units, 6]``: besides the unit its width, the quantum where its chain begins, the
+            chain's units, its number among them, and the row of its first group's steps; units of width 0 come last.
         widths: widths > 0, widest first, with all that occur among them; kernels are specialized on them.
         gain: power of two with ``16 * gain * steps <= 1``. The input side multiplies activations by steps in their own
             dtype; the gain keeps these products out of fp16's subnormals without letting them overflow.
@@ -77,8 +80,6 @@ def unsupported(
     on_gpu = torch.cuda.is_available() and (where is None or where.type == "cuda")
     if on_gpu and torch.cuda.get_device_capability(where)[0] < 8:
         return "the GPU is older than sm_80, which has the bf16 instructions that decode digits"
-    if layout.codes:
-        return "trellis codes have no kernel yet"
     checks: list[tuple[str, object, tuple[object, ...]]] = [
         ("block_size", layout.block_size, _BLOCKS),
         ("group_size", layout.group_size, _GROUPS),
@@ -114,6 +115,8 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
         raise CheckpointError(f"{reason}; use the plain path for this layer")
     side_in = _prepare_side(packed.codes_in, packed.steps_in, packed.widths_in.flatten(0, 1), layout)
     side_out = _prepare_side(packed.codes_out, packed.steps_out, packed.widths_out, layout)
+    if layout.codes:
+        side_out = replace(side_out, order=_chain_places(packed.widths_out, layout))
     major, minor = torch.cuda.get_device_capability(packed.codes_in.device) if packed.codes_in.is_cuda else (0, 0)
     return PreparedExperts(layout, packed, side_in, side_out, 10 * major + minor)
 
@@ -152,3 +155,16 @@ def _prepare_side(
         widths=used,
         gain=gain,
     )
+
+
+def _chain_places(widths: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
+    """`PreparedSide.order` of the output side of trellis codes."""
+    index = index_side(widths.cpu(), layout, "out")
+    code, row = index.code_offset[:, 0].tolist(), index.step_offset[:, 0].tolist()
+    places = []
+    for matrix, own in enumerate(widths.tolist()):
+        for units in chains_of(own, layout.stripes, layout.block_size):
+            for number, unit in enumerate(units):
+                places.append((unit, own[unit], code[matrix][unit], len(units), number, row[matrix][unit]))
+        places += [(unit, 0, 0, 1, 0, 0) for unit, width in enumerate(own) if not width]
+    return torch.tensor(places, dtype=torch.int32, device=widths.device).view(len(widths), -1, 6)

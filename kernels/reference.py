@@ -3,8 +3,9 @@
 import torch
 
 from bitsmoe_modifier.method.gating import Gating
+from bitsmoe_modifier.storage.chains import index_side
 from bitsmoe_modifier.storage.factors import decode_basis, decode_factor
-from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
+from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 
 
@@ -13,8 +14,8 @@ def decode_expert_factors(packed: PackedExperts) -> tuple[torch.Tensor, torch.Te
     layout = ExpertsLayout.from_tensor(packed.layout.cpu())
     n = layout.num_experts
     widths_in = packed.widths_in.flatten(0, 1)
-    index_in = index_units(widths_in, layout.groups, group_major=True)
-    index_out = index_units(packed.widths_out, layout.groups, group_major=False)
+    index_in = index_side(widths_in, layout, "in")
+    index_out = index_side(packed.widths_out, layout, "out")
     a = decode_factor(packed.codes_in, packed.steps_in, widths_in, index_in, layout, "in")
     f = decode_factor(packed.codes_out, packed.steps_out, packed.widths_out, index_out, layout, "out")
     return a.view(n, 2, layout.intermediate_size, layout.rank_in), f

@@ -2,7 +2,8 @@
 
 import torch
 
-from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
+from bitsmoe_modifier.storage.chains import index_side
+from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import levels
 
@@ -41,9 +42,10 @@ def random_experts(
         codes = integers(256, bits * layout.quantum, dtype=torch.uint8)
         kept = (chosen > 0)[:, None].expand(-1, layout.groups, -1)
         rows = torch.rand(int(kept.sum()), layout.block_size, generator=g, device=device) + 0.5
-        top = torch.tensor([levels(b) for b in range(9)], device=device)[chosen.long()]
+        # the largest values of trellis codes do not depend on the width
+        top = torch.tensor([1 if layout.codes else levels(b) for b in range(9)], device=device)[chosen.long()]
         per_row = top[:, None].expand(-1, layout.groups, -1)[kept]
-        order = index_units(chosen, layout.groups, group_major).step_offset[kept]
+        order = index_side(chosen, layout, "in" if group_major else "out").step_offset[kept].to(device)
         rows[order] /= per_row[:, None] * fan_in**0.5
         return chosen, codes, rows.to(torch.float16).flatten()
 

@@ -4,24 +4,16 @@ import numpy as np
 import torch
 
 MULTIPLIERS = {1: 123, 2: 69, 3: 95, 4: 81, 6: 95, 8: 1}
-COEFFICIENTS = {
-    1: (0.3125, 0.125),
-    2: (-0.5625, 1.1875),
-    3: (-0.625, 1.375),
-    4: (-0.6875, 1.5),
-    6: (-0.5625, 1.6875),
-    8: (0.0625, 1.0625),
-}
+ALPHA = {1: 30, 2: -61, 3: -58, 4: -59, 6: -43, 8: 8}
+GAMMA = {1: 576, 2: 201, 3: 173, 4: 157, 6: 145, 8: 241}
 
 
 def value(window: int, width: int) -> float:
     """What a window stands for, in units of the step."""
     r = (2 * (MULTIPLIERS[width] * window % 256) - 255) / 256
-    c, d = COEFFICIENTS[width]
-    square = float(np.float16(r * r))
-    inner = float(np.float16(c + square * d))
-    outer = float(np.float16(1 + square * inner))
-    return float(np.float16(r * outer))
+    t = float(np.float16(r * r + ALPHA[width] / 256))
+    q = float(np.float16(t * t + GAMMA[width] / 256))
+    return float(np.float16(r * q))
 
 
 VALUES = {width: [value(window, width) for window in range(256)] for width in MULTIPLIERS}

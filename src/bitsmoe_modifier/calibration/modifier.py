@@ -78,7 +78,7 @@ class BitsMoEModifier(Modifier):
     Args:
         bits: average bits per expert weight; codes, scales, bases, bit-widths and dense experts are all counted.
         codes: "scalar", values of an even grid, or "trellis": windows of a bit stream, about a third less error at the
-            same bytes. Trellis codes take longer to find, a C++ compiler for it on a CPU, and have no CUDA kernel yet.
+            same bytes. Trellis codes take longer to find, and a C++ compiler for it on a CPU.
         max_kld: in place of `bits`, which it sets: the smallest size at which the survey predicts a KL divergence of at
             most this many nats per token. With `scope: global` only.
         bit_widths: what a unit may get; of 0, 1, 2, 3, 4, 6, 8 (0 drops it). Its old name `widths` goes with 0.2.

@@ -13,7 +13,7 @@ from .rounding import to_step
 from .viterbi import Sequences, encode
 
 #: Steps in units of the root mean square of the weights, by width: least error of normally distributed weights.
-NORMAL_STEP = {1: 1.242, 2: 1.564, 3: 1.644, 4: 1.746, 6: 1.853, 8: 2.179}
+NORMAL_STEP = {1: 0.5557, 2: 1.857, 3: 2.261, 4: 2.619, 6: 3.127, 8: 2.315}
 _TINY = 1e-30
 
 

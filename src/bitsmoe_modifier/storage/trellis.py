@@ -17,15 +17,15 @@ from .planes import WIDTHS
 WINDOW_BITS = 8
 _WINDOWS = 1 << WINDOW_BITS
 
-#: By width: the multiplier m, and the coefficients of r³ and r⁵ relative to r. Found by search for the least error of
-#: normally distributed weights (benchmarks/trellis.py measures them).
+#: By width: the multiplier m, and α and γ of ``r ((r² + α)² + γ)``. Found by search for the least error of normally
+#: distributed weights (benchmarks/trellis.py measures them).
 CODES = {
-    1: (123, 0.3125, 0.125),
-    2: (69, -0.5625, 1.1875),
-    3: (95, -0.625, 1.375),
-    4: (81, -0.6875, 1.5),
-    6: (95, -0.5625, 1.6875),
-    8: (1, 0.0625, 1.0625),
+    1: (123, 30 / 256, 576 / 256),
+    2: (69, -61 / 256, 201 / 256),
+    3: (95, -58 / 256, 173 / 256),
+    4: (81, -59 / 256, 157 / 256),
+    6: (95, -43 / 256, 145 / 256),
+    8: (1, 8 / 256, 241 / 256),
 }
 
 #: Rows whose weights a thread of a tensor core's tile does not hold: it has every eighth.
@@ -40,10 +40,10 @@ def _tables(device: torch.device) -> torch.Tensor:
     """Values of all windows at all widths, float32 ``[9 * 256]``, row b for width b; 0 where b is no width > 0."""
     tables = torch.zeros(max(WIDTHS) + 1, _WINDOWS, dtype=torch.float64)
     window = torch.arange(_WINDOWS)
-    for width, (multiplier, cubic, quintic) in CODES.items():
+    for width, (multiplier, alpha, gamma) in CODES.items():
         r = (2 * (multiplier * window % _WINDOWS) - (_WINDOWS - 1)).double() / _WINDOWS
-        square = _half(r * r)
-        tables[width] = _half(r * _half(1 + square * _half(cubic + square * quintic)))
+        square = _half(r * r + alpha)
+        tables[width] = _half(r * _half(square * square + gamma))
     return tables.float().flatten().to(device)
 
 

@@ -83,11 +83,38 @@ def test_a_layer_without_any_code_returns_zeros():
     assert not y.any()
 
 
-def test_trellis_codes_are_left_to_the_plain_path():
-    layer = random_layer(intermediate=64, group_size=32, stripes=1)
-    assert unsupported(layer.layout) == "trellis codes have no kernel yet"
-    assert unsupported(dataclasses.replace(layer.layout, codes=0, stripes=0)) != "trellis codes have no kernel yet"
-    with pytest.raises(CheckpointError, match="trellis codes have no kernel yet; use the plain path"):
+#: Whole words in every segment, in some, and rows of which several weights share a word.
+TRELLIS = {"128": (128, 128, 1), "64": (64, 64, 2), "32 and 64": (32, 64, 1), "16 and 32": (16, 32, 3)}
+
+
+@pytest.mark.parametrize("sizes", TRELLIS.values(), ids=TRELLIS)
+@settings(max_examples=2, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_layers_of_trellis_codes(sizes, data):
+    block, group, stripes = sizes
+    hidden, experts = block * data.draw(st.sampled_from([1] if block > 64 else [2, 5])), data.draw(st.integers(1, 2))
+    bases = data.draw(st.sampled_from([(0, 0), (16, 16)]))
+    layout = ExpertsLayout(
+        experts, hidden, group * data.draw(st.integers(1, 1 if block > 64 else 2)), hidden, hidden, block, group,
+        *bases, 32, num_dense=data.draw(st.integers(0, 1)), has_bias=data.draw(st.integers(0, 1)), codes=1,
+        stripes=stripes,
+    )  # fmt: skip
+    tokens, k = data.draw(st.sampled_from([1, 3, 17])), data.draw(st.integers(1, 3))
+    ids = torch.randint(-1, experts + 1, (tokens, k), generator=seeded(tokens))
+    check(layout, data.draw(st.sampled_from([WIDTHS, (0, 2, 4, 6), (1, 3)])), ids, data.draw(st.sampled_from(DTYPES)))
+
+
+def test_prefill_of_trellis_codes(monkeypatch):
+    layout = ExpertsLayout(2, 64, 64, 64, 64, 32, 64, 0, 0, 32, codes=1, stripes=1)
+    monkeypatch.setattr("bitsmoe_kernels.forward.DECODE_PAIRS", 0)  # sums the experts in a kernel of its own
+    check(layout, (0, 2, 3, 4), torch.randint(0, 2, (80, 1), generator=seeded(0)), torch.bfloat16)
+
+
+def test_trellis_codes_that_only_the_plain_path_decodes():
+    layer = random_layer(intermediate=48, group_size=48, stripes=1, basis_bits=(0, 0))
+    assert unsupported(layer.layout) == "group_size 48 has no kernel (known: 32, 64, 128)"
+    assert unsupported(dataclasses.replace(layer.layout, group_size=32, intermediate_size=64)) == ""
+    with pytest.raises(CheckpointError, match=r"group_size 48 has no kernel .* use the plain path"):
         prepare(layer.packed)
 
 

@@ -1,0 +1,241 @@
+"""`gate_up` for trellis codes: ``z = gating(A_gate h, A_up h) / 16`` for every pair, weights decoded in registers.
+
+A program owns a tile of pairs of one expert and a group of I, and walks the units of the factor widest first, as
+`gate_up` does; a tile of codes is a (unit, group), whose sequences run along the group. All warps hold all rows, for a
+sequence of 128 weights is what a lane's registers hold of it; they share the directions, and their sums meet once.
+
+The products are float16 whatever the activations are, since a weight's value is. Activations are multiplied by steps
+and a power of two before they are rounded, which leaves them a factor of 16 below float16's range at the layer's
+largest step; z is stored as a sixteenth, for the same room. What exceeds it (10⁶) becomes infinite, not wrong.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from bitsmoe_modifier.method.gating import Gating
+
+from .activation import gate_value
+from .arrival import arrive
+from .digits import product
+from .gate_up import gate_up_reference
+from .launch import FUSION, capability, launch_trellis, on
+from .routing import pair_tile
+from .trellis_codes import slices, tile_values
+
+#: What z is multiplied by.
+Z_SCALE = tl.constexpr(1 / 16)
+
+
+def z_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of z, for activations of ``dtype``: float32 is the interpreter's."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+@triton.jit
+def _first_steps(steps, place, end, k, K: tl.constexpr, SLICES: tl.constexpr):
+    """The steps of a unit's directions, slice after slice: a tuple; zeros unless ``place < end``."""
+    there = tl.where(place < end, 1, 0)  # one predicate for all elements; a bare condition fails in the interpreter
+    found = ()
+    for j in tl.static_range(SLICES):
+        found = found + (tl.load(steps + (k + j * K), mask=k * 0 + there > 0, other=0.0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _next_steps(steps, k, K: tl.constexpr, SLICES: tl.constexpr):
+    """`_first_steps` of a unit that is there."""
+    found = ()
+    for j in tl.static_range(SLICES):
+        found = found + (tl.load(steps + (k + j * K)),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _matrix(
+    h, here, codes_ptr, steps_ptr, head, order, group, split, SPLIT, gain,
+    BM: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr, SPREAD: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """``A[group, :] h`` of one matrix, float32 ``[GS, BM]``, over the units that are ``split`` modulo SPLIT."""
+    QUANTUM: tl.constexpr = BS * GS // 16  # of uint16
+    SLICES: tl.constexpr = slices(BS // SPREAD)
+    K: tl.constexpr = BS // SPREAD // SLICES
+    part = tl.arange(0, SPREAD)[:, None]
+    k = part * (K * SLICES) + tl.arange(0, K)[None, :]
+    pair = part * (K * SLICES // 2) + tl.arange(0, K // 2)[None, :]
+    code, row = tl.load(head), tl.load(head + 1)
+    bits = 0  # of one group of this matrix
+    lo = 0
+    for s in tl.static_range(len(WIDTHS)):
+        hi = tl.load(head + 2 + s)
+        bits += (hi - lo) * WIDTHS[s]
+        lo = hi
+    code += group * bits  # where this group's units begin, in quanta
+    row += group * lo  # lo: all units that are there
+    acc = tl.zeros((SPREAD, GS, BM), tl.float32)
+    lo = 0
+    for s in tl.static_range(len(WIDTHS)):
+        hi = tl.load(head + 2 + s)
+        first = lo + (split + SPLIT - lo % SPLIT) % SPLIT
+        unit = tl.load(order + first, mask=first < hi, other=0)
+        steps = _first_steps(steps_ptr + (row + first).to(tl.int64) * BS, first, hi, k, K, SLICES)
+        for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
+            tile = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
+            for j in tl.static_range(SLICES):
+                values = tile_values(tile, pair + j * (K // 2), 1, 0, WIDTHS[s], GS, False, PACK)
+                x = tl.load(h + unit * BS + (k + j * K)[:, :, None], mask=here[None, None, :], other=0.0)
+                x = (x.to(tl.float32) * (steps[j].to(tl.float32) * gain)[:, :, None]).to(DT)
+                acc = product(values.to(DT), x, acc, PACK)
+            then = tl.minimum(place + SPLIT, hi - 1)  # the last round loads its own once more
+            unit = tl.load(order + then)
+            steps = _next_steps(steps_ptr + (row + then).to(tl.int64) * BS, k, K, SLICES)
+        code += (hi - lo) * WIDTHS[s]
+        lo = hi
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def _finish(
+    gate, up, bias_ptr, e, column, z, here,
+    I: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Store the gate's result of ``[GS, BM]`` sums at the pointers z."""
+    if HAS_BIAS:
+        bias = bias_ptr + e * (2 * I) + column
+        gate += tl.load(bias).to(tl.float32)[:, None]
+        up += tl.load(bias + I).to(tl.float32)[:, None]
+    value = gate_value(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT) * Z_SCALE
+    tl.store(z, value.to(z.dtype.scalar.element_ty), mask=here[None, :])
+
+
+@triton.jit(do_not_specialize=["P", "PARTS"])
+def trellis_gate_up_kernel(
+    h_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, bias_ptr, z_ptr, part_ptr, arrivals_ptr,
+    P, PARTS, gain, inverse_gain,
+    TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
+    BM: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of pairs, group of I, SHARED: matrix and share of its units); as `gate_up.gate_up_kernel`.
+
+    codes: uint16. z: [P, I] of float16 (or float32). SPREAD: warps, among which a unit's directions are shared.
+    """
+    UNITS: tl.constexpr = R // BS
+    HEAD: tl.constexpr = 2 + len(WIDTHS)
+    DT: tl.constexpr = z_ptr.dtype.element_ty
+    e, pair = pair_tile(tiles_ptr, pairs_ptr, tl.program_id(0), BM)
+    if e >= 0:
+        group = tl.program_id(1)
+        column = group * GS + tl.arange(0, GS)
+        here = pair >= 0
+        h = h_ptr + (pair // TOP_K)[None, None, :].to(tl.int64) * R
+        row = pair[None, :].to(tl.int64)
+        z = z_ptr + row * I + column[:, None]
+        if SHARED:
+            m = tl.program_id(2) % 2
+            acc = _matrix(
+                h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
+                group, tl.program_id(2) // 2, PARTS // 2, gain, BM, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
+            )  # fmt: skip
+            part = part_ptr + row * (2 * I) + column[:, None]
+            tl.store(
+                part + (tl.program_id(2) // 2 * P.to(tl.int64) * 2 + m) * I, acc * inverse_gain, mask=here[None, :]
+            )
+            before = arrive(arrivals_ptr + tl.program_id(0) * (I // GS) + group, e >= 0)
+            if before == PARTS - 1:
+                gate = tl.zeros((GS, BM), tl.float32)
+                up = tl.zeros((GS, BM), tl.float32)
+                for _ in tl.range(PARTS // 2):
+                    gate += tl.load(part, mask=here[None, :], other=0.0, cache_modifier=".cg")
+                    up += tl.load(part + I, mask=here[None, :], other=0.0, cache_modifier=".cg")
+                    part += P.to(tl.int64) * (2 * I)
+                _finish(gate, up, bias_ptr, e, column, z, here, I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT)
+        else:
+            gate = tl.zeros((GS, BM), tl.float32)
+            acc = tl.zeros((GS, BM), tl.float32)
+            for m in tl.range(2, num_stages=1):  # a loop, not two copies: half the instructions to fetch
+                gate = acc
+                acc = _matrix(
+                    h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
+                    group, 0, 1, gain, BM, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
+                )  # fmt: skip
+            _finish(
+                gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,
+                I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT,
+            )  # fmt: skip
+
+
+@torch.library.custom_op("bitsmoe::trellis_gate_up", mutates_args=("arrivals",))
+def trellis_gate_up(
+    h: torch.Tensor,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
+    arrivals: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    head: torch.Tensor,
+    order: torch.Tensor,
+    bias: torch.Tensor | None,
+    widths: list[int],
+    gain: float,
+    top_k: int,
+    block_size: int,
+    group_size: int,
+    columns: int,
+    pair_tile: int,
+    parts: int,
+    activation: str,
+    limit: float | None,
+    alpha: float,
+    up_shift: float,
+) -> torch.Tensor:
+    """A sixteenth of z, ``[T k, I]`` float16 (`z_dtype`); rows of pairs outside ``[0, E)`` are not written.
+
+    Args:
+        h: ``[T, R]`` contiguous.
+        tiles: from `routing.route`, likewise pairs.
+        pairs: see ``tiles``.
+        arrivals: int32 zeros, ``tiles * I / group_size`` where parts > 1; not zeros afterwards.
+        codes: as in `PreparedSide`, likewise steps, head, order, widths and gain.
+        bias: ``[E, 2 I]`` or None.
+        top_k: k.
+        block_size: directions of a unit.
+        group_size: columns that share a step.
+        columns: I.
+        pair_tile: BM: the ``tile`` given to `route`.
+        parts: programs that share a tile: 1, 2, 4, 8 or 16.
+        activation: with limit, alpha and up_shift the fields of `Gating`.
+    """
+    count = pairs.numel()
+    z = torch.empty(count, columns, dtype=z_dtype(h.dtype), device=h.device)
+    if not count:
+        return z
+    shared = parts > 1
+    part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=h.device) if shared else None
+    how = launch_trellis(pair_tile, block_size, capability(h.device))
+    with on(h.device):
+        trellis_gate_up_kernel[(tiles.shape[0], columns // group_size, parts)](
+            h, tiles, pairs, codes.view(torch.uint16), steps, head, order, bias, z, part,
+            arrivals if shared else None, count, parts, gain, 1 / gain,
+            TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
+            BM=pair_tile, SHARED=shared, SPREAD=how.warps,
+            HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers, **FUSION,
+        )  # fmt: skip
+    return z
+
+
+@trellis_gate_up.register_fake
+def _(h: torch.Tensor, tiles: torch.Tensor, pairs: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+    columns = named["columns"] if "columns" in named else rest[11]
+    return h.new_empty(pairs.shape[0], columns, dtype=z_dtype(h.dtype))
+
+
+def trellis_gate_up_reference(
+    h: torch.Tensor, ids: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None, gating: Gating
+) -> torch.Tensor:
+    """Oracle: `gate_up_reference` times `Z_SCALE`; factor ``[E, 2, I, R]`` decoded."""
+    return gate_up_reference(h, ids, factor, bias, gating) * Z_SCALE.value
