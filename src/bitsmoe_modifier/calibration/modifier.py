@@ -362,7 +362,7 @@ class BitsMoEModifier(Modifier):
         design = self._designs.get(name)
         if design is None:
             plan = moved(self._plan(name, experts, tokens, metric), "cpu")
-            design = self._ranks.compute(lambda: plan.choose(self.bits * experts.elements))
+            design = self._ranks.compute(lambda: plan.under(self.bits).choose(self.bits * experts.elements))
         here = moved(design, tokens.x.device)
         packed, report = quantize_layer(experts, tokens, here, self.settings, metric, self._ranks)
         if self._ranks.first:

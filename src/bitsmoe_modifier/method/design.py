@@ -19,6 +19,9 @@ from .costs import SideCosts, unit_cost
 from .layer import QuantizerSettings
 from .spectral import SharedBasis
 
+#: Bits per weight, everything counted, from which on a trial of the bases decides between them, and not the cost tables.
+TRIAL_BITS = 2.0
+
 T = TypeVar("T")
 
 
@@ -113,6 +116,8 @@ class LayerPlan:
         slope_ratio, mass: of the layer's `LayerStatistics`.
         dense_ids: super experts, kept dense.
         warnings: recoverable numerical trouble, in words for the user.
+        ungated: 1 where experts have no gate.
+        tried: places of the input's and the output's candidates that lost least in a trial (`trial`), if there was one.
     """
 
     settings: QuantizerSettings
@@ -126,6 +131,18 @@ class LayerPlan:
     dense_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     ungated: int = 0
+    tried: tuple[int, int] | None = None
+
+    def under(self, bits: float) -> "LayerPlan":
+        """The plan with the candidates that a model of ``bits`` per weight takes its bases from.
+
+        From `TRIAL_BITS` on those that lost least when they were tried. Below, all: there most of what is lost is in
+        dropped directions, which the cost tables foretell exactly and a trial at more bits does not show.
+        """
+        if self.tried is None or bits < TRIAL_BITS:
+            return self
+        inputs, outputs = self.tried
+        return replace(self, inputs=(self.inputs[inputs],), outputs=(self.outputs[outputs],))
 
     @property
     def elements(self) -> int:
