@@ -16,6 +16,7 @@ from bitsmoe_modifier.errors import CheckpointError
 from bitsmoe_modifier.storage.chains import chains_of, index_side
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
+from bitsmoe_modifier.storage.steps import step_values
 
 #: Sets of widths that kernels are compiled for: the layers of a model differ in which they use, and a set of their own
 #: for each would compile every kernel several times. Widths that do not occur cost a loop of no rounds.
@@ -32,7 +33,7 @@ class PreparedSide:
 
     Attributes:
         codes: uint8 1-D, as stored.
-        steps: fp16 1-D, as stored.
+        steps: 1-D, as stored.
         head: int32 ``[matrices, 2 + len(widths)]``: start in quanta, start in rows of ``block_size`` steps, then for
         each
             of ``widths`` the number of units at least that wide.
@@ -145,7 +146,7 @@ def _prepare_side(
     head = torch.stack([bits.cumsum(0) - bits, kept.cumsum(0) - kept, *at_least], 1)
     if codes.numel() // layout.quantum >= 2**31:
         raise CheckpointError(f"a payload of {codes.numel()} bytes is beyond 32-bit offsets; shard the layer")
-    largest = float(steps.max()) if steps.numel() else 1.0
+    largest = float(step_values(steps.max())) if steps.numel() else 1.0
     gain = 2.0 ** (-4 - math.ceil(math.log2(largest))) if largest > 0 else 1.0
     return PreparedSide(
         codes=_aligned(codes),

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier.method import rounding
+from bitsmoe_modifier.storage.steps import GREATEST_STEP, LEAST_STEP
 
 from .launch import NO_FUSION, on
 
@@ -22,6 +22,14 @@ _ROWS = 128
 def _divide(a, b):
     """a / b, rounded once: what `/` is for float64 only."""
     return a / b if b.dtype.scalar == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _storable(step, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """`storable_steps`."""
+    bits = tl.minimum(tl.maximum(step.to(tl.float32), LEAST), MOST).to(tl.int32, bitcast=True)
+    kept = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
+    return tl.minimum(kept.to(tl.float32, bitcast=True), MOST)
 
 
 @triton.jit
@@ -76,8 +84,7 @@ def round_block_kernel(
             weighted = weight * grid
             scale = tl.sum(grid * weighted, 0)
             fitted = _divide(tl.sum(weighted * column, 0), tl.maximum(scale, 1e-30))
-            # steps are stored in fp16, never 0 and never infinite
-            fitted = tl.minimum(tl.maximum(fitted, LEAST), MOST).to(tl.float16).to(step.dtype)
+            fitted = _storable(fitted, LEAST, MOST).to(step.dtype)
             fitted = tl.where(scale > 0, fitted, step)
             refitted, rest = _nearest(column, fitted, level, BIG)
             better = tl.sum(rest * rest * weight, 0) * (4 * fitted * fitted) < error
@@ -111,8 +118,8 @@ def constants_of(columns: int, group: int | None, before: bool, dtype: torch.dty
         "REFIT": group is not None,
         "HAS_BEFORE": before,
         "BIG": 1.5 / torch.finfo(dtype).eps,
-        "LEAST": rounding.FP16_MIN,
-        "MOST": rounding.FP16_MAX,
+        "LEAST": LEAST_STEP,
+        "MOST": GREATEST_STEP,
     }
 
 

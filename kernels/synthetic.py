@@ -6,6 +6,7 @@ from bitsmoe_modifier.storage.chains import index_side
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import levels
+from bitsmoe_modifier.storage.steps import storable_steps, stored_steps
 
 
 def random_experts(
@@ -47,7 +48,7 @@ def random_experts(
         per_row = top[:, None].expand(-1, layout.groups, -1)[kept]
         order = index_side(chosen, layout, "in" if group_major else "out").step_offset[kept].to(device)
         rows[order] /= per_row[:, None] * fan_in**0.5
-        return chosen, codes, rows.to(torch.float16).flatten()
+        return chosen, codes, stored_steps(storable_steps(rows), layout.step_dtype).flatten()
 
     def basis(rows: int, columns: int, bits: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if bits == 0:

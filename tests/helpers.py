@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from bitsmoe_modifier.storage.factors import pack_basis, pack_factor
-from bitsmoe_modifier.storage.layout import ExpertsLayout
+from bitsmoe_modifier.storage.layout import FORMAT_VERSION, ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import WIDTHS, code_values, levels
+from bitsmoe_modifier.storage.steps import storable_steps
 from trellis_reader import read_factors
 
 
@@ -60,6 +61,7 @@ def random_layer(
     dense: tuple[int, ...] = (),
     bias: bool = False,
     stripes: int = 0,
+    version: int = FORMAT_VERSION,
     seed: int = 0,
 ) -> RandomLayer:
     """A layer with random widths, codes, steps, bases, biases and super experts, sealed with checksums.
@@ -82,6 +84,7 @@ def random_layer(
         has_bias=int(bias),
         codes=int(stripes > 0),
         stripes=stripes,
+        version=version,
     )
     groups, scalar = layout.groups, dataclasses.replace(layout, codes=0, stripes=0)
 
@@ -101,7 +104,7 @@ def random_layer(
 
     def steps_for(elementwise: torch.Tensor) -> torch.Tensor:
         top = ((1 << elementwise.long()) - 1).clamp(min=1, max=1 if stripes else None)  # of the largest value
-        return ((0.5 + torch.rand(elementwise.shape, generator=gen)) / (4 * hidden**0.5 * top)).half()
+        return storable_steps((0.5 + torch.rand(elementwise.shape, generator=gen)) / (4 * hidden**0.5 * top))
 
     widths_in, widths_out = choose(num_experts, 2, layout.units_in), choose(num_experts, layout.units_out)
     # side "in": codes [E, 2, I, R], steps [E, 2, groups, R]

@@ -51,15 +51,21 @@ def chains(widths: list[int], stripes: int, block_size: int) -> list[list[int]]:
     return found
 
 
+def read_steps(stored: torch.Tensor) -> np.ndarray:
+    """Steps: (1 + (c mod 8) / 8) 2^(c // 8 - 23) of a byte c."""
+    code = stored.numpy()
+    return np.ldexp(1 + (code % 8) / 8, code.astype(int) // 8 - 23).astype(np.float32)
+
+
 def read_factors(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[E, 2I, R]`` and F ``[E, R', I]``, float32, of a layer of format version 2."""
+    """A ``[E, 2I, R]`` and F ``[E, R', I]``, float32, of a layer of trellis codes."""
     version, experts, _, length, rank_in, rank_out, bs, gs, _, _, _, _, _, codes, stripes, _ = tensors[
         "layout"
     ].tolist()
     assert (version, codes) == (2, 1)
     groups = length // gs
     a = np.zeros((experts, 2, length, rank_in), dtype=np.float32)
-    data, steps, at, step_at = tensors["codes_in"].numpy().tobytes(), tensors["steps_in"].float().numpy(), 0, 0
+    data, steps, at, step_at = tensors["codes_in"].numpy().tobytes(), read_steps(tensors["steps_in"]), 0, 0
     for e in range(experts):
         for half in range(2):
             widths = tensors["widths_in"][e, half].tolist()
@@ -73,7 +79,7 @@ def read_factors(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
                     at, step_at = at + size, step_at + bs
     assert (at, step_at) == (len(data), len(steps))
     f = np.zeros((experts, rank_out, length), dtype=np.float32)
-    data, steps, at, step_at = tensors["codes_out"].numpy().tobytes(), tensors["steps_out"].float().numpy(), 0, 0
+    data, steps, at, step_at = tensors["codes_out"].numpy().tobytes(), read_steps(tensors["steps_out"]), 0, 0
     for e in range(experts):
         widths = tensors["widths_out"][e].tolist()
         for units in chains(widths, stripes, bs):

@@ -7,10 +7,11 @@ import torch
 
 from bitsmoe_modifier.method import costs as costs_module
 from bitsmoe_modifier.method.costs import SideCosts, chosen_steps, side_costs, unit_cost
-from bitsmoe_modifier.method.rounding import encode, search_step, to_step
+from bitsmoe_modifier.method.rounding import encode, search_step
 from bitsmoe_modifier.storage.factors import decode_factor, pack_factor
 from bitsmoe_modifier.storage.layout import ExpertsLayout, index_units
 from bitsmoe_modifier.storage.planes import WIDTHS
+from bitsmoe_modifier.storage.steps import storable_steps
 
 MATRICES, LENGTH, DIRECTIONS, BLOCK, GROUP = 4, 48, 32, 16, 16
 KINDS = ["gauss", "outliers", "heavy-tails", "zeros", "constant", "tiny", "huge", "dead-weights"]
@@ -118,9 +119,7 @@ def test_distortion_is_the_error_of_decoding_what_is_stored(kind: str, width: in
     widths = uniform(width)
     steps = chosen_steps(factor, weight, widths, BLOCK, GROUP)
     codes = encode(factor, steps.repeat_interleave(GROUP, 1), 2**width - 1).to(torch.uint8)
-    payload, stored = pack_factor(
-        codes.view(-1, 2, LENGTH, DIRECTIONS), steps.half(), widths.view(-1, 2, 2), layout, "in"
-    )
+    payload, stored = pack_factor(codes.view(-1, 2, LENGTH, DIRECTIONS), steps, widths.view(-1, 2, 2), layout, "in")
     index = index_units(widths, layout.groups, group_major=True)
     rest = decode_factor(payload, stored, widths, index, layout, "in").double() - factor.double()
     loss = ((rest.square() * weight[:, :, None]).sum(1) * gain).view(MATRICES, -1, BLOCK).sum(-1)
@@ -132,7 +131,7 @@ def test_steps_can_be_stored(kind: str) -> None:
     factor, weight, _ = problem(kind)
     widths = torch.tensor(WIDTHS[:8], dtype=torch.uint8)[torch.arange(MATRICES * 2) % len(WIDTHS)].view(MATRICES, 2)
     steps = chosen_steps(factor, weight, widths, BLOCK, GROUP)
-    assert torch.equal(steps.half().float(), steps)
+    assert torch.equal(storable_steps(steps), steps)
     assert bool((steps > 0).all())
     assert steps.shape == (MATRICES, LENGTH // GROUP, DIRECTIONS)
 
@@ -213,7 +212,7 @@ def test_search_is_never_worse_than_the_covering_step(kind: str, width: int) -> 
     factor, weight, _ = problem(kind)
     w, rho = factor.view(-1, GROUP, DIRECTIONS), weight.view(-1, GROUP, 1)
     step, error = search_step(w, rho, width)
-    covering = to_step(w.abs().amax(-2, keepdim=True) / (2**width - 1))
+    covering = storable_steps(w.abs().amax(-2, keepdim=True) / (2**width - 1))
 
     def loss(s: torch.Tensor) -> torch.Tensor:
         return ((nearest(w, s.expand_as(w), width) - w.double()).square() * rho.double()).sum(-2)
@@ -269,5 +268,5 @@ def test_unit_cost_is_what_a_unit_adds_to_the_payload(width: int, block: int, le
         widths = torch.full(shape, width, dtype=torch.uint8)
         codes = torch.zeros((1, 2, length, block) if side == "in" else (1, block, length), dtype=torch.uint8)
         steps = torch.ones((1, 2, layout.groups, block) if side == "in" else (1, layout.groups, block))
-        payload, stored = pack_factor(codes, steps.half(), widths, layout, side)
+        payload, stored = pack_factor(codes, steps, widths, layout, side)
         assert 8 * (payload.nbytes + stored.nbytes) == widths.numel() * unit_cost(width, block, length, group)

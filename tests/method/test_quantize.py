@@ -412,7 +412,7 @@ def test_a_budget_below_the_narrowest_width_says_the_least() -> None:
 def test_auto_gives_up_bases_that_the_budget_cannot_pay() -> None:
     """Two bases of 64 x 64 do not fit beside 2 bits for every weight; none do."""
     layer = make_layer()
-    packed, report = layer.run(settings(bits=3.13, widths=(2, 4)))
+    packed, report = layer.run(settings(bits=2.63, widths=(2, 4)))
     assert (report.input_basis_bits, report.output_basis_bits) == (0, 0)
     assert set(packed.widths_in.unique().tolist()) <= {2, 4}
 

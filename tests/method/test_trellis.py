@@ -21,7 +21,7 @@ KINDS = {
     "no refinement": ({}, {"refine_passes": 0}),
     "no compensation": ({}, {"compensation": False}),
     "few tokens": ({"tokens": 20}, {}),
-    "idle experts, biases": ({"idle": 3, "bias": True, "gating": CLAMPED}, {}),
+    "idle experts, biases": ({"idle": 3, "bias": True, "gating": CLAMPED, "width": 64}, {"group_size": 64}),
     "bfloat16": ({"dtype": torch.bfloat16}, {}),
     "all widths": ({}, {"widths": (0, 1, 2, 3, 4, 6, 8), "bits": 5.0}),
     "one width": ({}, {"widths": (2,), "bits": 3.8}),

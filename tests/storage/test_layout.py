@@ -12,6 +12,7 @@ from bitsmoe_modifier.storage.factors import decode_basis, decode_factor, pack_b
 from bitsmoe_modifier.storage.layout import BASIS_BITS, FORMAT_VERSION, ExpertsLayout, index_units
 from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_structure
 from bitsmoe_modifier.storage.planes import WIDTHS
+from bitsmoe_modifier.storage.steps import step_values, storable_steps
 from helpers import random_layer, with_tensors
 
 SIZES = {
@@ -61,7 +62,7 @@ def draw_factor(
     else:
         of_element, shape = of_direction[:, :, None].expand(-1, -1, length), (n, groups, layout.rank_out)
     codes = (torch.rand(of_element.shape, generator=gen) * (1 << of_element)).to(torch.uint8)
-    return codes, (0.5 + torch.rand(shape, generator=gen)).to(torch.float16)
+    return codes, storable_steps(0.5 + torch.rand(shape, generator=gen))
 
 
 def widest_first(widths: list[int]) -> list[int]:
@@ -85,11 +86,12 @@ def walk(layout: ExpertsLayout, widths: torch.Tensor, side: str):
 # --------------------------------------------------------------------------------------------- payload order
 
 
+@pytest.mark.parametrize("version", [1, FORMAT_VERSION])
 @pytest.mark.parametrize("side", ["in", "out"])
 @pytest.mark.parametrize("among", WIDTH_SETS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_payload_equals_the_slow_walk(sizes: str, among: str, side: str) -> None:
-    layout = make_layout(**SIZES[sizes])
+def test_payload_equals_the_slow_walk(sizes: str, among: str, side: str, version: int) -> None:
+    layout = dataclasses.replace(make_layout(**SIZES[sizes]), version=version)
     widths = draw_widths(layout, side, WIDTH_SETS[among])
     codes, steps = draw_factor(layout, widths, side)
     payload, stored_steps = pack_factor(codes, steps, widths, layout, side)
@@ -107,8 +109,8 @@ def test_payload_equals_the_slow_walk(sizes: str, among: str, side: str) -> None
         expected += write_planes(tile.tolist(), width)
         expected_steps += step.tolist() if width else []
     assert bytes(payload.tolist()) == bytes(expected)
-    assert stored_steps.dtype == torch.float16
-    assert stored_steps.tolist() == expected_steps
+    assert stored_steps.dtype == layout.step_dtype
+    assert step_values(stored_steps).tolist() == expected_steps
 
 
 @pytest.mark.parametrize("group_major", [True, False])
@@ -211,13 +213,14 @@ def test_sixteen_bit_basis_is_itself() -> None:
 # ---------------------------------------------------------------------------------------------------- header
 
 
+@pytest.mark.parametrize("version", [1, FORMAT_VERSION])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_header_round_trip(sizes: str) -> None:
-    layout = make_layout(**SIZES[sizes])
+def test_header_round_trip(sizes: str, version: int) -> None:
+    layout = dataclasses.replace(make_layout(**SIZES[sizes]), version=version)
     header = layout.to_tensor()
     assert header.dtype == torch.int32
     assert header.shape == (16,)
-    assert int(header[0]) == 1
+    assert int(header[0]) == layout.version
     assert ExpertsLayout.from_tensor(header) == layout
 
 
@@ -368,7 +371,7 @@ def test_changed_width_no_longer_fits_the_payload() -> None:
 
 def test_newer_version_names_the_module() -> None:
     header = EVERYTHING.layout.clone()
-    header[0] += 2
+    header[0] += 1
     with pytest.raises(CheckpointError, match=r"layers\.0\.experts\.layout: .*version 3.*upgrade"):
         check_structure(structure({"layout": header}), "layers.0.experts")
 

@@ -9,7 +9,8 @@ from bitsmoe_modifier.storage import native_trellis
 from bitsmoe_modifier.storage.chains import chains_of, index_side
 from bitsmoe_modifier.storage.factors import decode_factor, pack_factor
 from bitsmoe_modifier.storage.layout import ExpertsLayout
-from bitsmoe_modifier.storage.packed import PackedExperts, check_content, check_structure
+from bitsmoe_modifier.storage.packed import check_content, check_structure
+from bitsmoe_modifier.storage.steps import step_values
 from bitsmoe_modifier.storage.trellis import CODES, pack_windows, sequence_order, unpack_windows, window_values
 from helpers import random_layer
 from trellis_reader import VALUES, chains, read_tile
@@ -119,7 +120,7 @@ def test_packing_gives_back_the_bytes(sizes: dict[str, object], batch: int, monk
         index = index_side(flat, layout, side)
         rank, length = flat.shape[1] * bs, layout.intermediate_size
         windows = torch.zeros(len(flat), length, rank, dtype=torch.uint8)
-        spread = torch.ones(len(flat), layout.groups, rank, dtype=torch.float16)
+        spread = torch.ones(len(flat), layout.groups, rank)
         for matrix, row in enumerate(flat.tolist()):
             own = [[u] for u, w in enumerate(row) if w] if side == "in" else chains(row, layout.stripes, bs)
             for units in own:
@@ -132,7 +133,7 @@ def test_packing_gives_back_the_bytes(sizes: dict[str, object], batch: int, monk
                         windows[matrix, columns, rows] = unpack_windows(stored, row[units[0]], gs, bs)[0]
                     else:
                         windows[matrix, columns, rows] = unpack_windows(stored, row[units[0]], len(rows), gs)[0].T
-                    spread[matrix, g, rows] = steps[index.step_offset[matrix, g, units]].flatten()
+                    spread[matrix, g, rows] = step_values(steps[index.step_offset[matrix, g, units]].flatten())
         if side == "in":
             elementwise, scales = windows.unflatten(0, (-1, 2)), spread.unflatten(0, (-1, 2))
         else:
@@ -177,7 +178,7 @@ def test_the_compiled_decoder_believes_nothing(changes: dict[str, object], messa
 HEADERS = {
     "unknown family": {13: 2},
     "version 1 with trellis codes": {0: 1},
-    "version 2 with scalar codes": {13: 0, 14: 0},
+    "version 0": {0: 0},
     "no stripes": {14: 0},
     "stripes of scalar codes": {0: 1, 13: 0},
     "blocks of 8": {6: 8},
@@ -193,9 +194,3 @@ def test_headers_that_no_writer_makes_are_refused(changes: dict[int, int]) -> No
         header[place] = number
     with pytest.raises(CheckpointError, match="layout"):
         ExpertsLayout.from_tensor(header)
-
-
-def test_scalar_layers_stay_version_1() -> None:
-    packed: PackedExperts = random_layer().packed
-    assert packed.layout.tolist()[0] == 1
-    assert ExpertsLayout.from_tensor(packed.layout).version == 1

@@ -31,8 +31,8 @@ class SideCosts:
 
 
 def unit_cost(width: int, block_size: int, intermediate_size: int, group_size: int) -> int:
-    """Stored bits of one unit: payload and fp16 steps; nothing at width 0. Equal for gate, up and down."""
-    steps = 16 * block_size * (intermediate_size // group_size) if width else 0
+    """Stored bits of one unit: payload and steps of a byte; nothing at width 0. Equal for gate, up and down."""
+    steps = 8 * block_size * (intermediate_size // group_size) if width else 0
     return block_size * intermediate_size * width + steps
 
 

@@ -19,7 +19,7 @@ from .costs import SideCosts, unit_cost
 from .layer import QuantizerSettings
 from .spectral import SharedBasis
 
-#: Bits per weight, everything counted, from which on a trial of the bases decides between them, and not the cost tables.
+#: Bits per weight, everything counted, from which on a trial decides between the bases, and not the cost tables.
 TRIAL_BITS = 2.0
 
 T = TypeVar("T")

@@ -11,10 +11,9 @@ from contextvars import ContextVar
 import torch
 
 from ..storage.packed import PackedExperts
+from ..storage.steps import GREATEST_STEP, LEAST_STEP, step_values
 
-#: Below the second, fp16 has less than 6 bits of precision left.
-_FP16_MAX, _FP16_COARSE = 65504.0, 2.0**-19
-#: Share of the steps that may be coarse before it is worth a word: those of zeros are.
+#: Share of the steps that may be the smallest before it is worth a word: those of zeros are.
 _FEW = 0.01
 #: Share of a layer's output power that rounding may lose before it is worth a word.
 _LOST = 0.5
@@ -68,17 +67,18 @@ def stored_trouble(packed: PackedExperts, tokens_per_expert: Sequence[int], outp
             f"{len(unseen)} experts got no calibration tokens and use the layer's average ({named}); calibrate with "
             "more text, or with text that reaches them"
         )
-    steps = torch.cat([packed.steps_in, packed.steps_out]).to(torch.float32)
-    clipped, small = int((steps >= _FP16_MAX).sum()), int((steps < _FP16_COARSE).sum())
-    if clipped:
+    steps = step_values(torch.cat([packed.steps_in, packed.steps_out]))
+    above, below = int((steps >= GREATEST_STEP).sum()), int((steps <= LEAST_STEP).sum())
+    if above:
         found.append(
-            f"{clipped} of {len(steps)} steps exceed fp16 and were cut to {_FP16_MAX:.0f}, their weights with them; "
+            f"{above} of {len(steps)} steps were cut to {GREATEST_STEP:.0f}, the largest that is stored, their weights "
+            "with them; "
             "keep the experts with the outliers dense by `super_experts`, or add the layer to `ignore`"
         )
-    if small > _FEW * len(steps):
+    if below > _FEW * len(steps):
         found.append(
-            f"{small} of {len(steps)} steps are so small that fp16 holds them coarsely; if the layer's error is large, "
-            "add it to `ignore`"
+            f"{below} of {len(steps)} steps were raised to {LEAST_STEP:.1e}, the smallest that is stored; if the "
+            "layer's error is large, add it to `ignore`"
         )
     if output_error is not None and output_error > _LOST:
         found.append(

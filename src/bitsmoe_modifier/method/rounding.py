@@ -4,10 +4,11 @@
 every column absorb the errors of all others, and refits the steps, as long as asked. Both work on a batch of matrices
 (all experts of a layer); the only loops are over columns.
 
-Grid: ``value = step * (2 * code - (2**b - 1))``; the step is half the distance between grid points and is stored in
-fp16, so every function here rounds it to fp16 before it is used.
+Grid: ``value = step * (2 * code - (2**b - 1))``; the step is half the distance between grid points and is stored in a
+byte (storage/steps.py), so every function here rounds it to what a byte can hold before it is used.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,10 +16,8 @@ import torch
 from ..devices import kernels_wanted
 from ..errors import CalibrationError
 from ..storage.planes import levels
+from ..storage.steps import storable_steps
 from .numerics import all_finite, note
-
-#: The range of a stored step.
-FP16_MIN, FP16_MAX = 2.0**-24, 65504.0
 
 #: Columns of a block inside which rounding runs one by one; between blocks it is one batched product.
 _COLUMN_BLOCK = 32
@@ -48,11 +47,6 @@ class ColumnCoder(Protocol):
         ...
 
 
-def to_step(step: torch.Tensor) -> torch.Tensor:
-    """Round steps to storable ones: fp16 values (as float32), never 0 and never infinite."""
-    return step.clamp(FP16_MIN, FP16_MAX).to(torch.float16).to(torch.float32)
-
-
 def encode(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -> torch.Tensor:
     """Nearest code of each weight, as float: ``clamp(round((w / step + level) / 2), 0, level)``.
 
@@ -68,7 +62,11 @@ def decode(codes: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -
 
 
 def search_step(
-    w: torch.Tensor, weight: torch.Tensor, width: int, candidates: int = 8
+    w: torch.Tensor,
+    weight: torch.Tensor,
+    width: int,
+    candidates: int = 8,
+    storable: Callable[[torch.Tensor], torch.Tensor] = storable_steps,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step of least weighted squared error per group, and that error.
 
@@ -80,6 +78,8 @@ def search_step(
         w: float32 ``[..., n, g, r]``: groups run along dimension -2.
         weight: ``[..., n, g, 1]`` or broadcastable to it, ≥ 0: importance of each row of a group.
         width: bits, > 0.
+        candidates: at least 2.
+        storable: rounds steps to those that can be stored.
 
     Returns:
         (step ``[..., n, 1, r]`` storable, error ``[..., n, r]``), float32.
@@ -96,7 +96,7 @@ def search_step(
     lowest = torch.minimum(lowest, highest).clamp_min(1e-30)
     ratio = (highest / lowest) ** (1 / (candidates - 1))
     trial = lowest
-    step = to_step(trial)
+    step = storable(trial)
     error = _group_error(w, row, step, level)
     for attempt in range(candidates):
         if attempt == candidates - 1:
@@ -105,10 +105,10 @@ def search_step(
         else:
             trial = trial * ratio
             fitted = trial
-        storable = to_step(fitted)
-        trial_error = _group_error(w, row, storable, level)
+        rounded = storable(fitted)
+        trial_error = _group_error(w, row, rounded, level)
         better = trial_error < error
-        step, error = torch.where(better, storable, step), torch.where(better, trial_error, error)
+        step, error = torch.where(better, rounded, step), torch.where(better, trial_error, error)
     return step, error.squeeze(-2)
 
 
@@ -342,7 +342,7 @@ def refit_row_steps(
         slope = (own * torch.bmm(rest, moment[:, :, part])).sum(2)
         curvature = (own * torch.bmm(own, moment[:, part, part])).sum(2)
         old = step[:, :, group]
-        new = to_step(old + slope / curvature.clamp_min(1e-30))
+        new = storable_steps(old + slope / curvature.clamp_min(1e-30))
         # the objective changes by (new - old) * (curvature * (new - old) - 2 * slope)
         better = (new - old) * (curvature * (new - old) - 2 * slope) < 0
         new = torch.where(better, new, old)
@@ -382,7 +382,7 @@ def _round_column(
         weighted = weight * grid
         scale = grid.mul_(weighted).sum(2, keepdim=True)
         fitted = weighted.mul_(grouped).sum(2, keepdim=True) / scale.clamp_min(1e-30)
-        fitted = torch.where(scale > 0, to_step(fitted), steps)
+        fitted = torch.where(scale > 0, storable_steps(fitted), steps)
         refitted, new_error = _nearest(grouped, fitted, limits, weight)
         better = new_error < error
         nearest, steps = torch.where(better, refitted, nearest), torch.where(better, fitted, steps)

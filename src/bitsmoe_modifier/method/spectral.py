@@ -125,11 +125,16 @@ def round_basis(matrix: torch.Tensor, bits: int, group: int) -> SharedBasis:
     if columns % group:
         raise RecipeError(f"basis groups of {group} do not divide {columns} columns; set basis_bits: 16")
     grouped = matrix.view(rows, columns // group, group, 1)
-    step, _ = search_step(grouped, torch.ones((), device=matrix.device), bits, candidates=32)
+    step, _ = search_step(grouped, torch.ones((), device=matrix.device), bits, 32, _in_fp16)
     codes = encode(grouped, step, levels(bits)).to(torch.uint8).view(rows, columns)
     step = step.view(rows, -1).to(torch.float16)
     stored = pack_basis(codes, bits, group)
     return SharedBasis(bits, stored, step, decode_basis(stored, step, bits, group))
+
+
+def _in_fp16(step: torch.Tensor) -> torch.Tensor:
+    """Steps of a basis, which are few, as they are stored; never 0 and never infinite."""
+    return step.clamp(2.0**-24, 65504.0).to(torch.float16).to(torch.float32)
 
 
 def refit_inverse(basis: SharedBasis, moment: torch.Tensor | None, side: str) -> torch.Tensor:

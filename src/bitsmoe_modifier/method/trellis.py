@@ -8,8 +8,8 @@ with steps of its own, so a sequence's errors weigh by these and by what an erro
 import torch
 
 from ..storage.chains import CHAIN_DIRECTIONS, chains_of
+from ..storage.steps import storable_steps
 from ..storage.trellis import CODES, sequence_order, trellis_values
-from .rounding import to_step
 from .viterbi import Sequences, encode
 
 #: Steps in units of the root mean square of the weights, by width: least error of normally distributed weights.
@@ -35,7 +35,7 @@ def root_mean_square(w: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.T
 def normal_steps(rms: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
     """Storable steps of weights of root mean square ``rms`` at the given widths; of no meaning at width 0."""
     factors = torch.tensor([NORMAL_STEP.get(b, 1.0) for b in range(max(CODES) + 1)], device=rms.device)
-    return to_step(rms * factors[width.long()])
+    return storable_steps(rms * factors[width.long()])
 
 
 class GroupTrellis:
@@ -103,6 +103,8 @@ def fit_rows(
     new = encode(root * w / start, root, sequences)
     grid = trellis_values(new, width[:, None])
     fitted = _fitted(w, weight, grid, start)
+    # the windows were found for the step before the fit, and a step is coarse
+    fitted = torch.where(_error(w, weight, grid * fitted) < _error(w, weight, grid * start), fitted, start)
     found = new.to(w.dtype)
     if windows is not None:
         worse = _error(w, weight, grid * fitted) >= _error(w, weight, old * start)
@@ -114,7 +116,7 @@ def _fitted(w: torch.Tensor, weight: torch.Tensor, grid: torch.Tensor, step: tor
     """Least-squares steps ``[S, 1]`` of rows of grid values; ``step`` where they are all 0 or the fit is negative."""
     weighted = weight * grid
     scale, slope = (weighted * grid).sum(1, keepdim=True), (weighted * w).sum(1, keepdim=True)
-    return torch.where((scale > 0) & (slope > 0), to_step(slope / scale.clamp_min(_TINY)), step)
+    return torch.where((scale > 0) & (slope > 0), storable_steps(slope / scale.clamp_min(_TINY)), step)
 
 
 def _error(w: torch.Tensor, weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -244,8 +246,8 @@ def chain_error(
     grid = trellis_values(windows, width).view(grouped.shape)
     weighted = rho * grid
     slope, scale = (weighted * grouped).sum(1, keepdim=True), (weighted * grid).sum(1, keepdim=True)
-    fitted = torch.where((scale > 0) & (slope > 0), to_step(slope / scale.clamp_min(_TINY)), start)
-    return (rho * (grouped - fitted * grid).square()).sum((0, 1))
+    fitted = torch.where((scale > 0) & (slope > 0), storable_steps(slope / scale.clamp_min(_TINY)), start)
+    return torch.minimum(*((rho * (grouped - s * grid).square()).sum(1) for s in (fitted, start))).sum(0)
 
 
 def _fresh(w: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

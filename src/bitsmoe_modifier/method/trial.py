@@ -37,8 +37,8 @@ def settled(
     metric: torch.Tensor | None,
     ranks: Ranks,
 ) -> LayerPlan:
-    """The plan with what a trial found (`LayerPlan.tried`): with which candidates a sample of the experts loses least on
-    held-out rows.
+    """The plan with what a trial found (`LayerPlan.tried`): the candidates with which a sample of the experts loses
+    least on held-out rows.
 
     Tried at `TRIAL_BITS`, whatever the budget, because one plan serves many; the input's candidates first. The first
     process decides for all. Without error feedback the cost tables are right, and nothing is tried.

@@ -52,7 +52,7 @@ def fastest_product(
     def run(begin: int, end: int) -> None:
         tensors = (planes.entries, spans[begin], codes, steps, v[begin], y[begin])
         index, span, code, step, source, target = (ctypes.c_void_p(t.data_ptr()) for t in tensors)
-        sizes = map(ctypes.c_int64, (layout.quantum, n, m, inward))
+        sizes = map(ctypes.c_int64, (steps.element_size(), layout.quantum, n, m, inward))
         ends = ctypes.c_int64(v.shape[1]), target, ctypes.c_int64(y.shape[1])
         library.packed_product(index, span, ctypes.c_int64(end - begin), code, step, *sizes, source, *ends)
 

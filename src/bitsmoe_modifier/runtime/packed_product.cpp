@@ -172,18 +172,27 @@ struct Scratch {  // ordered: a row, or LANES for each of at most 32 shifts
   std::vector<float> scaled, ordered, sums;
 };
 
-template <int F>
-void run(const Plane* plane, const Plane* end, const uint8_t* codes, const uint16_t* steps, int64_t quantum, int n, int m,
+// Steps as they are stored: fp16 in format version 1, from then on bytes (storage/steps.py).
+float value_of(uint16_t step) { return half(step); }
+float value_of(uint8_t step) {
+  const uint32_t word = (uint32_t(step) + (104u << 3)) << 20;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+template <int F, typename Step>
+void run(const Plane* plane, const Plane* end, const uint8_t* codes, const Step* steps, int64_t quantum, int n, int m,
          bool inward, const float* v, float* y, Scratch& scratch) {
   const int bytes = n * F / 8;
   [[maybe_unused]] const float* last = nullptr;  // scratch.ordered holds these elements
   for (; plane < end; ++plane) {
     const uint8_t* tile = codes + plane->quantum * quantum;
-    const uint16_t* step = steps + plane->step_row * (inward ? n : m);
+    const Step* step = steps + plane->step_row * (inward ? n : m);
     const float *source = v + plane->source * n, worth = float(plane->worth);
     const float* x = source;
     if (inward) {
-      for (int k = 0; k < n; ++k) scratch.scaled[k] = source[k] * (half(step[k]) * worth);
+      for (int k = 0; k < n; ++k) scratch.scaled[k] = source[k] * (value_of(step[k]) * worth);
       x = scratch.scaled.data();
     }
 #ifdef SIMD
@@ -198,7 +207,18 @@ void run(const Plane* plane, const Plane* end, const uint8_t* codes, const uint1
     if (inward)
       for (int r = 0; r < m; ++r) out[r] += scratch.sums[r];
     else
-      for (int r = 0; r < m; ++r) out[r] += scratch.sums[r] * (half(step[r]) * worth);
+      for (int r = 0; r < m; ++r) out[r] += scratch.sums[r] * (value_of(step[r]) * worth);
+  }
+}
+
+template <typename Step>
+void product(const Plane* planes, const int64_t* spans, int64_t count, const uint8_t* codes, const Step* steps,
+             int64_t quantum, int n, int m, bool inward, const float* v, int64_t v_size, float* y, int64_t y_size) {
+  Scratch scratch{std::vector<float>(n), std::vector<float>(n + 512), std::vector<float>(m)};
+  for (int64_t i = 0; i < count; ++i, spans += 6, v += v_size, y += y_size) {
+    run<4>(planes + spans[0], planes + spans[1], codes, steps, quantum, n, m, inward, v, y, scratch);
+    run<2>(planes + spans[2], planes + spans[3], codes, steps, quantum, n, m, inward, v, y, scratch);
+    run<1>(planes + spans[4], planes + spans[5], codes, steps, quantum, n, m, inward, v, y, scratch);
   }
 }
 
@@ -207,15 +227,15 @@ void run(const Plane* plane, const Plane* end, const uint8_t* codes, const uint1
 // y[i] += the factor of expert i times v[i], for `count` experts.
 //
 // planes: all entries of the side. spans: [count][3][2], an expert's first and last + 1 entry for digits of 4, 2 and 1
-// bits. quantum: bytes. n: elements of a plane's row; m: its rows. inward: steps belong to the elements of v, not to the
-// rows. v: [count][v_size]; y: [count][y_size].
+// bits. step_bytes: 1 or 2, of a stored step. quantum: bytes. n: elements of a plane's row; m: its rows. inward: steps
+// belong to the elements of v, not to the rows. v: [count][v_size]; y: [count][y_size].
 extern "C" void packed_product(const Plane* planes, const int64_t* spans, int64_t count, const uint8_t* codes,
-                               const uint16_t* steps, int64_t quantum, int64_t n, int64_t m, int64_t inward,
-                               const float* v, int64_t v_size, float* y, int64_t y_size) {
-  Scratch scratch{std::vector<float>(n), std::vector<float>(n + 512), std::vector<float>(m)};
-  for (int64_t i = 0; i < count; ++i, spans += 6, v += v_size, y += y_size) {
-    run<4>(planes + spans[0], planes + spans[1], codes, steps, quantum, int(n), int(m), inward, v, y, scratch);
-    run<2>(planes + spans[2], planes + spans[3], codes, steps, quantum, int(n), int(m), inward, v, y, scratch);
-    run<1>(planes + spans[4], planes + spans[5], codes, steps, quantum, int(n), int(m), inward, v, y, scratch);
-  }
+                               const void* steps, int64_t step_bytes, int64_t quantum, int64_t n, int64_t m,
+                               int64_t inward, const float* v, int64_t v_size, float* y, int64_t y_size) {
+  if (step_bytes == 1)
+    product(planes, spans, count, codes, static_cast<const uint8_t*>(steps), quantum, int(n), int(m), inward, v, v_size,
+            y, y_size);
+  else
+    product(planes, spans, count, codes, static_cast<const uint16_t*>(steps), quantum, int(n), int(m), inward, v,
+            v_size, y, y_size);
 }

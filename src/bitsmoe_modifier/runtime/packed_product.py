@@ -15,6 +15,7 @@ import torch
 
 from ..storage.layout import ExpertsLayout, UnitIndex
 from ..storage.planes import DIGITS, WIDTHS, digits, levels
+from ..storage.steps import step_values
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def packed_product(
 
     Args:
         codes: uint8 1-D, the side's whole payload.
-        steps: fp16 1-D, the side's whole steps.
+        steps: 1-D as stored, the side's whole steps.
         planes: of the side, from `index_planes`.
         layout: sizes.
         side: "in" (factors ``[2 I, R]``) or "out" (``[R', I]``).
@@ -101,7 +102,7 @@ def packed_product(
     which = which.repeat_interleave(lengths, output_size=len(entries))
 
     x = v.reshape(-1, n).index_select(0, source.add(which, alpha=v.shape[1] // n))
-    step = steps.view(-1, bs).index_select(0, row).to(v.dtype) * worth[:, None]
+    step = step_values(steps.view(-1, bs).index_select(0, row)).to(v.dtype) * worth[:, None]
     x = x * step if inward else x
     products, at = [], 0
     for number, f in enumerate(DIGITS):

@@ -5,6 +5,7 @@ import torch
 from ..method.quantize import QuantizerSettings
 from ..storage.layout import ExpertsLayout
 from ..storage.packed import PackedExperts
+from ..storage.steps import storable_steps, stored_steps
 
 #: Width of every unit, and bits of both bases: about what 2 bits per weight come to.
 _WIDTH, _BASIS_BITS = 2, 4
@@ -49,7 +50,9 @@ def dummy_experts(
     for name, (dtype, shape) in layout.shapes(widths_in, widths_out).items():
         if name in tensors or name == "checksums":
             continue
-        if dtype == torch.uint8:
+        if name.startswith("steps"):
+            tensors[name] = stored_steps(storable_steps(torch.full(shape, step, device=cpu)), dtype)
+        elif dtype == torch.uint8:
             tensors[name] = torch.randint(256, shape, dtype=dtype, device=cpu, generator=generator)
         else:
             tensors[name] = torch.full(shape, 0.0 if name.endswith("_bias") else step, dtype=dtype, device=cpu)

@@ -13,6 +13,7 @@ import torch
 
 from . import native_trellis
 from .layout import ExpertsLayout, UnitIndex, index_units
+from .steps import step_values, stored_steps
 from .trellis import pack_windows, trellis_values, unpack_windows
 
 #: Directions that a chain has at most, unless one unit has more.
@@ -112,7 +113,8 @@ def pack_trellis_factor(
     bits = int(flat.sum(dtype=torch.int64)) * groups
     kept = int((flat > 0).sum()) * groups
     payload = torch.empty(bits, layout.quantum, dtype=torch.uint8, device=windows.device)
-    packed_steps = torch.empty(kept, bs, dtype=torch.float16, device=windows.device)
+    packed_steps = torch.empty(kept, bs, dtype=layout.step_dtype, device=windows.device)
+    step_rows = stored_steps(step_rows, layout.step_dtype)
     for width, matrix, units in _few_at_once(_tiles(flat, layout, side), groups * bs * gs):
         # the rows of a chain's units, one unit after the other; [tile, group, rows, columns]
         rows = tiles[matrix[:, None], :, units].transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -120,7 +122,7 @@ def pack_trellis_factor(
         start = index.code_offset[matrix, :, units[:, 0]].flatten()
         places = start[:, None] + torch.arange(size, device=windows.device)
         payload[places.flatten()] = pack_windows(rows, width).view(-1, layout.quantum)
-        packed_steps[index.step_offset[matrix[:, None], :, units]] = step_rows[matrix[:, None], :, units].half()
+        packed_steps[index.step_offset[matrix[:, None], :, units]] = step_rows[matrix[:, None], :, units]
     return payload.flatten(), packed_steps.flatten()
 
 
@@ -149,7 +151,7 @@ def decode_trellis_factor(
         places = start[:, None] + torch.arange(width * joined, device=codes.device)
         windows = unpack_windows(payload[places].flatten(1), width, m * joined, n)
         values = trellis_values(windows, width).view(len(matrix), groups, joined, m, n).transpose(1, 2)
-        step = step_rows[index.step_offset[matrix[:, None], :, chosen]].to(torch.float32)
+        step = step_values(step_rows[index.step_offset[matrix[:, None], :, chosen]])
         tiles[matrix[:, None], :, chosen] = (values * (step[..., None, :] if inward else step[..., None])).to(dtype)
     if inward:
         return tiles.transpose(2, 3).reshape(matrices, layout.intermediate_size, layout.rank_in)
@@ -175,7 +177,7 @@ def _decode_compiled(
     step_rows, group = steps.view(-1, bs), torch.arange(groups)[:, None]
     for width, matrix, units in _tiles(widths, layout, side):
         offset = index.code_offset[matrix, :, units[:, 0]] * layout.quantum
-        scale = step_rows[index.step_offset[matrix[:, None], :, units]].to(torch.float32).transpose(1, 2)
+        scale = step_values(step_rows[index.step_offset[matrix[:, None], :, units]]).transpose(1, 2)
         # where a tile's rows begin: those of the group along I, or those of the chain's units
         if inward:
             own = ((group * gs + torch.arange(gs)) * columns)[None] + units[:, :, None] * bs

@@ -5,6 +5,7 @@ import torch
 from .chains import decode_trellis_factor, pack_trellis_factor
 from .layout import ExpertsLayout, UnitIndex, index_units
 from .planes import code_values, pack_codes, unpack_codes
+from .steps import step_values, stored_steps
 
 # ------------------------------------------------------------------------------------------------- factors
 
@@ -17,13 +18,13 @@ def pack_factor(
     Args:
         codes: uint8, ``[E, 2, I, R]`` (side "in") or ``[E, R', I]`` (side "out"); windows where the layout's codes are
             trellis codes.
-        steps: fp16, ``[E, 2, groups, R]`` or ``[E, groups, R']``.
+        steps: float, storable (`steps`), ``[E, 2, groups, R]`` or ``[E, groups, R']``.
         widths: uint8, ``[E, 2, units]`` or ``[E, units]``.
         layout: sizes.
         side: "in" or "out".
 
     Returns:
-        (codes uint8 1-D, steps fp16 1-D) as stored.
+        (codes uint8 1-D, steps 1-D) as stored.
     """
     if layout.codes:
         return pack_trellis_factor(codes, steps, widths, layout, side)
@@ -41,14 +42,15 @@ def pack_factor(
     bits = int(flat.sum(dtype=torch.int64)) * groups
     kept = int((flat > 0).sum()) * groups
     payload = torch.empty(bits, layout.quantum, dtype=torch.uint8, device=codes.device)
-    packed_steps = torch.empty(kept, bs, dtype=torch.float16, device=codes.device)
+    packed_steps = torch.empty(kept, bs, dtype=layout.step_dtype, device=codes.device)
+    step_rows = stored_steps(step_rows, layout.step_dtype)
     for width in flat.unique().tolist():
         if width:
             chosen = (flat == width)[:, None].expand(-1, groups, -1)
             rows = pack_codes(tiles[chosen], width).view(-1, width, layout.quantum)
             places = index.code_offset[chosen][:, None] + torch.arange(width, device=codes.device)
             payload[places.flatten()] = rows.flatten(0, 1)
-            packed_steps[index.step_offset[chosen]] = step_rows[chosen].to(torch.float16)
+            packed_steps[index.step_offset[chosen]] = step_rows[chosen]
     return payload.flatten(), packed_steps.flatten()
 
 
@@ -65,7 +67,7 @@ def decode_factor(
 
     Args:
         codes: uint8 1-D, the side's whole payload.
-        steps: fp16 1-D, the side's whole steps.
+        steps: 1-D as stored, the side's whole steps.
         widths: uint8 ``[matrices, units]`` of the matrices wanted.
         index: their rows of the side's `UnitIndex`.
         layout: sizes.
@@ -87,7 +89,7 @@ def decode_factor(
             chosen = (widths == width)[:, None].expand(-1, groups, -1)
             places = index.code_offset[chosen][:, None] + torch.arange(width, device=codes.device)
             values = code_values(unpack_codes(payload[places].flatten(1), width, m, n), width)
-            step = step_rows[index.step_offset[chosen]].to(torch.float32)
+            step = step_values(step_rows[index.step_offset[chosen]])
             tiles[chosen] = (values * (step[:, None, :] if side == "in" else step[:, :, None])).to(dtype)
     if side == "in":
         return tiles.transpose(2, 3).reshape(matrices, layout.intermediate_size, layout.rank_in)

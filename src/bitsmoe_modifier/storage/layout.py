@@ -20,7 +20,7 @@ import torch
 
 from ..errors import CheckpointError
 
-#: The newest format version that is read. Scalar codes are written as version 1, trellis codes as version 2.
+#: The format version that is written; older ones are read. Version 1 has scalar codes only, and steps in fp16.
 FORMAT_VERSION = 2
 BASIS_BITS = (0, 4, 8, 16)
 _HEADER_SIZE = 16
@@ -47,6 +47,7 @@ class ExpertsLayout:
         stripes: of trellis codes, which units of the output side may share a sequence: every n-th; 0 of scalar codes.
         ungated: 1 where the model's experts have no gate: the input projection is stored in the gate's place, the
             up-projection has width 0 throughout and stands for the constant 1.
+        version: of the format.
     """
 
     num_experts: int
@@ -64,6 +65,7 @@ class ExpertsLayout:
     codes: int = 0
     stripes: int = 0
     ungated: int = 0
+    version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         problems = [f.name for f in fields(self) if not 0 <= getattr(self, f.name) < 2**31]
@@ -100,6 +102,8 @@ class ExpertsLayout:
             problems.append(f"has_bias = {self.has_bias}")
         if self.ungated not in (0, 1):
             problems.append(f"ungated = {self.ungated}")
+        if not 1 <= self.version <= FORMAT_VERSION or (self.version == 1 and self.codes):
+            problems.append(f"version = {self.version} with codes = {self.codes}")
         if self.codes not in (0, 1) or (self.stripes > 0) != (self.codes == 1):
             problems.append(f"codes = {self.codes} with stripes = {self.stripes}")
         if self.codes == 1:
@@ -110,9 +114,9 @@ class ExpertsLayout:
             raise CheckpointError("impossible layout: " + ", ".join(problems))
 
     @property
-    def version(self) -> int:
-        """The format version, the oldest that knows these codes."""
-        return 1 + self.codes
+    def step_dtype(self) -> torch.dtype:
+        """Of the stored steps (`steps`)."""
+        return torch.float16 if self.version == 1 else torch.uint8
 
     @property
     def groups(self) -> int:
@@ -140,8 +144,8 @@ class ExpertsLayout:
         return (3 - self.ungated) * self.num_experts * self.intermediate_size * self.hidden_size
 
     def to_tensor(self) -> torch.Tensor:
-        """The header as int32 ``[16]``: version first, then the fields in order, zero-padded."""
-        values = [self.version] + [getattr(self, f.name) for f in fields(self)]
+        """The header as int32 ``[16]``: version first, then the other fields in order, zero-padded."""
+        values = [self.version, *(getattr(self, f.name) for f in fields(self)[:-1])]
         return torch.tensor(values + [0] * (_HEADER_SIZE - len(values)), dtype=torch.int32)
 
     @classmethod
@@ -159,11 +163,10 @@ class ExpertsLayout:
                 f"layout: the checkpoint has format version {version}, this package reads up to {FORMAT_VERSION}; "
                 "upgrade bitsmoe-modifier"
             )
-        names = [f.name for f in fields(cls)]
-        layout = None if version < 1 or any(values[len(names) :]) else cls(**dict(zip(names, values, strict=False)))
-        if layout is None or layout.version != version:
+        names = [f.name for f in fields(cls)[:-1]]
+        if version < 1 or any(values[len(names) :]):
             raise CheckpointError(f"layout: not a bitsmoe header: {header.tolist()}")
-        return layout
+        return cls(**dict(zip(names, values, strict=False)), version=version)
 
     def shapes(
         self, widths_in: torch.Tensor, widths_out: torch.Tensor
@@ -182,8 +185,8 @@ class ExpertsLayout:
             "widths_out": (torch.uint8, (n, self.units_out)),
             "codes_in": (torch.uint8, (bits[0] * self.quantum,)),
             "codes_out": (torch.uint8, (bits[1] * self.quantum,)),
-            "steps_in": (torch.float16, (kept[0],)),
-            "steps_out": (torch.float16, (kept[1],)),
+            "steps_in": (self.step_dtype, (kept[0],)),
+            "steps_out": (self.step_dtype, (kept[1],)),
         }
         for side, basis_bits, rows, columns in (
             ("basis_in", self.basis_in_bits, self.rank_in, self.hidden_size),

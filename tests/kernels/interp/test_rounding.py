@@ -11,7 +11,7 @@ from bitsmoe_kernels.rounding import round_block
 from kernel_backend import COMPILED, seeded
 
 from bitsmoe_modifier.method import rounding
-from bitsmoe_modifier.method.rounding import to_step
+from bitsmoe_modifier.storage.steps import storable_steps
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ class Block:
         width = torch.tensor([0, 1, 2, 3, 4, 6])[torch.randint(6, (count, columns, 1), generator=gen)]
         self.level = (2.0**width - 1).to(dtype)
         spread = 0.7 + 0.6 * torch.rand(count, columns, groups, generator=gen)
-        self.step = to_step(spread * 2.0 / self.level.clamp_min(1).float()).to(dtype)
+        self.step = storable_steps(spread * 2.0 / self.level.clamp_min(1).float()).to(dtype)
         self.row_weight = (torch.rand(count, rows, generator=gen) + 0.05).to(dtype)
         self.codes = (torch.rand(count, columns, rows, generator=gen) * (self.level + 0.99)).floor().to(dtype)
 
@@ -115,7 +115,7 @@ def test_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 90, 40, generator=gen, dtype=torch.float64) + 0.5
     moment = rounding.damp_(x.mT @ x, 0.01)
     level = (2.0 ** torch.randint(0, 5, (2, 1, 40), generator=gen) - 1).double()
-    step = to_step(torch.rand(2, 2, 40, generator=gen) + 0.1).double()
+    step = storable_steps(torch.rand(2, 2, 40, generator=gen) + 0.1).double()
     order, rho = level[:, 0].argsort(dim=1, stable=True), torch.rand(2, 32, generator=gen, dtype=torch.float64) + 0.1
 
     def passes():
