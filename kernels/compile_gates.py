@@ -119,7 +119,7 @@ class Report:
 # -------------------------------------------------------------------------------------------------- the kernels
 
 
-_INPUTS = {"tiles_ptr": "*i32", "pairs_ptr": "*i32", "codes_ptr": "*u8", "steps_ptr": "*u8"}
+_INPUTS = {"tiles_ptr": "*i32", "pairs_ptr": "*i32", "codes_ptr": "*u8", "steps_ptr": "*bf16"}
 _META = {"head_ptr": "*i32", "order_ptr": "*i32", "arrivals_ptr": "*i32", "P": "i32", "E": "i32", "PARTS": "i32"}
 _GATE = {"bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": None, "ALPHA": 1.0, "SHIFT": 0.0}
 

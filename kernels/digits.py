@@ -44,15 +44,6 @@ def digit_weight(width, i):
     return 1 << sum(digits(width)[i + 1 :])
 
 
-@triton.jit
-def step_values(stored):
-    """Stored steps in float32, exactly: bytes of format version 2 (storage/steps.py) or fp16 of version 1."""
-    if stored.dtype == tl.uint8:
-        return ((stored.to(tl.int32) + 832) << 20).to(tl.float32, bitcast=True)
-    else:  # noqa: RET505 - Triton needs both branches
-        return stored.to(tl.float32)
-
-
 @triton.constexpr_function
 def slices_before(width, i, block):
     """Slices of a row of ``block`` elements in the planes before digit ``i``; rows under 16 bytes are not sliced."""

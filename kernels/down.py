@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .arrival import arrive
 from .combine import token_sum
-from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product, step_values, swapped
+from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product, swapped
 from .launch import FUSION, capability, launch_down, on
 from .routing import pair_tile
 
@@ -110,12 +110,12 @@ def down_kernel(
             for s in tl.static_range(len(WIDTHS)):
                 hi = tl.load(head + 2 + s)
                 rounds = tl.where((place >= lo) & (place < hi), GROUPS, 0)  # a loop of no rounds instead of a branch
-                step = tl.load(steps, mask=n * 0 + rounds > 0, other=0)
+                step = tl.load(steps, mask=n * 0 + rounds > 0, other=0.0)
                 for g in tl.range(0, rounds, num_stages=STAGES):
                     codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
                     part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
-                    acc += part * step_values(step)[:, None]
-                    step = tl.load(steps + (g + 1) * BS, mask=n * 0 + (rounds - g) > 1, other=0)
+                    acc += part * step.to(tl.float32)[:, None]
+                    step = tl.load(steps + (g + 1) * BS, mask=n * 0 + (rounds - g) > 1, other=0.0)
                 code += (hi - lo) * GROUPS * WIDTHS[s]
                 lo = hi
             direction = unit * BS + n

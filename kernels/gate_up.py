@@ -27,7 +27,6 @@ from .digits import (
     plane_values,
     product,
     slices_before,
-    step_values,
     swapped,
 )
 from .launch import FUSION, capability, launch, on, spread
@@ -52,16 +51,16 @@ def _plane_steps(steps, place, end, f: tl.constexpr, BS: tl.constexpr, SPREAD: t
     if KB // SPREAD >= 16:
         for j in tl.static_range(8 // f):
             k = j * KB + _along(KB, SPREAD)
-            found = found + (tl.load(steps + k, mask=k * 0 + there > 0, other=0),)  # noqa: RUF005 - not in a kernel
+            found = found + (tl.load(steps + k, mask=k * 0 + there > 0, other=0.0),)  # noqa: RUF005 - not in a kernel
     else:
         k = _along(BS, SPREAD)
-        found = found + (tl.load(steps + k, mask=k * 0 + there > 0, other=0),)  # noqa: RUF005
+        found = found + (tl.load(steps + k, mask=k * 0 + there > 0, other=0.0),)  # noqa: RUF005
     return found
 
 
 @triton.jit
 def _steps(steps, place, end, b: tl.constexpr, BS: tl.constexpr, SPREAD: tl.constexpr):
-    """`_plane_steps` of all planes of a unit of ``b`` bits, one after another, as stored."""
+    """`_plane_steps` of all planes of a unit of ``b`` bits, one after another; zeros unless ``place < end``."""
     found = ()
     for i in tl.static_range(digit_count(b)):
         found = found + _plane_steps(steps, place, end, digit_size(b, i), BS, SPREAD)
@@ -72,7 +71,7 @@ def _steps(steps, place, end, b: tl.constexpr, BS: tl.constexpr, SPREAD: tl.cons
 def _scaled(h, here, k, step, gain, WEIGHT: tl.constexpr):
     """``[K, BM]`` or ``[SPREAD, K, BM]``: the directions k of the pairs' rows times ``gain * WEIGHT * step``, in h's
     type; bf16 needs no gain."""
-    factor = step_values(step)
+    factor = step.to(tl.float32)
     if h.dtype.scalar.element_ty != tl.bfloat16:
         factor *= gain * WEIGHT
     elif WEIGHT != 1:

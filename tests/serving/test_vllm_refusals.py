@@ -38,7 +38,7 @@ def remove_layer(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "message"),
     [
         (damage, r"layers\.1\.mlp\.experts\.codes_out: the checksum does not match"),
-        (shorten, r"layers\.1\.mlp\.experts\.steps_in: is torch\.float16 \(\d+,\), the layout and widths imply"),
+        (shorten, r"layers\.1\.mlp\.experts\.steps_in: is torch\.uint8 \(\d+,\), the layout and widths imply"),
         (remove, r"layers\.1\.mlp\.experts\.basis_out_step: missing"),
         (remove_layer, r"layers\.1\.mlp\.experts: no tensor of its packed experts arrived.*(Qwen3|DeepseekV3)"),
     ],
