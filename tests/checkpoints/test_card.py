@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from bitsmoe_modifier.checkpoints.card import card, note_quality, write_card
+from bitsmoe_modifier.checkpoints.quality import kept_quality
+from bitsmoe_modifier.errors import CheckpointError
 from entries import REFERENCE, ours
 from helpers import pack_randomly, save, tiny_model
 
@@ -77,3 +79,34 @@ def test_eval_puts_its_figures_in_the_place_of_earlier_ones(packed):
     (folder / "README.md").write_text("# Mine")
     assert not note_quality(folder, {"reference": REFERENCE, "run": ours("mine", 2.0, 0.1), "how": ""})
     assert (folder / "README.md").read_text() == "# Mine"
+
+
+def test_texts_of_both_models_stand_in_the_card(packed):
+    tokens = [["\n\n", 0.0], [" a|b", 0.002], [" *c* <d>", 0.004]]
+    samples = [{"prompt": "Once | upon", "unquantized": tokens, "quantized": "x\n# y"}]
+    write_card(packed[0], "org/model", RECIPE)
+    for run in ("first", "second"):
+        quality = {"reference": REFERENCE, "run": ours(run, 2.0, 0.004), "how": "So.", "samples": samples}
+        assert note_quality(packed[0], quality)
+    text = (packed[0] / "README.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| Once")]
+    assert row == "| Once \\| upon | ⏎ a\\|b \\*c\\* &lt;d> | x ⏎ \\# y | 2.00 |"
+    assert "| second |" in text.replace("**", "")
+    assert "| first |" not in text
+    kept = kept_quality(packed[0])
+    assert kept["samples"] == samples
+    assert kept["run"]["kld_mean"] == 0.004
+
+
+def test_figures_that_are_none_are_refused_by_name(tmp_path):
+    assert kept_quality(tmp_path) is None
+    (tmp_path / "bitsmoe_quality.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"bitsmoe_quality\.json holds no figures; delete it"):
+        kept_quality(tmp_path)
+
+
+def test_install_lines_are_those_of_a_clone_or_a_wheel(packed):
+    text = card(packed[0], "org/model", RECIPE)
+    assert "pip install ." in text
+    assert 'pip install ".[vllm]"' in text
+    assert "pip install bitsmoe-modifier" not in text

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bitsmoe_modifier.comparison.report import write_report
-from bitsmoe_modifier.evaluation.columns import table
+from bitsmoe_modifier.evaluation.columns import summary, table
 from bitsmoe_modifier.pages.comparison import markdown
-from bitsmoe_modifier.pages.verdicts import headline, next_larger, verdict
+from bitsmoe_modifier.pages.verdicts import headline, headliner, next_larger, verdict, without_folders
 from entries import FAILED, GPTQ, REFERENCE, arm, ours, report
 
 # ------------------------------------------------------------------------------------------------- sentences
@@ -67,16 +67,49 @@ def test_headline_never_holds_a_larger_run_against_a_smaller():
     assert "file" not in said
 
 
-def test_runs_within_the_error_of_the_best_are_marked_like_it():
+def test_ties_are_marked_as_ties():
     near = ours("near", 2.0, 0.00302, kld_stderr=1e-5)
-    lines = table(REFERENCE, [GPTQ[2], near, ours("far", 2.0, 0.0031)]).splitlines()
-    marked = ["**" in line.split("|")[3] for line in lines[2:]]
-    assert marked == [False, True, True, False]
+    runs = [GPTQ[2], near, ours("far", 2.0, 0.0031)]
+    lines = table(REFERENCE, runs).splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:]] == [
+        "0.00",
+        "**3.00 ± 0.01**",
+        "3.02 ± 0.01 ≈",
+        "3.10 ± 0.01",
+    ]
+    _, rows = summary(REFERENCE, runs)
+    assert [row[2][1] for row in rows] == ["", "best", "tie", ""]
+
+
+def test_every_figure_has_its_standard_error():
+    runs = [
+        ours("a", 2.0, 0.004, top1_stderr=0.002, perplexity_stderr=0.03)
+        | {"accuracy": {"t": {"acc": 0.5, "stderr": 0.05}}},
+        ours("b", 2.0, 0.005, top1_stderr=0.002, perplexity_stderr=0.03)
+        | {"accuracy": {"t": {"acc": 0.45, "stderr": 0.05}}},
+    ]
+    heads, rows = summary(REFERENCE, runs)
+    shown = {head: [row[i][0] for row in rows[1:]] for i, head in enumerate(heads)}
+    assert shown["same top token, %"] == ["99.60 ± 0.20", "99.50 ± 0.20 ≈"]
+    assert shown["perplexity"] == ["10.004 ± 0.030", "10.005 ± 0.030 ≈"]
+    assert shown["t, %"] == ["50.0 ± 5.0", "45.0 ± 5.0 ≈"]
+
+
+def test_the_noise_floor_is_a_row_that_does_not_compete():
+    noise = {"how": "", "rows": 32, "perplexity": 1.0, "kld_mean": 0.0002, "kld_stderr": 1e-5, "top1_agreement": 1.0}
+    heads, rows = summary(REFERENCE, [GPTQ[2]], noise)
+    assert [row[0][0] for row in rows] == ["unquantized", "noise floor", "gptq_w4"]
+    floor = dict(zip(heads, rows[1], strict=True))
+    assert floor["KLD × 1000"] == ("0.20 ± 0.01", "")
+    assert floor["perplexity"] == ("–", ""), "of other rows than the runs'"
+    assert rows[2][2][1] == "best"
 
 
 def test_no_folder_of_the_makers_machine():
     made = report([*GPTQ, ours("bitsmoe_2_0", 2.0, 0.004)])
     made["command"] = "bitsmoe compare --model /home/me/models/m --out 'my report' --calibration /data/c.txt"
+    made["arms"].append(FAILED | {"error": "OSError: /home/me/models/m/config.json is not there"})
+    made["arms"][0] = made["arms"][0] | {"warnings": ["/home/me/cache/x: slow"]}
     made["calibration"]["source"], made["evaluation"]["source"] = "/data/c.txt", "Salesforce/wikitext@test"
     text = markdown(made, None)
     assert "bitsmoe compare --model m --out 'my report' --calibration c.txt" in text
@@ -84,6 +117,28 @@ def test_no_folder_of_the_makers_machine():
     assert "Salesforce/wikitext@test" in text
     assert "/home" not in text
     assert "/data" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("read /home/me/a/b.txt: no", "read b.txt: no"),
+        ("--model=/home/me/m", "--model=m"),
+        (r"C:\Users\me\m.json", "m.json"),
+        ("~/models/m", "m"),
+        ("'/data/x/y'", "'y'"),
+        ("org/model and 1/2 and KLD/MB", "org/model and 1/2 and KLD/MB"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+    ],
+)
+def test_without_folders(text, shown):
+    assert without_folders(text) == shown
+
+
+def test_the_headline_names_its_run():
+    assert headliner([*GPTQ, ours("small", 1.6, 0.02), ours("mine", 2.0, 0.004)]) == "mine"
+    assert headliner([ours("alone", 2.0, 0.1)]) == "alone"
+    assert headliner(GPTQ) is None
 
 
 def test_headline_without_that_pair_takes_the_next_larger():

@@ -28,6 +28,8 @@ def test_token_metrics_match_a_direct_computation(vocabulary, scale):
     torch.testing.assert_close(found.kld.double(), direct_kld(reference, logits), rtol=1e-4, atol=1e-5)
     nll = -torch.log(torch.softmax(logits.double(), 1)[torch.arange(23), target])
     torch.testing.assert_close(found.nll.double(), nll, rtol=1e-5, atol=1e-5)
+    theirs = -torch.log(torch.softmax(reference.double(), 1)[torch.arange(23), target])
+    torch.testing.assert_close(found.excess.double(), nll - theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.agree, reference.argmax(1) == logits.argmax(1))
 
 
@@ -66,7 +68,8 @@ def test_summary_matches_numpy_statistics():
     kld = torch.rand(6, 17, generator=gen)
     nll = torch.rand(6, 17, generator=gen)
     agree = torch.rand(6, 17, generator=gen) > 0.3
-    found = summarize(TokenMetrics(nll, kld, agree))
+    excess = torch.rand(6, 17, generator=gen)
+    found = summarize(TokenMetrics(nll, kld, agree, excess))
     values = kld.double().numpy()
     assert found.tokens == 102
     assert found.kld_mean == pytest.approx(values.mean())
@@ -75,13 +78,16 @@ def test_summary_matches_numpy_statistics():
     assert found.kld_stderr == pytest.approx(values.mean(1).std(ddof=1) / math.sqrt(6))
     assert found.perplexity == pytest.approx(math.exp(nll.double().mean()))
     assert found.top1_agreement == pytest.approx(agree.double().mean())
+    assert found.top1_stderr == pytest.approx(agree.double().mean(1).numpy().std(ddof=1) / math.sqrt(6))
+    spread = excess.double().mean(1).numpy().std(ddof=1) / math.sqrt(6)
+    assert found.perplexity_stderr == pytest.approx(found.perplexity * spread)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_summary_of_few_positions(n):
     values = torch.arange(float(n)).view(1, n)
-    found = summarize(TokenMetrics(values, values, values > -1))
-    assert found.kld_stderr is None
+    found = summarize(TokenMetrics(values, values, values > -1, values))
+    assert (found.kld_stderr, found.perplexity_stderr, found.top1_stderr) == (None, None, None)
     assert found.kld_median == pytest.approx((n - 1) / 2)
     assert found.kld_p90 == pytest.approx(0.9 * (n - 1))
 

@@ -76,7 +76,9 @@ def test_evaluation_matches_a_plain_loop(batch_size, rows, tmp_path: Path):
     dense, other = tiny_model("qwen3_moe", seed=0), tiny_model("qwen3_moe", seed=1)
     found = evaluate(other, rows, record(dense, rows, 2, tmp_path), batch_size)
     parts = [token_metrics(plain_logits(other, r)[0], plain_logits(dense, r)[0], r[0, 1:]) for r in rows.split(1)]
-    expected = summarize(TokenMetrics(*(torch.stack([getattr(p, f) for p in parts]) for f in ("nll", "kld", "agree"))))
+    expected = summarize(
+        TokenMetrics(*(torch.stack([getattr(p, f) for p in parts]) for f in ("nll", "kld", "agree", "excess")))
+    )
     assert found.tokens == 5 * 23
     for name in ("perplexity", "kld_mean", "kld_median", "kld_p90", "kld_stderr", "top1_agreement"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3), name

@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import math
 import random
 import re
 import xml.etree.ElementTree as ET
@@ -10,18 +11,17 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from bitsmoe_modifier.pages import drawing
-from bitsmoe_modifier.pages.charts import (
-    Point,
+from bitsmoe_modifier.pages.charts import Point, floor_is_near, loss_against_size, pareto, stacked_bars
+from bitsmoe_modifier.pages.layers import (
+    Series,
+    amounts_over_layers,
+    bars_over_layers,
     columns,
-    loss_against_size,
-    over_layers,
-    pareto,
     spectrum,
-    stacked_bars,
     width_map,
+    widths_over_layers,
 )
-from bitsmoe_modifier.pages.style import METHODS, OTHER, WIDTHS, method_of
+from bitsmoe_modifier.pages.style import AMOUNTS, BYTES, INK, METHODS, NONE, OTHER, PHASES, WIDTHS, method_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = [
@@ -32,14 +32,31 @@ POINTS = [
     Point("x", OTHER, 3.0, 100.0),
 ]
 ODD = "_a $x^$ \x01 <b> 漢"
+WIDTHS_OF = {"gate": {0: 3, 8: 1}, "up": {"2": 4}, "down": {1: 1, 3: 1}}
+
+
+def series(name: str, *values: float) -> Series:
+    return Series(name, INK, values)
+
+
+def bytes_of(rows: dict[str, dict[str, float]]) -> str:
+    return stacked_bars("Bytes", "experts, MB", rows, "MB", BYTES)
+
+
 DRAWINGS = {
     "loss": lambda: loss_against_size(POINTS, 0.5),
     "one-run": lambda: loss_against_size(POINTS[:1], 60.0),
     "odd-name": lambda: loss_against_size([Point(ODD, OTHER, 2.0, 1e-7), Point("y", OTHER, 2.0, 3e9)], 0.0),
-    "bars": lambda: stacked_bars("Bytes", {"a": {"codes": 3.0, "scales": 1.0}, ODD: {"codes": 0.0}}, "MB"),
-    "no-bars": lambda: stacked_bars("Bytes", {"a": {}}, "MB"),
-    "layers": lambda: over_layers("Bits", "bits", {"a": [1.0, 2.5, 0.0], ODD: [2.0, 2.0, 2.0]}),
-    "one-layer": lambda: over_layers("Bits", "bits", {"a": [0.0]}),
+    "errors": lambda: loss_against_size([Point("a", OTHER, 2.0, 5.0, 1.0), Point("b", OTHER, 3.0, 1e-3, 2.0)], 1e-3),
+    "bars": lambda: bytes_of({"a": {"codes": 3.0, "scales": 1.0}, ODD: {"codes": 0.0}}),
+    "no-bars": lambda: bytes_of({"a": {}}),
+    "layers": lambda: bars_over_layers("Bits", "bits", [series("a", 1.0, 2.5, 0.0), series(ODD, 2.0, 2.0, 2.0)]),
+    "one-layer": lambda: bars_over_layers("Bits", "bits", [series("a", 0.0)]),
+    "many-layers": lambda: bars_over_layers("Errors", "%", [Series(c, INK, [1.0] * 94, [0.5] * 94) for c in "ab"], "x"),
+    "widths-by-layer": lambda: widths_over_layers("Widths", [WIDTHS_OF] * 48),
+    "amounts": lambda: amounts_over_layers("Tokens", "expert", "tokens", {"a": [[1, 0, 20], [5]], ODD: [[7]]}, "none"),
+    "equal-amounts": lambda: amounts_over_layers("Tokens", "expert", "tokens", {"a": [[3, 3]]}),
+    "no-amounts": lambda: amounts_over_layers("Tokens", "expert", "tokens", {"a": [[0, 0]]}, "none"),
     "spectrum": lambda: spectrum("Energy", {"in": [5.0, 1.0, 0.0, 1e-9], "none": [0.0] * 4}),
     "columns": lambda: columns("Tokens", "tokens", [0, 10, 5], "expert"),
     "zeros": lambda: columns("Tokens", "tokens", [0, 0], "expert"),
@@ -70,6 +87,8 @@ def test_drawings_are_well_formed_and_say_what_they_show(name):
     _, _, width, height = map(float, root.get("viewBox").split())
     assert (float(root.get("width")), float(root.get("height"))) == (width, height), "a point is a pixel"
     for mark in root.iter():
+        if mark.get("transform"):  # in coordinates of its own
+            continue
         for key, limit in (("x", width), ("y", height)):
             if mark.get(key) is not None:
                 assert -1 <= float(mark.get(key)) <= limit + 1, (mark.tag, key, mark.get(key))
@@ -83,7 +102,7 @@ def test_drawings_are_well_formed_and_say_what_they_show(name):
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_ink_is_the_pages_and_names_are_those_of_definitions(name):
     text = DRAWINGS[name]()
-    assert drawing.INK not in text
+    assert INK not in text
     assert "currentColor" in text
     assert not re.search(r"#000000|#000\b", text), "black on black in dark mode"
     used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r"href=\"#([^\"]+)\"", text))
@@ -113,6 +132,76 @@ def test_labels_do_not_cover_each_other():
         assert x + w <= x2 or x2 + w2 <= x or abs(y - y2) >= size
 
 
+def test_the_standard_error_is_a_bar_through_the_point():
+    point = Point("a", METHODS["GPTQModifier"], 2.0, 4.0, 1.0)
+    root = ET.fromstring(loss_against_size([point, Point("b", OTHER, 3.0, 1.0)], 0.0))
+    assert "a: 2.000 bits, 4 ± 1" in told(root)
+    lines = [p.get("d") for p in root.iter(f"{SVG}path") if METHODS["GPTQModifier"].colour in (p.get("style") or "")]
+    bars = [[float(n) for ends in re.findall(r"[ML] (\S+) (\S+)", d) for n in ends] for d in lines]
+    x, low, x2, high = next(b for b in bars if len(b) == 4 and b[0] == b[2] and b[1] != b[3])
+    at = place(told(root)["a: 2.000 bits, 4 ± 1"])
+    assert x == x2 == pytest.approx(at[0], abs=0.5)
+    assert (low - at[1]) / (at[1] - high) == pytest.approx(math.log(4 / 3) / math.log(5 / 4), rel=0.02)
+
+
+def test_a_floor_far_below_is_not_drawn():
+    assert floor_is_near(POINTS, 0.5)
+    assert "noise floor" in loss_against_size(POINTS, 0.5)
+    assert not floor_is_near(POINTS, 0.05)
+    assert "noise floor" not in loss_against_size(POINTS, 0.05)
+
+
+def test_a_bar_per_layer_and_nothing_between_them():
+    drawn = bars_over_layers("Errors", "%", [Series("a", "#123456", [1.0, 2.0], [0.5, 1.5])], "on the calibration text")
+    root = ET.fromstring(drawn)
+    assert {"a, layer 0: 1", "a, layer 1: 2"} <= told(root).keys()
+    assert "on the calibration text" in drawn
+    heights = []
+    for layer, value in enumerate((1, 2)):
+        (path,) = told(root)[f"a, layer {layer}: {value}"].iter(f"{SVG}path")
+        up = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.get("d"))]
+        heights.append(max(up) - min(up))
+    assert heights[1] / heights[0] == pytest.approx(2, rel=0.01)
+
+
+def test_charts_over_all_layers_do_not_grow_with_them():
+    """A 94-layer model's charts are as many and as wide as a 2-layer model's can be."""
+    for layers in (2, 94):
+        root = ET.fromstring(bars_over_layers("Bits", "bits", [series("a", *[1.0] * layers)]))
+        assert float(root.get("width")) <= 720
+        root = ET.fromstring(amounts_over_layers("Tokens", "expert", "tokens", {"a": [[1.0] * 512] * layers}))
+        assert float(root.get("height")) <= 560
+
+
+def test_no_colour_means_two_things():
+    palettes = {
+        "methods": [m.colour for m in METHODS.values()],
+        "widths": WIDTHS.values(),
+        "bytes": BYTES.values(),
+        "phases": PHASES.values(),
+        "amounts": [*AMOUNTS, NONE],
+    }
+    used = [(colour, what) for what, colours in palettes.items() for colour in colours]
+    for (one, what), (other, what2) in itertools.combinations(used, 2):
+        if what != what2:
+            assert _apart(one, other) > 12, (one, what, other, what2)
+
+
+def _apart(one: str, other: str) -> float:
+    """Distance in CIELAB (D65); below some 2.3 nobody sees a difference, and some 10 is one at a glance."""
+
+    def lab(colour: str) -> tuple[float, float, float]:
+        c = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in c)
+        x = (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.95047
+        y = 0.2126 * r + 0.7152 * g + 0.0722 * b
+        z = (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.08883
+        fx, fy, fz = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+        return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
+
+    return math.dist(lab(one), lab(other))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_pareto_front_against_all_pairs(seed):
     draw = random.Random(seed)
@@ -135,7 +224,7 @@ def test_the_loss_has_two_to_ten_numbers_on_its_axis(low, high):
 
 
 def test_bars_are_as_long_as_their_parts():
-    root = ET.fromstring(stacked_bars("t", {"a": {"codes": 3.0, "scales": 1.0}, "b": {"codes": 2.0}}, "MB"))
+    root = ET.fromstring(bytes_of({"a": {"codes": 3.0, "scales": 1.0}, "b": {"codes": 2.0}}))
 
     def length(text: str) -> float:
         (path,) = told(root)[text].iter(f"{SVG}path")

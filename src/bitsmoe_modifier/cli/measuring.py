@@ -63,7 +63,8 @@ def compare(
     )
     report = run(settings, context.obj)
     done = [arm for arm in report["arms"] if "error" not in arm]
-    print(f"\n{table(report['reference'], done)}\n\n{headline(done)}\n\n{Path(out) / 'report.html'}")
+    figures = table(report["reference"], done, report["noise_floor"])
+    print(f"\n{figures}\n\n{headline(done)}\n\n{Path(out) / 'report.html'}")
     if len(done) < len(report["arms"]):
         raise typer.Exit(1)
 

@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
         status.close()
     report = {
         "version": 1,
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "command": command or shlex.join(["bitsmoe", *sys.argv[1:]]),
         "environment": environment(device),
         "model": {"name": model.name, "model_type": model.model_type, "expert_weights": model.expert_elements},
@@ -160,7 +162,8 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     for stage, arm in zip(stages, arms, strict=True):
         if "error" not in arm:
             how = f"{' '.join(how_measured(report)[:2])} {LEGEND}"
-            quality = {"reference": report["reference"], "run": arm, "how": how}
+            run = {key: value for key, value in arm.items() if key != "samples"}
+            quality = {"reference": report["reference"], "run": run, "how": how, "samples": arm.get("samples", [])}
             write_card(workspace.checkpoint(stage.name), model.name, stage.text, quality)
     return report
 

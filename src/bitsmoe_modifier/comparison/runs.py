@@ -18,6 +18,7 @@ from ..evaluation.accuracy import check_tasks, measure_tasks
 from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
 from ..evaluation.metrics import Summary
 from ..evaluation.reference import load, record
+from ..evaluation.samples import keep_written, kept_written, read, write
 from ..loading.decoding import misread_experts
 from ..sources.model import load_tokenizer
 from ..storage.sizes import bits_per_expert_weight, checkpoint_bytes
@@ -85,6 +86,7 @@ def run_reference(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_model(str(job.model), job.dtype, device)
     record(model, rows, job.batch_size, temporary)
+    keep_written(write(model, load_tokenizer(job.model)), temporary)
     temporary.rename(workspace.reference)
     seconds = time.perf_counter() - started
     reference = load(workspace.reference).to(device)
@@ -123,7 +125,7 @@ def run_stage(job: Job, stage: Stage) -> dict[str, Any]:
     misread = misread_experts(checkpoint)
     warnings = [*made.warnings, *([f"{misread}; measured on weights decoded here"] if misread else [])]
     started = time.perf_counter()
-    summary = measure(job, checkpoint, device)
+    summary, samples = measure(job, checkpoint, device)
     return {
         **sizes_of(checkpoint),
         "load_seconds": made.load_seconds,
@@ -132,15 +134,17 @@ def run_stage(job: Job, stage: Stage) -> dict[str, Any]:
         "peak_memory_bytes": made.peak_memory_bytes,
         "evaluate_seconds": time.perf_counter() - started,
         **asdict(summary),
+        "samples": samples,
         "warnings": warnings,
     }
 
 
-def measure(job: Job, checkpoint: Path, device: torch.device) -> Summary:
-    """Load a checkpoint and compare it with the recorded reference."""
+def measure(job: Job, checkpoint: Path, device: torch.device) -> tuple[Summary, list[dict[str, Any]]]:
+    """Load a checkpoint and compare it with the recorded reference: its figures, and its texts (`samples.read`)."""
     workspace = Workspace(job.out)
     model = load_model(str(checkpoint), job.dtype, device)
-    return evaluate(model, workspace.rows("evaluation"), load(workspace.reference), job.batch_size)
+    figures = evaluate(model, workspace.rows("evaluation"), load(workspace.reference), job.batch_size)
+    return figures, read(model, load_tokenizer(checkpoint), kept_written(workspace.reference))
 
 
 def run_tasks(job: Job, checkpoint: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..errors import BitsMoEError, check_at_least
 from ..evaluation.accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
 from ..evaluation.reference import record
+from ..evaluation.samples import read, write
 from ..extras import require
 from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
@@ -266,10 +267,12 @@ def evaluate_one(
             lambda size: record(loaded, rows, size, Path(scratch)), options.batch_size, "evaluation"
         )
         accuracy.append(_accuracy(loaded, dense.folder, options))
+        written = write(loaded, tokenizer)
         own = evaluate_reference(rows, reference.to(device), options.batch_size)
         loaded = load_model(str(folder), dtype, device)
         figures, _ = with_smaller_batches(lambda size: evaluate(loaded, rows, reference, size), batch, "evaluation")
         accuracy.append(_accuracy(loaded, folder, options))
+        samples = read(loaded, load_tokenizer(folder), written)
     found = {
         "reference": {
             "name": "unquantized",
@@ -289,7 +292,8 @@ def evaluate_one(
         where = f"{len(rows)} rows of {options.seq_len} tokens of {place(text.source)}, computed in {dtype}"
         how = f"Measured by `bitsmoe eval` on {where}. {LEGEND}"
         try:
-            note_quality(folder, {"reference": found["reference"], "run": found["checkpoint"], "how": how})
+            figures_of = {"reference": found["reference"], "run": found["checkpoint"]}
+            note_quality(folder, {**figures_of, "how": how, "samples": samples})
         except OSError as error:
             messages.say("warning", f"{folder}: its README.md could not be written ({error})")
     return found

@@ -1,11 +1,15 @@
-"""The summary of a comparison: a row per model, a column per figure, the best run of each column marked."""
+"""The summary of a comparison: a row per model, a column per figure, the best run and its ties marked."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Run = dict[str, Any]
+#: how a run stands in its column: the best, within twice the standard error of it, or neither
+Mark = Literal["best", "tie", ""]
+#: after a figure that ties with the best one
+TIE = " ≈"
 
 
 @dataclass(frozen=True)
@@ -17,42 +21,50 @@ class _Column:
     get: Callable[[Run], float | None]
     show: Callable[[float], str]
     better: int
-    error: str | None = None
+    error: Callable[[Run], float | None] = lambda run: None
 
-    def cells(self, rows: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, bool]]:
-        """Text of every row, and whether it is the best run (the unquantized model does not compete)."""
+    def cells(self, rows: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, Mark]]:
+        """Text of every row, and how it stands among the runs (the unquantized model does not compete)."""
         competing = [run for run in runs if self.get(run) is not None] if self.better else []
         best = min(competing, key=lambda run: -self.better * (self.get(run) or 0.0), default=None)
-        return [
-            ("–", False)
-            if (value := self.get(row)) is None
-            else (
-                self.show(value) + self._spread(row),
-                best is not None and any(row is run for run in runs) and self._ties(row, best),
-            )
-            for row in rows
-        ]
+        found: list[tuple[str, Mark]] = []
+        for row in rows:
+            value = self.get(row)
+            if value is None:
+                found.append(("–", ""))
+                continue
+            text = self.show(value) + self._spread(row)
+            mark = self._mark(row, best) if best is not None and any(row is run for run in runs) else ""
+            found.append((text + (TIE if mark == "tie" else ""), mark))
+        return found
 
     def _spread(self, run: Run) -> str:
-        error = self._error(run)
+        error = self.error(run)
         return f" ± {self.show(error)}" if error else ""
 
-    def _error(self, run: Run) -> float:
-        return (run.get(self.error) or 0.0) if self.error else 0.0
-
-    def _ties(self, run: Run, best: Run) -> bool:
-        """Whether a run equals the best one, within twice the standard error of their difference."""
+    def _mark(self, run: Run, best: Run) -> Mark:
+        """Equal figures are all the best; what differs by at most twice the standard error of the difference ties."""
         difference = abs((self.get(run) or 0.0) - (self.get(best) or 0.0))
-        return difference <= 2 * math.hypot(self._error(run), self._error(best))
+        if not difference:
+            return "best"
+        return "tie" if difference <= 2 * math.hypot(self.error(run) or 0.0, self.error(best) or 0.0) else ""
 
 
-def _figure(title: str, key: str, show: Callable[[float], str], better: int, error: str | None = None) -> _Column:
-    return _Column(title, lambda run: run.get(key), show, better, error)
+def _figure(title: str, key: str, show: Callable[[float], str], better: int, error: str = "") -> _Column:
+    return _Column(title, lambda run: run.get(key), show, better, lambda run: run.get(error))
 
 
 def _accuracy(task: str) -> _Column:
+    def entry(run: Run) -> Run:
+        found: Run = run.get("accuracy", {}).get(task, {})
+        return found
+
     return _Column(
-        f"{task}, %", lambda run: run.get("accuracy", {}).get(task, {}).get("acc"), lambda v: f"{100 * v:.1f}", 1
+        f"{task}, %",
+        lambda run: entry(run).get("acc"),
+        lambda v: f"{100 * v:.1f}",
+        1,
+        lambda run: entry(run).get("stderr"),
     )
 
 
@@ -61,8 +73,8 @@ _COLUMNS = (
     _figure("KLD × 1000", "kld_mean", lambda v: f"{1000 * v:.2f}", -1, "kld_stderr"),
     _figure("median", "kld_median", lambda v: f"{1000 * v:.2f}", -1),
     _figure("p90", "kld_p90", lambda v: f"{1000 * v:.2f}", -1),
-    _figure("same top token, %", "top1_agreement", lambda v: f"{100 * v:.2f}", 1),
-    _figure("perplexity", "perplexity", lambda v: f"{v:.3f}", -1),
+    _figure("same top token, %", "top1_agreement", lambda v: f"{100 * v:.2f}", 1, "top1_stderr"),
+    _figure("perplexity", "perplexity", lambda v: f"{v:.3f}", -1, "perplexity_stderr"),
     _figure("checkpoint, MB", "checkpoint_bytes", lambda v: f"{v / 1e6:.2f}", -1),
     _Column("bits of bases", lambda run: run.get("bits_apart", {}).get("bases"), lambda v: f"{v:.3f}", 0),
     _figure("quantize, s", "quantize_seconds", lambda v: f"{v:.0f}", -1),
@@ -70,18 +82,36 @@ _COLUMNS = (
 )
 
 
-def summary(reference: Run, runs: Sequence[Run]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Titles, and a row for the unquantized model and every run that worked: cells as (text, best of its column)."""
-    rows = [reference, *runs]
+def summary(
+    reference: Run, runs: Sequence[Run], noise: Run | None = None
+) -> tuple[list[str], list[list[tuple[str, Mark]]]]:
+    """Titles, and a row for the unquantized model, the noise floor and every run that worked.
+
+    Args:
+        reference: the unquantized model's figures.
+        runs: the others'.
+        noise: how far the unquantized model is from itself, where that was measured.
+
+    Returns:
+        The columns' titles, and rows of cells: text, and how the run stands in its column.
+    """
+    rows = [reference, *([_floor(noise)] if noise else []), *runs]
     tasks = dict.fromkeys(task for row in rows for task in row.get("accuracy", {}))
     columns = [*_COLUMNS, *map(_accuracy, tasks)]
-    cells = [[(str(row["name"]), False) for row in rows], *(column.cells(rows, runs) for column in columns)]
+    names: list[tuple[str, Mark]] = [(str(row["name"]), "") for row in rows]
+    cells = [names, *(column.cells(rows, runs) for column in columns)]
     return ["model", *(column.title for column in columns)], [list(row) for row in zip(*cells, strict=True)]
 
 
-def table(reference: Run, runs: Sequence[Run]) -> str:
+def _floor(noise: Run) -> Run:
+    """What of the noise floor stands in the table: its distances; its perplexity is of fewer rows than the runs'."""
+    kept = ("kld_mean", "kld_stderr", "kld_median", "kld_p90", "top1_agreement", "top1_stderr")
+    return {"name": "noise floor", **{key: noise[key] for key in kept if key in noise}}
+
+
+def table(reference: Run, runs: Sequence[Run], noise: Run | None = None) -> str:
     """The summary as a Markdown table, the best of every column in bold."""
-    heads, rows = summary(reference, runs)
+    heads, rows = summary(reference, runs, noise)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    lines += [[f"**{text}**" if best else text for text, best in row] for row in rows]
+    lines += [[f"**{text}**" if mark == "best" else text for text, mark in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -78,7 +78,9 @@ def evaluate_reference(rows: torch.Tensor, reference: Reference, batch_size: int
             logits = reference.logits(slice(start, start + len(batch)), part).float()
             parts.append(cross_entropy(logits, target[part].to(logits.device), reduction="none").cpu())
     nll = torch.cat(parts).view(len(rows), -1)
-    return summarize(TokenMetrics(nll, torch.zeros_like(nll), torch.ones_like(nll, dtype=torch.bool)))
+    return summarize(
+        TokenMetrics(nll, torch.zeros_like(nll), torch.ones_like(nll, dtype=torch.bool), torch.zeros_like(nll))
+    )
 
 
 def _joined(parts: list[TokenMetrics], rows: int) -> TokenMetrics:
@@ -87,4 +89,5 @@ def _joined(parts: list[TokenMetrics], rows: int) -> TokenMetrics:
         nll=torch.cat([p.nll for p in parts]).view(rows, -1),
         kld=torch.cat([p.kld for p in parts]).view(rows, -1),
         agree=torch.cat([p.agree for p in parts]).view(rows, -1),
+        excess=torch.cat([p.excess for p in parts]).view(rows, -1),
     )

@@ -23,11 +23,13 @@ class TokenMetrics:
         nll: float32 ``[...]``, −log Q(next token), nats.
         kld: float32 ``[...]``, KL(P ‖ Q), nats.
         agree: bool ``[...]``, whether both models' likeliest tokens are the same.
+        excess: float32 ``[...]``, ``nll`` less that of P, nats.
     """
 
     nll: torch.Tensor
     kld: torch.Tensor
     agree: torch.Tensor
+    excess: torch.Tensor
 
 
 def token_metrics(logits: torch.Tensor, reference: torch.Tensor, target: torch.Tensor) -> TokenMetrics:
@@ -42,45 +44,60 @@ def token_metrics(logits: torch.Tensor, reference: torch.Tensor, target: torch.T
     p = torch.log_softmax(reference.float(), -1)
     # where P is 0 the term is 0, also if log P is −inf
     kld = (p.exp() * torch.where(p == -torch.inf, 0.0, p - q)).sum(-1)
-    nll = -q.gather(-1, target[:, None])[:, 0]
-    return TokenMetrics(nll=nll.cpu(), kld=kld.cpu(), agree=(q.argmax(-1) == p.argmax(-1)).cpu())
+    nll, theirs = (-logs.gather(-1, target[:, None])[:, 0] for logs in (q, p))
+    agree = q.argmax(-1) == p.argmax(-1)
+    return TokenMetrics(nll=nll.cpu(), kld=kld.cpu(), agree=agree.cpu(), excess=(nll - theirs).cpu())
 
 
 @dataclass(frozen=True)
 class Summary:
     """The figures of one model over a text.
 
+    Standard errors are over rows (positions of a row are not independent); None for one row.
+
     Attributes:
         tokens: positions measured.
         perplexity: exp of the mean negative log-likelihood.
+        perplexity_stderr: standard error of its distance from the unquantized model's: both read the same text, so what
+            the text itself scatters is not in it.
         kld_mean, kld_median, kld_p90: of KL(P ‖ Q) over positions, nats.
-        kld_stderr: standard error of ``kld_mean`` over rows (positions of a row are not independent); None for one row.
+        kld_stderr: of ``kld_mean``.
         top1_agreement: share of positions, 0 to 1.
+        top1_stderr: of it.
     """
 
     tokens: int
     perplexity: float
+    perplexity_stderr: float | None
     kld_mean: float
     kld_median: float
     kld_p90: float
     kld_stderr: float | None
     top1_agreement: float
+    top1_stderr: float | None
+
+
+def _stderr(values: torch.Tensor) -> float | None:
+    """Of the mean of ``[rows, positions]``, over rows; None where it is not finite."""
+    found = values.double().mean(1).std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return found if math.isfinite(found) else None
 
 
 def summarize(measured: TokenMetrics) -> Summary:
     """Reduce metrics ``[rows, positions]`` to the figures of the report."""
     kld = measured.kld.double()
-    rows = kld.shape[0]
     median, p90 = np.quantile(kld.numpy(), (0.5, 0.9))  # torch.quantile stops at 2²⁴ values
-    stderr = kld.mean(1).std().item() / math.sqrt(rows) if rows > 1 else None
+    perplexity, spread = measured.nll.double().mean().exp().item(), _stderr(measured.excess)
     return Summary(
         tokens=kld.numel(),
-        perplexity=measured.nll.double().mean().exp().item(),
+        perplexity=perplexity,
+        perplexity_stderr=None if spread is None else perplexity * spread,  # of the logarithm's: first order
         kld_mean=kld.mean().item(),
         kld_median=float(median),
         kld_p90=float(p90),
-        kld_stderr=stderr,
+        kld_stderr=_stderr(kld),
         top1_agreement=measured.agree.double().mean().item(),
+        top1_stderr=_stderr(measured.agree),
     )
 
 

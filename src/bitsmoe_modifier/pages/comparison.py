@@ -11,12 +11,24 @@ from typing import Any
 from markupsafe import Markup
 
 from ..checkpoints.describe import describe
-from ..evaluation.columns import summary, table
+from ..evaluation.columns import Mark, summary, table
 from ..rendering import render
-from .charts import Point, loss_against_size, stacked_bars
-from .checkpoint import Figure, LayerView, layer_figures, layer_views, stored_figures
-from .style import method_of
-from .verdicts import LEGEND, accuracies, against_gptq, environment_line, headline, how_measured, shown_command
+from .charts import Point, floor_is_near, loss_against_size, stacked_bars
+from .checkpoint import Figure, LayersView, layer_figures, layers_view, stored_figures
+from .samples import EXPLAINED, SampleView, sample_views
+from .style import PHASES, method_of
+from .verdicts import (
+    LEGEND,
+    TERMS,
+    accuracies,
+    against_gptq,
+    environment_line,
+    headline,
+    headliner,
+    how_measured,
+    shown_command,
+    without_folders,
+)
 
 #: phase of a run -> where its report entry has the seconds
 _PHASES = {
@@ -34,7 +46,8 @@ class Summary:
 
     Attributes:
         title, headline: of the whole.
-        heads, rows: of the table; a cell is its text and whether it is the best of its column.
+        terms: what the headline's words mean.
+        heads, rows: of the table; a cell is its text and how it stands in its column.
         table: the same as Markdown.
         legend: what the columns are.
         against_gptq, accuracies, failed, warnings, how: a line per finding; without any, nothing is shown.
@@ -43,8 +56,9 @@ class Summary:
 
     title: str
     headline: str
+    terms: str
     heads: list[str]
-    rows: list[list[tuple[str, bool]]]
+    rows: list[list[tuple[str, Mark]]]
     table: str
     legend: str
     against_gptq: list[str]
@@ -58,13 +72,21 @@ class Summary:
 
 @dataclass(frozen=True)
 class Drawings:
-    """The charts of the page, by section, and the layers of every checkpoint by its name."""
+    """The charts and texts of the page, by section.
+
+    Attributes:
+        loss, stored, time, layers: charts of all runs.
+        samples: what the models write.
+        detailed: the layers of the run that the headline is about, or of another one whose checkpoint is there, and its
+            name; None where there is none.
+    """
 
     loss: list[Figure]
     stored: list[Figure]
     time: list[Figure]
     layers: list[Figure]
-    checkpoints: dict[str, list[LayerView]]
+    samples: list[SampleView]
+    detailed: tuple[str, LayersView] | None
 
 
 def markdown(report: dict[str, Any], picture: str | None) -> str:
@@ -79,28 +101,44 @@ def comparison_page(report: dict[str, Any], folder: Path) -> str:
         report: what `compare` returns.
         folder: of the comparison; the checkpoints of the runs that worked are read where they are still there.
     """
-    return render("comparison.html", report=summarize(report), drawings=draw(report, folder))
+    drawings = draw(report, folder)
+    return render("comparison.html", report=summarize(report), drawings=drawings, explained=EXPLAINED)
 
 
 def summarize(report: dict[str, Any]) -> Summary:
     """The report in words."""
     done, reference = _done(report), report["reference"]
-    heads, rows = summary(reference, done)
+    noise = report["noise_floor"]
+    heads, rows = summary(reference, done, noise)
     return Summary(
         title=f"Quantization of {Path(report['model']['name']).name}",
         headline=headline(done),
+        terms=TERMS,
         heads=heads,
         rows=rows,
-        table=table(reference, done),
+        table=table(reference, done, noise),
         legend=LEGEND,
         against_gptq=against_gptq(done),
         accuracies=accuracies(reference, done),
-        failed=[f"{run['name']}: {run['error']} (log: {run['log']})" for run in report["arms"] if "error" in run],
-        warnings=[f"{run['name']}: {warning}" for run in done for warning in run.get("warnings", [])],
+        failed=[
+            without_folders(f"{run['name']}: {run['error']} (log: {run['log']})")
+            for run in report["arms"]
+            if "error" in run
+        ],
+        warnings=_warnings(done),
         how=how_measured(report),
         command=shown_command(report["command"]),
         environment=environment_line(report),
     )
+
+
+def _warnings(done: list[dict[str, Any]]) -> list[str]:
+    """Every warning once, with the runs that it is about."""
+    runs: dict[str, list[str]] = {}
+    for run in done:
+        for warning in run.get("warnings", []):
+            runs.setdefault(without_folders(warning), []).append(run["name"])
+    return [f"{', '.join(names)}: {warning}" for warning, names in runs.items()]
 
 
 def draw(report: dict[str, Any], folder: Path) -> Drawings:
@@ -109,25 +147,52 @@ def draw(report: dict[str, Any], folder: Path) -> Drawings:
     folders = {run["name"]: folder / run["checkpoint"] for run in done if "checkpoint" in run}
     present = {name: checkpoint for name, checkpoint in folders.items() if checkpoint.is_dir()}
     found = {name: describe(checkpoint) for name, checkpoint in present.items()}
-    views = {name: layer_views(entry, present[name]) for name, entry in found.items()}
-    caption = "Lower and further left is better. The dashed line joins the runs that no other beats in both."
+    first = headliner(done)
+    readable = [name for name in found if found[name]["layers"]]
+    detailed = first if first in readable else next(iter(readable), None)
+    layers = layers_view(found[detailed], present[detailed]) if detailed else None
+    in_order = sorted(done, key=lambda run: run["name"] != first)  # the headline's run marks the tokens
     return Drawings(
-        loss=[Figure(chart, caption)] if (chart := loss_chart(report)) else [],
+        loss=_loss_figures(report),
         stored=stored_figures(present),
         time=_time_figures(done),
         layers=layer_figures(found),
-        checkpoints={name: layers for name, layers in views.items() if layers},
+        samples=sample_views({run["name"]: run.get("samples") or [] for run in in_order}),
+        detailed=(detailed, layers) if detailed and layers else None,
     )
+
+
+def _points(report: dict[str, Any]) -> list[Point]:
+    return [
+        Point(
+            run["name"],
+            method_of(run["modifiers"]),
+            run["measured_bits_per_expert_weight"],
+            1000 * run["kld_mean"],
+            1000 * (run.get("kld_stderr") or 0.0),
+        )
+        for run in _done(report)
+        if run["kld_mean"] > 0
+    ]
 
 
 def loss_chart(report: dict[str, Any]) -> Markup | None:
     """Loss against size of every run that worked; None without any."""
-    points = [
-        Point(run["name"], method_of(run["modifiers"]), run["measured_bits_per_expert_weight"], 1000 * run["kld_mean"])
-        for run in _done(report)
-        if run["kld_mean"] > 0
-    ]
+    points = _points(report)
     return loss_against_size(points, 1000 * report["noise_floor"]["kld_mean"]) if points else None
+
+
+def _loss_figures(report: dict[str, Any]) -> list[Figure]:
+    chart, floor = loss_chart(report), 1000 * report["noise_floor"]["kld_mean"]
+    if chart is None:
+        return []
+    where = "dotted" if floor_is_near(_points(report), floor) else "below the chart"
+    caption = (
+        "Lower and further left is better. The dashed line joins the runs that no other beats in both (the Pareto "
+        "front); the bars through the points are standard errors, where they are larger than the points. Noise floor "
+        f"({where}): the unquantized model against itself, {floor:.3g}."
+    )
+    return [Figure(chart, caption)]
 
 
 def _done(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -137,4 +202,5 @@ def _done(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _time_figures(done: list[dict[str, Any]]) -> list[Figure]:
     seconds = {run["name"]: {phase: run.get(key) or 0.0 for phase, key in _PHASES.items()} for run in done}
     caption = "Wall clock, as each run took it; a run taken from an earlier comparison has its figures."
-    return [Figure(stacked_bars("Time per phase", seconds, "s", digits=0), caption)] if seconds else []
+    drawn = [stacked_bars("Time per phase", "seconds", seconds, "s", PHASES, digits=0)] if seconds else []
+    return [Figure(chart, caption) for chart in drawn]

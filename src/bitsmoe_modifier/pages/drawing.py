@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from markupsafe import Markup
 
 from ..errors import BitsMoEError
+from .style import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
-#: Colour of text and axes; replaced by the page's own (CSS's ``currentColor``).
-INK = "#3a3a3b"
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _TIP = "tip:"
+#: letters of a name in a chart; the middle of longer ones is left out
+_LONGEST = 30
 _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -67,23 +68,29 @@ def chart(draw: Callable[P, Markup]) -> Callable[P, Markup]:
     return drawn
 
 
-def new_figure(width: int, height: int, columns: int = 1) -> "tuple[Figure, list[Axes]]":
-    """An empty figure and its axes, side by side.
+def new_figure(width: int, height: int, columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """An empty figure and its axes, row by row.
 
     Args:
         width, height: in pixels of CSS; a point of matplotlib is one of them.
-        columns: axes.
+        columns, rows: of axes.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def printable(text: str) -> str:
     """A text that can be drawn: control characters, which XML forbids, become dots."""
     shown = "".join(character if character.isprintable() else "·" for character in text)
     return f"\u200b{shown}" if shown.startswith("_") else shown  # matplotlib hides names with an underscore in front
+
+
+def label(name: str) -> str:
+    """A name as it stands in a chart: printable, and not wider than some 200 pixels."""
+    shown = printable(name)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 9]}…{shown[-8:]}"
 
 
 def tip(artist: Any, text: str) -> None:

@@ -1,10 +1,14 @@
-"""What charts and pages mean by a colour: methods, bit-widths, kinds of bytes, phases of time, lines.
+"""What charts and pages mean by a colour: methods, bit-widths, kinds of bytes, phases of time, amounts.
 
-All are told from each other without colour too (markers, dashes, labels), and can be seen on white and on black.
+A colour has one meaning on a page: each of these has hues of its own. All are told from each other without colour too
+(markers, outlines, order, labels), and can be seen on white and on black.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+#: Colour of text and axes; replaced by the page's own (CSS's ``currentColor``).
+INK = "#3a3a3b"
 
 
 @dataclass(frozen=True)
@@ -24,44 +28,44 @@ METHODS: Mapping[str, Method] = {
     "AWQModifier": Method("AWQ", "#3a9a5b", "^"),
     "QuantizationModifier": Method("round-to-nearest (RTN)", "#8a8a8a", "X"),
 }
-OTHER = Method("other", "#b0892a", "P")
+OTHER = Method("other", INK, "P")
 
 #: bit-width -> colour, darker for more
 WIDTHS: Mapping[int, str] = {
-    0: "#f3f1ea",
-    1: "#d9e6f2",
-    2: "#b0cde6",
-    3: "#7fabd3",
-    4: "#4a83ba",
-    6: "#1d5490",
-    8: "#0a2a52",
+    0: "#f1efe6",
+    1: "#cfe8e2",
+    2: "#9dd0c5",
+    3: "#63b3a4",
+    4: "#2f8f80",
+    6: "#12655a",
+    8: "#053b34",
 }
 
-#: kind of stored byte, or phase of a run's time -> colour
-PARTS: Mapping[str, str] = {
-    "codes": "#3b82c4",
-    "scales": "#e0a458",
-    "bases": "#3a9a5b",
-    "bit-widths": "#9a6cc4",
-    "dense experts": "#c75a4d",
-    "biases": "#8a8a8a",
-    "unpacked weights": "#c75a4d",
-    "other": "#b5b5b5",
-    "loading": "#b5b5b5",
-    "quantizing": "#3b82c4",
-    "saving": "#e0a458",
-    "evaluating": "#3a9a5b",
-    "tasks": "#9a6cc4",
+#: kind of stored byte -> colour
+BYTES: Mapping[str, str] = {
+    "codes": "#a83e6b",
+    "scales": "#e08fb0",
+    "bases": "#6d2245",
+    "bit-widths": "#f7b6d2",
+    "dense experts": "#c96590",
+    "biases": "#b98aa0",
+    "unpacked weights": "#8c5570",
+    "other": "#e3c0d0",
 }
 
-#: colour and dashes of the first, second, … line of a chart
-LINES: Sequence[tuple[str, str]] = (
-    ("#3b82c4", "-"),
-    ("#d1701f", "--"),
-    ("#3a9a5b", ":"),
-    ("#9a6cc4", "-."),
-    ("#8a8a8a", "-"),
-)
+#: phase of a run -> colour
+PHASES: Mapping[str, str] = {
+    "loading": "#d8cf8e",
+    "quantizing": "#857a18",
+    "saving": "#b5a83a",
+    "evaluating": "#5c540f",
+    "tasks": "#fff3a3",
+}
+
+#: an amount, from little to much
+AMOUNTS: Sequence[str] = ("#c9cdf2", "#9fa8da", "#5c6bc0", "#303f9f", "#10154a")
+#: where there should be an amount, and is none
+NONE = "#c0392b"
 
 
 def method_of(modifiers: list[str]) -> Method:

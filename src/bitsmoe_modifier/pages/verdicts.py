@@ -1,6 +1,7 @@
 """What a comparison's figures say, in sentences: who beats whom, how accuracies differ, how all of it was measured."""
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -9,6 +10,8 @@ from typing import Any
 Run = dict[str, Any]
 #: half a hundredth of a bit is the size of headers, not of a method
 _HEADER_BITS = 0.005
+#: an absolute path of two parts or more, on any system, and its last part
+_PATH = re.compile(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:;,'\"()]+[/\\])+([^\s/\\:;,'\"()]+)")
 
 
 def is_bitsmoe(run: Run) -> bool:
@@ -40,23 +43,38 @@ def verdict(run: Run, rival: Run) -> str:
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """The strongest statement that is true of BitsMoE against GPTQ, or that there is none.
+    """The strongest statement that is true of BitsMoE against GPTQ, or that there is none."""
+    found = _strongest(runs)
+    if found is None:
+        return "No pair of a BitsMoE and a GPTQ run was measured, so there is nothing to compare."
+    run, rival, relation = found
+    return _closer(run, rival, relation) if relation else verdict(run, rival)
+
+
+def headliner(runs: Sequence[Run]) -> str | None:
+    """The name of the run that the headline is about; without a headline, of the first BitsMoE run, or None."""
+    found = _strongest(runs)
+    return found[0]["name"] if found else next((run["name"] for run in runs if is_bitsmoe(run)), None)
+
+
+def _strongest(runs: Sequence[Run]) -> tuple[Run, Run, str] | None:
+    """A BitsMoE run, a GPTQ run, and how they relate; "" where ours is further from the original; None without a pair.
 
     Of all GPTQ runs that are at least as large and, beyond twice the standard error, further from the original, the one
     over which the most bits are saved; else one that is matched within the error; else what was missed.
     """
     ours, theirs = [a for a in runs if is_bitsmoe(a)], [a for a in runs if is_gptq(a)]
     if not ours or not theirs:
-        return "No pair of a BitsMoE and a GPTQ run was measured, so there is nothing to compare."
+        return None
     pairs = [(run, rival) for run in ours for rival in theirs if _saved(run, rival) > -_HEADER_BITS]
     won = [pair for pair in pairs if _clearly_lower(*pair)]
     if won:
-        return _closer(*max(won, key=lambda pair: _saved(*pair)), "is closer to the original than")
+        return *max(won, key=lambda pair: _saved(*pair)), "is closer to the original than"
     tied = [pair for pair in pairs if not _clearly_lower(*reversed(pair))]
     if tied:
-        return _closer(*max(tied, key=lambda pair: _saved(*pair)), "is within the sampling error as close as")
+        return *max(tied, key=lambda pair: _saved(*pair)), "is within the sampling error as close as"
     run = min(ours, key=lambda a: a["kld_mean"] / next_larger(a, theirs)["kld_mean"])
-    return verdict(run, next_larger(run, theirs))
+    return run, next_larger(run, theirs), ""
 
 
 def _saved(run: Run, rival: Run) -> float:
@@ -76,7 +94,7 @@ def _closer(run: Run, rival: Run, relation: str) -> str:
         f"{run['name']} ({bits:.2f} bits per expert weight) {relation} {rival['name']} ({other:.2f} bits): "
         f"KL divergence {with_error(run)} against {with_error(rival)} × 10⁻³ nats"
     )
-    return said + (f"; file {_percent(smaller)} smaller." if smaller > 0 else ".")
+    return said + (f"; file {_percent(smaller)} smaller." if smaller > 0.005 else ".")
 
 
 def with_error(run: Run) -> str:
@@ -139,6 +157,7 @@ def how_measured(report: Run) -> list[str]:
     """Data, arithmetic and noise floor."""
     calibration, evaluation, noise = report["calibration"], report["evaluation"], report["noise_floor"]
     experts = "every token through every expert" if calibration["all_experts"] else "routed tokens only"
+    dates = [f"Measured on {report['date']} (UTC)."] if "date" in report else []
     return [
         f"Calibration: {calibration['rows']} rows of {calibration['seq_len']} tokens from "
         f"{place(calibration['source'])}, seed {calibration['seed']}, {experts}; "
@@ -147,8 +166,9 @@ def how_measured(report: Run) -> list[str]:
         f"positions) of {place(evaluation['source'])}, on the checkpoints as loaded from disk.",
         f"Computed in {report['compute']['dtype']} on {report['environment']['device']}.",
         f"Noise floor: KLD × 1000 of {1000 * noise['kld_mean']:.3f} for the unquantized model {noise['how']} "
-        f"({noise['rows']} rows).",
+        f"({noise['rows']} rows). Distances below it mean nothing.",
         "Peak memory: of the process that quantized, libraries included.",
+        *dates,
     ]
 
 
@@ -159,7 +179,12 @@ def place(source: str) -> str:
 
 def shown_command(command: str) -> str:
     """A command line without the folders of the machine that it ran on."""
-    return shlex.join(place(word) for word in shlex.split(command))
+    return shlex.join(without_folders(word) for word in shlex.split(command))
+
+
+def without_folders(text: str) -> str:
+    """A text with the last part of every absolute path in it in the path's place."""
+    return _PATH.sub(lambda found: found[1], text)
 
 
 def environment_line(report: Run) -> str:
@@ -169,9 +194,18 @@ def environment_line(report: Run) -> str:
     return f"{packages}, Python {report['environment']['python']}; {machine}."
 
 
+#: the headline's terms, below it
+TERMS = (
+    "KL divergence: how far the predictions of the next token are from the unquantized model's, in nats per token; "
+    "0 is no difference. ± is the standard error of the mean. Bits per expert weight: all that is stored for the "
+    "experts, shared out to their weights; the original has 16 or more. GPTQ: the usual quantizer of llm-compressor, "
+    "at 2 to 4 bits (W2 to W4)."
+)
+
 #: what the summary's columns are
 LEGEND = (
     "KLD: Kullback-Leibler divergence of the run's next-token distribution from the unquantized model's; mean, "
-    "median and 90th percentile over positions, nats × 1000; ± is the standard error of the mean. Runs that are within "
-    "twice the standard error of the best KLD are marked like it. Bits: everything stored for the experts."
+    "median and 90th percentile (p90) over positions, nats × 1000. Same top token: how often both models would say the "
+    "same. Perplexity: exp of the mean negative log-likelihood of the text. ± is the standard error over rows; that "
+    "of perplexity is of its distance from the unquantized model's."
 )

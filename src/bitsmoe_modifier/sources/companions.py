@@ -21,6 +21,7 @@ _NOT_TAKEN = (
     "quantize_config.json",
     "hf_quant_config.json",
     "adapter_config.json",
+    "bitsmoe_quality.json",
     "bitsmoe_report.json",
 )
 _GENERATION = "generation_config.json"
