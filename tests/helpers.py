@@ -62,11 +62,13 @@ def random_layer(
     bias: bool = False,
     stripes: int = 0,
     version: int = FORMAT_VERSION,
+    gain: float = 1.0,
+    ungated: bool = False,
     seed: int = 0,
 ) -> RandomLayer:
     """A layer with random widths, codes, steps, bases, biases and super experts, sealed with checksums.
 
-    Its codes are trellis codes where it has ``stripes``.
+    Its codes are trellis codes where it has ``stripes``; both factors are ``gain`` times their usual size.
     """
     gen = torch.Generator().manual_seed(seed)
     layout = ExpertsLayout(
@@ -85,6 +87,7 @@ def random_layer(
         codes=int(stripes > 0),
         stripes=stripes,
         version=version,
+        ungated=int(ungated),
     )
     groups, scalar = layout.groups, dataclasses.replace(layout, codes=0, stripes=0)
 
@@ -104,9 +107,11 @@ def random_layer(
 
     def steps_for(elementwise: torch.Tensor) -> torch.Tensor:
         top = ((1 << elementwise.long()) - 1).clamp(min=1, max=1 if stripes else None)  # of the largest value
-        return storable_steps((0.5 + torch.rand(elementwise.shape, generator=gen)) / (4 * hidden**0.5 * top))
+        return storable_steps(gain * (0.5 + torch.rand(elementwise.shape, generator=gen)) / (4 * hidden**0.5 * top))
 
     widths_in, widths_out = choose(num_experts, 2, layout.units_in), choose(num_experts, layout.units_out)
+    if ungated:
+        widths_in[:, 1] = 0
     # side "in": codes [E, 2, I, R], steps [E, 2, groups, R]
     per_direction = widths_in.repeat_interleave(block_size, -1)
     wide = per_direction[:, :, None].expand(-1, -1, intermediate, -1)

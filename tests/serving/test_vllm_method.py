@@ -27,6 +27,9 @@ def moe(activation: str, **settings: float) -> SimpleNamespace:
         ("gelu", {}, Gating("gelu")),
         ("gelu_tanh", {}, Gating("gelu_tanh")),
         ("silu", {"swiglu_limit": 10.0}, Gating("silu", limit=10.0)),
+        ("relu2_no_mul", {}, Gating("relu2", up_shift=1.0)),
+        ("silu_no_mul", {}, Gating("silu", up_shift=1.0)),
+        ("swiglustep", {}, Gating("silu", limit=7.0, late_limit=True)),
         ("swigluoai", {}, Gating("silu", limit=7.0, alpha=1.702, up_shift=1.0)),
         (
             "swigluoai_uninterleave",
@@ -41,7 +44,7 @@ def test_gating_of_layer(activation: str, settings: dict[str, float], expected: 
     assert gating_of_layer(moe(activation, **settings), "layer") == expected
 
 
-@pytest.mark.parametrize("activation", ["relu2", "situ", "swiglustep", "silu_no_mul"])
+@pytest.mark.parametrize("activation", ["relu2", "situ"])
 def test_other_activations_are_refused(activation: str) -> None:
     from bitsmoe_modifier.serving.gating import gating_of_layer
 

@@ -5,6 +5,7 @@ vLLM calls `register` in each of its processes through the entry point group ``v
 - `versions`: which vLLM this is written for
 - `vllm_api`: every name that we take from vLLM, and nothing else does
 - `config`: claims checkpoints by their config.json and says which layer is ours
+- `diversion`: takes packed tensors out of the stream before the model's own loading code sees them
 - `loading`: collects a layer's tensors, checks them and cuts this rank's part
 - `method`: the layer's weights and forward as vLLM wants them
 - `gating`: vLLM's activation settings as a `Gating`

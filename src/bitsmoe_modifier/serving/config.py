@@ -1,26 +1,19 @@
 """The quantization method "bitsmoe" of vLLM: which checkpoints and layers are ours. Importing this registers it."""
 
-import inspect
 from typing import Any
 
-import regex
 import torch
 
-from ..errors import CheckpointError
 from ..loading.claims import METHOD, is_bitsmoe, matches, split_groups
-from ..storage.packed import TENSOR_NAMES
+from .diversion import divert
 from .method import BitsMoEMethod
 from .vllm_api import (
     CompressedTensorsConfig,
     RoutedExperts,
-    WeightsMapper,
     get_current_vllm_config,
     get_model_architecture,
     register_quantization_config,
 )
-
-# ``(?<!routed_)``: the mapping may be applied to names that it has changed already
-_EXPERTS_TENSOR = regex.compile(r"(?<!routed_)experts\.(" + "|".join(TENSOR_NAMES) + r")$")
 
 
 @register_quantization_config(METHOD)
@@ -64,29 +57,6 @@ class BitsMoEConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Ours for the experts that config.json names, compressed-tensors' for everything else."""
         if isinstance(layer, RoutedExperts) and matches(prefix, self.targets):
-            check_model_class(get_model_architecture(get_current_vllm_config().model_config)[0])
+            divert(get_model_architecture(get_current_vllm_config().model_config)[0], BitsMoEMethod)
             return BitsMoEMethod(layer.moe_config, self.group_size)
         return super().get_quant_method(layer, prefix)
-
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Point the stored names at the module that owns the experts: ``experts.NAME`` to
-        ``experts.routed_experts.NAME``."""
-        ours = WeightsMapper(orig_to_new_regex={_EXPERTS_TENSOR: r"experts.routed_experts.\1"})
-        return CompressedTensorsConfig.get_checkpoint_weight_mapper() | ours
-
-
-def check_model_class(model_class: type) -> None:
-    """Refuse a model file that reads the checkpoint past vLLM's loader, which hands our tensors to the layer.
-
-    Raises:
-        CheckpointError: naming the class and its file.
-    """
-    for base in model_class.__mro__:
-        own = inspect.unwrap(vars(base).get("load_weights", check_model_class))
-        if "AutoWeightsLoader" in getattr(getattr(own, "__code__", None), "co_names", ()):
-            return
-    raise CheckpointError(
-        f"{model_class.__name__} ({model_class.__module__}) reads its checkpoint without vLLM's AutoWeightsLoader, so "
-        "packed experts cannot be handed to its layers; run this checkpoint with transformers"
-    )

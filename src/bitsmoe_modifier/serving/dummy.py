@@ -12,7 +12,7 @@ _WIDTH, _BASIS_BITS = 2, 4
 
 
 def dummy_experts(
-    num_experts: int, hidden_size: int, intermediate_size: int, group_size: int, has_bias: bool
+    num_experts: int, hidden_size: int, intermediate_size: int, group_size: int, has_bias: bool, ungated: bool = False
 ) -> PackedExperts:
     """A layer of random codes with small steps, on the CPU, of the block sizes that the quantizer chooses by default.
 
@@ -22,6 +22,7 @@ def dummy_experts(
         intermediate_size: I of this rank.
         group_size: columns along I that share a step.
         has_bias: with (zero) biases.
+        ungated: without a gate.
 
     Raises:
         CheckpointError: when the sizes do not fit together.
@@ -39,9 +40,12 @@ def dummy_experts(
         basis_out_bits=_BASIS_BITS,
         basis_group_size=settings.resolve_basis_group(hidden_size),
         has_bias=int(has_bias),
+        ungated=int(ungated),
     )
     cpu = torch.device("cpu")
     widths_in = torch.full((num_experts, 2, layout.units_in), _WIDTH, dtype=torch.uint8, device=cpu)
+    if ungated:
+        widths_in[:, 1] = 0
     widths_out = torch.full((num_experts, layout.units_out), _WIDTH, dtype=torch.uint8, device=cpu)
     generator = torch.Generator(cpu).manual_seed(0)
     # outputs of the size of the inputs, whatever the sizes are

@@ -26,6 +26,7 @@ class Part:
         hidden_size: H.
         intermediate_size: I of the whole layer.
         has_bias: whether the model's experts have biases.
+        ungated: whether the model's experts have no gate.
         tp_rank: this rank's range of I.
         tp_size: ranges of I.
         experts: ids of this rank's experts; None for all.
@@ -36,6 +37,7 @@ class Part:
     hidden_size: int
     intermediate_size: int
     has_bias: bool
+    ungated: bool = False
     tp_rank: int = 0
     tp_size: int = 1
     experts: tuple[int, ...] | None = None
@@ -89,7 +91,7 @@ class LayerLoader:
         part, tensors = self.part, self._received
         self._received = {}
         layout = check_structure(tensors, part.where)
-        for field in ("num_experts", "hidden_size", "intermediate_size", "has_bias"):
+        for field in ("num_experts", "hidden_size", "intermediate_size", "has_bias", "ungated"):
             stored, expected = getattr(layout, field), int(getattr(part, field))
             if stored != expected:
                 raise CheckpointError(

@@ -1,8 +1,5 @@
 """A layer's packed experts as vLLM's layer wants them: parameters, loading and forward."""
 
-from collections.abc import Iterable, Iterator
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -10,7 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import CheckpointError
 from ..runtime.experts import BitsMoEExperts
-from ..storage.packed import TENSOR_NAMES, PackedExperts
+from ..storage.packed import PackedExperts
 from .gating import gating_of_layer
 from .loading import LayerLoader, Part, local_experts
 from .vllm_api import (
@@ -63,10 +60,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register an empty parameter for every tensor that a layer may have; the first real ones replace them all.
-
-        Sizes follow from the stored widths, so nothing is allocated before the checkpoint is read.
-        """
+        """Prepare for the layer's tensors; their sizes follow from the stored widths, so nothing is allocated yet."""
         moe, parallel = self.moe, self.moe.moe_parallel_config
         _check_parallel(parallel, layer.layer_name)
         if layer.apply_router_weight_on_input and moe.experts_per_token != 1:
@@ -76,6 +70,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
             )
         self.gating = gating_of_layer(moe, layer.layer_name)
         self.dtype = params_dtype
+        self.device = torch.empty(0).device  # vLLM builds models under the device that weights are loaded to
         self.loader = LayerLoader(
             Part(
                 where=layer.layer_name,
@@ -83,6 +78,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
                 hidden_size=hidden_size,
                 intermediate_size=moe.intermediate_size - (moe.intermediate_pad or 0),
                 has_bias=moe.has_bias,
+                ungated=not moe.is_act_and_mul,
                 tp_rank=parallel.tp_rank,
                 tp_size=parallel.tp_size,
                 experts=local_experts(None if layer.expert_map is None else layer.expert_map.tolist()),
@@ -92,11 +88,6 @@ class BitsMoEMethod(FusedMoEMethodBase):
         self.eager = bool(vllm_config.model_config.enforce_eager)
         self.dummy = vllm_config.load_config.load_format == "dummy"
         self.model = ", ".join(vllm_config.model_config.architectures)
-        for name in TENSOR_NAMES:
-            placeholder = torch.nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
-            placeholder.weight_loader = partial(_take_parameter, layer, name)  # type: ignore[attr-defined]
-            layer.register_parameter(name, placeholder)
-        layer.load_weights = MethodType(_load_weights, layer)
 
     def take(self, layer: RoutedExperts, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor of the checkpoint; the last one of the layer installs it."""
@@ -106,11 +97,9 @@ class BitsMoEMethod(FusedMoEMethodBase):
             )
         self.loader.add(name, tensor)
         if self.loader.complete:
-            self._install(layer, self.loader.cut(layer.layout.device))
+            self._install(layer, self.loader.cut(self.device))
 
     def _install(self, layer: RoutedExperts, packed: PackedExperts) -> None:
-        for name in TENSOR_NAMES:
-            delattr(layer, name)
         layer.add_module(_CHILD, BitsMoEExperts(packed, self.gating))
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
@@ -126,16 +115,17 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
                 count = part.num_experts if part.experts is None else len(part.experts)
                 intermediate = part.intermediate_size // part.tp_size
-                packed = dummy_experts(count, part.hidden_size, intermediate, self.group_size, part.has_bias)
-                self._install(layer, packed.to(layer.layout.device))
+                packed = dummy_experts(
+                    count, part.hidden_size, intermediate, self.group_size, part.has_bias, part.ungated
+                )
+                self._install(layer, packed.to(self.device))
             elif self.loader.empty:
                 raise CheckpointError(
-                    f"{part.where}: no tensor of its packed experts arrived. Either the checkpoint lacks them, or the "
-                    f"model {self.model} loads experts by code of its own, which cannot load packed ones; run it with "
-                    "transformers"
+                    f"{part.where}: no tensor of its packed experts arrived, although config.json says that "
+                    f"{self.model} has them there; fetch the checkpoint again"
                 )
             else:
-                self._install(layer, self.loader.cut(layer.layout.device))
+                self._install(layer, self.loader.cut(self.device))
         if torch.device(device).type == "cuda" and not self.eager:
             _check_kernels(getattr(layer, _CHILD), self.dtype, part.where)
 
@@ -171,19 +161,6 @@ class BitsMoEMethod(FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         y = experts(x, ids, topk_weights)
         return F.pad(y, (0, padding)) if padding else y
-
-
-def _take_parameter(layer: RoutedExperts, name: str, parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
-    """``weight_loader`` of a placeholder, for model files that look parameters up by name."""
-    layer.quant_method.take(layer, name, tensor)
-
-
-def _load_weights(self: RoutedExperts, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
-    """``load_weights`` of a layer, in the place of the one that splits dense experts."""
-    for name, tensor in weights:
-        stored = name.removeprefix("routed_experts.")
-        self.quant_method.take(self, stored, tensor)
-        yield stored
 
 
 def _check_parallel(parallel: FusedMoEParallelConfig, where: str) -> None:

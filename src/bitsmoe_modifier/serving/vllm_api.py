@@ -5,9 +5,7 @@ Besides these names the plugin relies on, as of vLLM 0.32:
 - `RoutedExperts` is the module that owns a layer's experts; it asks ``quant_config.get_quant_method`` for its method,
   calls its ``create_weights`` from ``__init__`` and its ``apply`` from ``forward_modular``. Attributes read:
   ``layer_name``, ``moe_config``, ``expert_map``, ``activation``, ``apply_router_weight_on_input``.
-- ``MoERunner.load_weights`` passes on to ``routed_experts.load_weights``; model files that look parameters up by name
-  find those of ``routed_experts`` and call their ``weight_loader``. `AutoWeightsLoader` applies
-  ``quant_config.get_checkpoint_weight_mapper()`` before either.
+- Every loader calls ``load_weights`` of the model's outermost class with an iterator of names and tensors.
 - ``ForwardContext.no_compile_layers`` maps a layer's name to its ``MoERunner``.
 """
 
@@ -19,7 +17,6 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.model_loader import get_model_architecture
-from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import direct_register_custom_op
 
 __all__ = [
@@ -29,7 +26,6 @@ __all__ = [
     "FusedMoEParallelConfig",
     "MoEActivation",
     "RoutedExperts",
-    "WeightsMapper",
     "direct_register_custom_op",
     "get_current_vllm_config",
     "get_forward_context",

@@ -1,0 +1,92 @@
+"""How packed tensors find their layers, whatever files and models call them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from bitsmoe_modifier.errors import CheckpointError
+
+pytestmark = pytest.mark.vllm
+
+
+class Method:
+    """Notes what a layer is given."""
+
+    def __init__(self) -> None:
+        self.got: list[str] = []
+
+    def take(self, layer: Any, name: str, tensor: torch.Tensor) -> None:
+        self.got.append(name)
+
+
+def model_of(monkeypatch: pytest.MonkeyPatch, *layer_names: str) -> Any:
+    from bitsmoe_modifier.serving import diversion
+
+    class Layer(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.layer_name, self.quant_method = name, Method()
+
+    class Model(torch.nn.Module):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            self.passed = [name for name, _ in weights]
+            return set(self.passed)
+
+    monkeypatch.setattr(diversion, "RoutedExperts", Layer)
+    model = Model()
+    model.layers = torch.nn.ModuleList(map(Layer, layer_names))
+    for _ in range(2):  # vLLM asks for every layer's method: the class is to be changed once
+        diversion.divert(Model, Method)
+    return model
+
+
+def stream(*names: str) -> list[tuple[str, torch.Tensor]]:
+    return [(name, torch.empty(0)) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("served", "stored"),
+    [
+        ("model.layers.3.mlp.experts", "model.layers.3.mlp.experts"),
+        ("model.layers.3.block_sparse_moe.experts", "model.layers.3.mlp.experts"),
+        ("language_model.model.layers.3.moe.experts", "model.language_model.layers.3.experts"),
+        ("backbone.layers.3.mixer.experts", "model.layers.3.mixer.experts"),
+        ("unnumbered.experts", "unnumbered.experts"),
+    ],
+)
+def test_layers_are_found_under_other_names(served: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(monkeypatch, "model.layers.2.mlp.experts", served)
+    loaded = model.load_weights(stream(f"{stored}.codes_in", "lm_head.weight", f"{stored}.layout"))
+    assert model.layers[1].quant_method.got == ["codes_in", "layout"]
+    assert not model.layers[0].quant_method.got
+    assert model.passed == ["lm_head.weight"]
+    assert loaded == {"lm_head.weight", "layers.1.codes_in", "layers.1.layout"}
+
+
+def test_everything_else_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(monkeypatch, "model.layers.3.mlp.experts")
+    names = [
+        "mtp.layers.4.mlp.experts.gate_up_proj",  # of a layer for multi-token prediction, left dense
+        "model.layers.3.mlp.shared_experts.layout",
+        "model.layers.3.mlp.experts.0.gate_proj.weight",
+        "model.layers.4.mlp.experts.layout",
+        "model.layers.3.mlp.gate.weight",
+    ]
+    model.load_weights(stream(*names))
+    assert model.passed == names
+    assert not model.layers[0].quant_method.got
+
+
+def test_two_layers_in_one_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(monkeypatch, "thinker.layers.3.mlp.experts", "talker.layers.3.mlp.experts")
+    with pytest.raises(CheckpointError, match=r"layers\.0 and layers\.1; run this checkpoint with transformers"):
+        model.load_weights(stream("lm_head.weight"))
+
+
+def test_models_without_packed_layers_load_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(monkeypatch)
+    weights = stream("model.layers.3.mlp.experts.layout")
+    assert model.load_weights(weights) == {"model.layers.3.mlp.experts.layout"}
+    assert model.passed == ["model.layers.3.mlp.experts.layout"]
