@@ -15,8 +15,9 @@ import triton.language as tl
 
 from bitsmoe_modifier.storage.factors import decode_basis
 
+from .ahead import begin, fetch, payloads
 from .digits import digit_values, product, swapped
-from .launch import BASIS_TOKENS, FUSION, basis_stages, capability, on
+from .launch import BASIS_TOKENS, FUSION, basis_stages, capability, on, overlap
 from .routing import route, route_arguments, route_expert, routed_tensors
 
 
@@ -70,16 +71,22 @@ def _multiply(
 @triton.jit(do_not_specialize=["T", "P", "E", "TILES", "ARRIVALS"])
 def basis_kernel(
     x_ptr, w_ptr, step_ptr, y_ptr, T, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS,
+    spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
     ROUTE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    AHEAD: tl.constexpr, PAIRS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (BN rows, BM tokens): y [T, N]; ROUTE: and (cdiv(N, BN) + expert, 0): its tiles of TILE pairs."""
+    """Program (BN rows, BM tokens): y [T, N]; ROUTE: and (cdiv(N, BN) + expert, 0): its tiles of TILE pairs, and with
+    AHEAD its share of the weights that are fetched."""
     ROWS: tl.constexpr = (N + BN - 1) // BN
+    begin(OVERLAP)
     if tl.program_id(0) < ROWS:
         _multiply(x_ptr, w_ptr, step_ptr, y_ptr, T, N, K, BITS, BM, BN, BK, SLICES, STAGES, PACK)
     elif ROUTE and tl.program_id(1) == 0:
         e = tl.program_id(0) - ROWS
+        if AHEAD:
+            fetch(ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr, e, E, P, E, PAIRS)
         route_expert(e, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS, TILE, CHUNK, BINS)
 
 
@@ -105,6 +112,7 @@ def decode_kernel(
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor | None, bits: int, group: int, y: torch.Tensor,
     ids: torch.Tensor | None = None, routed: list[torch.Tensor] | None = None, experts: int = 0, tile: int = 16,
+    ahead: tuple[torch.Tensor | None, ...] = (None,) * 5,
 ) -> None:  # fmt: skip
     """Multiply few tokens, and write ``routed`` where ids are given."""
     (tokens, k), n = x.shape, weight.shape[0]
@@ -114,10 +122,11 @@ def _launch(
     chunk = 64 if bits == 16 else group
     with on(x.device):
         basis_kernel[(triton.cdiv(n, 16) + experts, triton.cdiv(tokens, bm))](
-            x, weight, step, y, tokens, ids, tiles, pairs, arrivals, *counts,
+            x, weight, step, y, tokens, ids, tiles, pairs, arrivals, *counts, *ahead,
             N=n, K=k, BITS=bits, BM=bm, BN=16, BK=chunk, SLICES=4, STAGES=basis_stages(bits, chunk, bm),
             PACK=4 if capability(x.device) else 0, ROUTE=routed is not None, TILE=tile,
-            **route_arguments(counts[0], counts[1]), num_warps=4, **FUSION,
+            **route_arguments(counts[0], counts[1]), **payloads(ahead),
+            num_warps=4, **overlap(capability(x.device)), **FUSION,
         )  # fmt: skip
 
 
@@ -159,13 +168,19 @@ def basis_and_route(
     experts: int,
     tile: int,
     arrivals: int,
+    spans: torch.Tensor | None = None,
+    codes_in: torch.Tensor | None = None,
+    steps_in: torch.Tensor | None = None,
+    codes_out: torch.Tensor | None = None,
+    steps_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`basis` and `routing.route`, for few tokens in one launch: (h, tiles, pairs, arrivals)."""
+    ahead = spans, codes_in, steps_in, codes_out, steps_out
     if x.shape[0] > BASIS_TOKENS or not ids.numel():
-        return basis(x, weight, step, bits, group), *route(ids, experts, tile, arrivals)
+        return basis(x, weight, step, bits, group), *route(ids, experts, tile, arrivals, *ahead)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     routed = routed_tensors(ids, experts, tile, arrivals)
-    _launch(x, weight, step, bits, group, y, ids, routed, experts, tile)
+    _launch(x, weight, step, bits, group, y, ids, routed, experts, tile, ahead)
     tiles, pairs, zeros = routed
     return y, tiles, pairs, zeros
 
@@ -181,6 +196,7 @@ def _(
     experts: int,
     tile: int,
     arrivals: int,
+    *ahead: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
     return x.new_empty(x.shape[0], weight.shape[0]), tiles, pairs, zeros

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, on
+from .ahead import begin
+from .launch import FUSION, capability, on, overlap
 
 
 @triton.jit
@@ -41,9 +42,10 @@ def token_sum(
 def combine_kernel(
     t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
     TOP_K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (token, BLOCK elements of its row)."""
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = token_sum(
@@ -82,7 +84,8 @@ def combine(
         with on(ids.device):
             combine_kernel[(tokens, triton.cdiv(size, block))](
                 t, ids, p, bias, base, y, num_experts, TOP_K=k, N=size, BLOCK=block,
-                HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4, **FUSION,
+                HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4,
+                **overlap(capability(ids.device)), **FUSION,
             )  # fmt: skip
     return y
 

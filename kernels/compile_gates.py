@@ -18,26 +18,20 @@ the routing, which is compiled for up to 128 and for more.
 """
 
 import argparse
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from .basis import basis_kernel
 from .combine import combine_kernel
 from .down import down_kernel
 from .gate_up import gate_up_kernel
-from .launch import FUSION, NO_FUSION, Launch, basis_stages, launch, launch_down, spread
+from .launch import NO_FUSION, Launch, basis_stages, launch, launch_down, spread
+from .machine_code import SHARED, Case, compile_case
+from .prepare import BASIS_GROUPS, BLOCKS, GROUPS, WIDTH_SETS
 from .rounding import constants_of, round_block_kernel
 from .routing import route_arguments, route_kernel
 from .trellis_gates import trellis_cases
@@ -50,70 +44,10 @@ BUDGET = {1: 5.5, 2: 2.0, 3: 7.5, 4: 2.3, 6: 4.3, 8: 4.6}
 #: For 16 pairs of a tile, whose activations cost twice as much.
 WIDE_BUDGET = {**BUDGET, 2: 3.5, 4: 3.5}
 BASIS_BUDGET = {4: 3.5, 8: 6.0}
-#: Instructions before the first copy.
-START_BUDGET = 400
 #: Prefill scales and multiplies 64 tokens per weight: its loop is bound by the products, a generous budget.
 PREFILL_BUDGET = 10.0
 
 _R, _I = 2048, 768
-_SHARED = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB per multiprocessor; 1 of a program's is the system's
-_REGISTERS = 65536
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel as launched; ``weights``: decoded by a thread per round of its loop, 0 where there is no such loop.
-
-    ``flies``: copies must be under way in the loop; ``direct``: nothing may be stored in shared memory there.
-    """
-
-    name: str
-    kernel: triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[str, object]
-    how: Launch
-    weights: float = 0
-    budget: float = 0
-    programs: int = 1
-    stack: int = 0
-    flies: bool = False
-    direct: bool = False
-    fusion: dict[str, bool] = field(default_factory=lambda: FUSION)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one compiled case uses.
-
-    ``resident``: programs per multiprocessor; ``byte_loads``: in the loop; ``flying``: rounds of the loop whose copies
-    are under way while it waits, and ``start``: instructions before the first copy, None where nothing is copied.
-    """
-
-    registers: int
-    stack: int
-    shared: int
-    resident: int
-    per_weight: float
-    byte_loads: int
-    flying: float | None
-    start: int | None
-    fits: bool
-    stores: int
-
-    def failures(self, case: Case) -> list[str]:
-        """The gates that this report misses."""
-        checks = {
-            f"{self.stack} bytes of stack, {case.stack} allowed": self.stack > case.stack,
-            f"{self.resident} programs resident, {case.programs} wanted": self.resident < case.programs,
-            f"{self.byte_loads} byte loads": self.byte_loads > 0,
-            f"{self.per_weight:.2f} instructions per weight > {case.budget}": self.per_weight > case.budget,
-            "the loop was not found": case.weights > 0 and self.per_weight == 0,
-            f"{self.shared} bytes of shared memory do not fit": not self.fits,
-            f"{self.flying} rounds of copies under way": case.flies and (self.flying is None or self.flying < 1),
-            f"{self.stores} stores to shared memory": case.direct and self.stores > 0,
-            f"{self.start} instructions before the first copy": (self.start or 0) > START_BUDGET,
-        }
-        return [text for text, failed in checks.items() if failed]
 
 
 # -------------------------------------------------------------------------------------------------- the kernels
@@ -125,12 +59,14 @@ _GATE = {"bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": Non
 
 
 def _gate_up(
-    cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", shared: bool = False, block: int = 128
-) -> Case:
-    rows = block
+    cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", shared: bool = False, block: int = 128,
+    group: int | None = None,
+) -> Case:  # fmt: skip
+    group = group or block
+    rows = min(128, group)
     how = launch(tile, rows, cc)
     constants = {
-        **_GATE, "TOP_K": 8, "R": _R, "I": _I, "BS": block, "GS": block, "WIDTHS": widths,
+        **_GATE, "TOP_K": 8, "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths,
         "BM": tile, "BN": rows, "SHARED": shared, "SWAP": how.pack != 2,
         "SPREAD": spread(tile, block, how.warps, widths),
         "STAGES": how.stages, "PACK": how.pack,
@@ -141,21 +77,23 @@ def _gate_up(
         **_INPUTS, **_META, "h_ptr": f"*{dtype}", "z_ptr": f"*{dtype}", "part_ptr": "*fp32",
         "gain": "fp32", "inverse_gain": "fp32",
     }  # fmt: skip
-    name = _name("gate_up", widths, tile, dtype, block) + (", shared" if shared else "")
+    name = _name("gate_up", widths, tile, dtype, block, group) + (", shared" if shared else "")
     return Case(
         name, gate_up_kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16
     )
 
 
 def _down(
-    cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", total: bool | None = None, block: int = 128
-) -> Case:
+    cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", total: bool | None = None, block: int = 128,
+    group: int | None = None, rows: int = 128,
+) -> Case:  # fmt: skip
+    group = group or block
     total = tile <= 16 if total is None else total
-    rows = min(block, 128)
+    rows = min(block, rows)
     how = launch_down(tile, rows, cc)
     constants = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
-        "R": _R, "I": _I, "BS": block, "GS": block, "WIDTHS": widths, "BM": tile, "BR": rows,
+        "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "BR": rows,
         "STAGES": how.stages, "PACK": how.pack,
     }  # fmt: skip
     if not total:
@@ -164,13 +102,15 @@ def _down(
         **_INPUTS, **_META, "z_ptr": f"*{dtype}", "t_ptr": "*fp32" if total else f"*{dtype}", "ids_ptr": "*i64",
         "p_ptr": "*fp32", "y_ptr": f"*{dtype}", "T": "i32", "TILES": "i32",
     }  # fmt: skip
-    name = _name("down", widths, tile, dtype, block) + ("" if total or tile > 16 else ", not summed")
+    name = _name("down", widths, tile, dtype, block, group) + (f", {rows} rows" if rows < min(block, 128) else "")
+    name += "" if total or tile > 16 else ", not summed"
     return Case(name, down_kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16)
 
 
-def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int) -> str:
+def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int, group: int) -> str:
     bits = ",".join(map(str, widths))
-    return f"{operation} {bits} bit, {tile} pairs, {dtype}" + (f", blocks of {block}" if block != 128 else "")
+    name = f"{operation} {bits} bit, {tile} pairs, {dtype}" + (f", blocks of {block}" if block != 128 else "")
+    return name + (f", groups of {group}" if group != block else "")
 
 
 def _loop(widths: tuple[int, ...], weights: int, tile: int, how: Launch) -> tuple[float, float, int]:
@@ -187,6 +127,8 @@ def _loop(widths: tuple[int, ...], weights: int, tile: int, how: Launch) -> tupl
 
 _ROUTING = {"ids_ptr": "*i64", "tiles_ptr": "*i32", "pairs_ptr": "*i32", "arrivals_ptr": "*i32"}
 _ROUTING |= dict.fromkeys(("P", "E", "TILES", "ARRIVALS"), "i32")
+_AHEAD = {"spans_ptr": "*i32", **dict.fromkeys(("codes_in_ptr", "codes_out_ptr"), "*u8")}
+_AHEAD |= dict.fromkeys(("steps_in_ptr", "steps_out_ptr"), "*bf16")
 
 
 def _basis(bits: int, dtype: str = "bf16", tokens: int = 8, group: int = 128, routing: bool = False) -> Case:
@@ -221,6 +163,8 @@ def _small() -> Iterator[Case]:
     for pairs in (16, 512):
         constants = {"BM": 8, **route_arguments(pairs, 128)}
         yield Case(f"routing of {pairs} pairs", route_kernel, _ROUTING, constants, how)
+    fetching = {"AHEAD": True, "BM": 8, **route_arguments(16, 128)}
+    yield Case("routing of 16 pairs, weights fetched", route_kernel, _ROUTING | _AHEAD, fetching, how)
 
 
 def _rounding() -> Iterator[Case]:
@@ -270,92 +214,27 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
         yield from _small()
 
 
-# -------------------------------------------------------------------------------------------------- the compiler
-
-
-def compile_case(case: Case, cc: int) -> Report:
-    """Compile one case for a target and read its machine code.
-
-    Raises:
-        RuntimeError: where the disassembler of Triton's package does not know the target.
-    """
-    names = case.kernel.arg_names
-    signature = {n: "constexpr" if n in case.constants else case.signature[n] for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    constants = {(names.index(n),): value for n, value in case.constants.items()}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.how.warps, "num_stages": case.how.stages, "maxnreg": case.how.registers}
-    options |= case.fusion
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", path)
-        code = _tool("nvdisasm", "-c", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    if not found:
-        raise RuntimeError(f"no resource usage of {case.name} for sm_{cc} in: {usage[-400:]}")
-    registers, stack, local = map(int, found.groups())
-    shared = compiled.metadata.shared
-    threads = 32 * case.how.warps
-    resident = min(_REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)
-    if shared:
-        resident = min(resident, _SHARED[cc] * 1024 // (shared + 1024))
-    loop = main_loop(code)
-    opcodes = Counter(_opcodes(loop))
-    waits, groups = re.findall(r"DEPBAR\.LE SB0, (0x\w+)", loop), opcodes["LDGDEPBAR"]
-    loads = [op for op in opcodes.elements() if op.startswith(("LDG", "LDS."))]
-    return Report(
-        registers=registers,
-        stack=stack + local,
-        shared=shared,
-        resident=resident,
-        per_weight=sum(opcodes.values()) / case.weights if case.weights else 0.0,
-        byte_loads=sum(".U8" in op or ".S8" in op for op in loads),
-        flying=min(int(n, 16) for n in waits) / groups if waits and groups else None,
-        start=len(_opcodes(code[: code.index("LDGSTS")])) if "LDGSTS" in code else None,
-        fits=shared <= (_SHARED[cc] - 1) * 1024,
-        stores=sum(op.split(".")[0] in ("STS", "STSM") for op in opcodes.elements()),
-    )
-
-
-def _tool(name: str, *arguments: str) -> str:
-    """Output of one of the CUDA tools that Triton's package carries."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    ran = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise RuntimeError(f"{name} failed: {(ran.stderr or ran.stdout).strip()[-400:]}")
-    return ran.stdout
-
-
-def main_loop(code: str) -> str:
-    """The innermost loop that decodes: of those without another inside (waiting loops aside), the one with most HFMA2.
-
-    It is not found by its products: Blackwell's are issued by one thread, from code that lies outside the loop's text.
-    """
-    lines = code.splitlines()
-    labels, loops = {}, []
-    for i, line in enumerate(lines):
-        label = re.match(r"\s*(\.L_\w+):", line)
-        if label:
-            labels[label[1]] = i
-        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if jump and jump[1] in labels:
-            text = "\n".join(lines[labels[jump[1]] : i + 1])
-            if len(_opcodes(text)) >= 32:
-                loops.append((labels[jump[1]], i, text))
-    inner = [a for a in loops if not any(b is not a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max((text for *_, text in inner), key=lambda text: text.count("HFMA2"), default="")
-
-
-def _opcodes(code: str) -> list[str]:
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", code)
+def shapes(cc: int) -> Iterator[Case]:
+    """Every block, group and tile that `prepare.unsupported` accepts, with all widths: their resources only."""
+    widths = WIDTH_SETS[-1]
+    found: list[Case] = []
+    for block in BLOCKS:
+        for group in GROUPS:
+            for tile in (8, 16, 64):
+                found.append(_gate_up(cc, widths, tile, block=block, group=group))
+                found.append(_down(cc, widths, tile, block=block, group=group))
+            found.append(_gate_up(cc, widths, 8, shared=True, block=block, group=group))
+            if block > 32:
+                found.append(_down(cc, widths, 8, block=block, group=group, rows=32))
+    found += [_basis(bits, tokens=t, group=g) for bits in (4, 8) for t in (8, 16) for g in BASIS_GROUPS]
+    for case in found:
+        yield replace(case, weights=0, budget=0, programs=1, flies=False)
 
 
 # ------------------------------------------------------------------------------------------------------ command
 
 
-def table(targets: tuple[int, ...], every: bool = True) -> tuple[str, list[str]]:
+def table(targets: tuple[int, ...], every: bool = True, all_shapes: bool = False) -> tuple[str, list[str]]:
     """(the table in Markdown, the gates missed)."""
     lines = [
         "| target | kernel | warps | registers | stack | shared KiB | programs per SM | in flight | start "
@@ -364,8 +243,8 @@ def table(targets: tuple[int, ...], every: bool = True) -> tuple[str, list[str]]
     ]
     missed = []
     for cc in targets:
-        for case in cases(cc, every):
-            if _SHARED[cc] <= 100:  # the shared memory of small GPUs holds two of the mixed kernels
+        for case in shapes(cc) if all_shapes else cases(cc, every):
+            if SHARED[cc] <= 100:  # the shared memory of small GPUs holds two of the mixed kernels
                 case = replace(case, programs=min(case.programs, 2))
             report = compile_case(case, cc)
             missed += [f"sm_{cc} {case.name}: {failure}" for failure in report.failures(case)]
@@ -384,10 +263,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check the compiled kernels without a GPU.")
     parser.add_argument("--cc", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--quick", action="store_true", help="only decode with the default recipe's widths")
+    parser.add_argument("--shapes", action="store_true", help="instead, every block, group and tile with all widths")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: these kernels would be interpreted, not compiled")
-    text, missed = table(tuple(options.cc), not options.quick)
+    text, missed = table(tuple(options.cc), not options.quick, options.shapes)
     print(f"Triton {triton.__version__}\n\n{text}\n")
     print("\n".join(f"MISSED {line}" for line in missed) or "all gates passed")
     return 1 if missed else 0

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .ahead import begin
 from .arrival import arrive
 from .combine import token_sum
 from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product, swapped
-from .launch import FUSION, capability, launch_down, on
+from .launch import FUSION, capability, launch_down, on, overlap
 from .routing import pair_tile
 
 
@@ -82,7 +83,7 @@ def down_kernel(
     ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I].
 
@@ -93,6 +94,7 @@ def down_kernel(
     GROUPS: tl.constexpr = I // GS
     QUANTUM: tl.constexpr = BS * GS // 8
     PER: tl.constexpr = BS // BR
+    begin(OVERLAP)
     program = tl.program_id(0)
     if program < TILES:
         e, pair = pair_tile(tiles_ptr, pairs_ptr, program, BM)
@@ -156,7 +158,8 @@ def _launch(
     """Run the kernel; ``total``: ids, p, bias, base, y and arrivals where it adds the token's experts up."""
     block_size, group_size, tile, br = sizes
     ids, _, bias, base, _, _ = total
-    how = launch_down(tile, br, capability(z.device))
+    cc = capability(z.device)
+    how = launch_down(tile, br, cc)
     count, top_k = (0, 1) if ids is None else ids.shape
     programs = tiles.shape[0] + triton.cdiv(count, tile)
     with on(z.device):
@@ -164,7 +167,7 @@ def _launch(
             z, tiles, pairs, codes, steps, head, order, t, *total, count, tiles.shape[0], head.shape[0],
             TOP_K=top_k, R=t.shape[1], I=z.shape[1], BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=tile, BR=br, SUM=ids is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers, **FUSION,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers, **overlap(cc), **FUSION,
         )  # fmt: skip
 
 

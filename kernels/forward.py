@@ -11,6 +11,7 @@ import torch
 from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gating_arguments
+from .ahead import fits_ahead
 from .basis import basis, basis_and_route
 from .combine import combine
 from .down import down, down_and_combine
@@ -46,6 +47,7 @@ class Plan:
         total: down adds a token's experts up.
         swap: the order of z (`launch.swaps`).
         warps: of a program of down with trellis codes.
+        ahead: the weights are fetched by the programs that write the tiles (`ahead.py`).
     """
 
     tile: int
@@ -57,6 +59,7 @@ class Plan:
     total: bool
     swap: bool
     warps: int
+    ahead: bool
 
 
 def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
@@ -72,7 +75,10 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     arrivals = (tiles * (layout.intermediate_size // bn) if parts > 1 else 0, tokens * (layout.rank_out // br))
     swap = swaps(tile, br, experts.capability)
     warps = trellis_down_warps(tile, filled, layout.units_out)
-    return Plan(tile, tiles, bn, parts, br, (arrivals[0], arrivals[1] if total else 0), total, swap, warps)
+    sides = experts.side_in, experts.side_out
+    payload = sum(side.codes.nbytes + side.steps.nbytes for side in sides)
+    ahead = experts.spans is not None and fits_ahead(pairs, layout.num_experts, payload, experts.cache)
+    return Plan(tile, tiles, bn, parts, br, (arrivals[0], arrivals[1] if total else 0), total, swap, warps, ahead)
 
 
 def moe_forward(
@@ -98,6 +104,9 @@ def moe_forward(
     x, ids, p = x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
     step = plan(*ids.shape, experts)
     routing = ids, layout.num_experts, step.tile, sum(step.arrivals)
+    if step.ahead:
+        sides = experts.side_in, experts.side_out
+        routing += experts.spans, *(payload for side in sides for payload in (side.codes, side.steps))
     if packed.basis_in is None:
         h, (tiles, pairs, arrivals) = x, route(*routing)
     else:

@@ -17,6 +17,7 @@ import triton.language as tl
 from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gate_value
+from .ahead import begin
 from .arrival import arrive
 from .digits import (
     digit_count,
@@ -29,7 +30,7 @@ from .digits import (
     slices_before,
     swapped,
 )
-from .launch import FUSION, capability, launch, on, spread
+from .launch import FUSION, capability, launch, on, overlap, spread
 from .routing import pair_tile
 
 
@@ -190,7 +191,7 @@ def gate_up_kernel(
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr, SWAP: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, tile of BN columns, SHARED: matrix and share of its units).
 
@@ -200,6 +201,7 @@ def gate_up_kernel(
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
     TILES: tl.constexpr = GS // BN
+    begin(OVERLAP)
     e, pair = pair_tile(tiles_ptr, pairs_ptr, tl.program_id(0), BM)
     if e >= 0:
         group = tl.program_id(1) // TILES
@@ -295,7 +297,8 @@ def gate_up(
         return z
     shared = parts > 1
     part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=h.device) if shared else None
-    how = launch(pair_tile, bn, capability(h.device))
+    cc = capability(h.device)
+    how = launch(pair_tile, bn, cc)
     gain = 1.0 if h.dtype == torch.bfloat16 else gain
     with on(h.device):
         gate_up_kernel[(tiles.shape[0], columns // bn, parts)](
@@ -304,7 +307,7 @@ def gate_up(
             TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=pair_tile, BN=bn, SHARED=shared, SWAP=swap, SPREAD=spread(pair_tile, block_size, how.warps, widths),
             HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, **FUSION,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, **overlap(cc), **FUSION,
         )  # fmt: skip
     return z
 

@@ -4,12 +4,20 @@ Few tokens: two warps, each decoding 64 rows of weights for 8 tokens with `mma.s
 sm_80. Many tokens: eight warps, with the widest tensor-core instruction that the GPU has.
 """
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
+
+from .prepare import SHARED_BYTES
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # this Triton knows no programmatic dependent launch
+    gdc_launch_dependents = gdc_wait = None
 
 #: Pairs (tokens × experts per token) up to which every pair has programs; beyond it the pairs are sorted.
 DECODE_PAIRS = 512
@@ -20,23 +28,23 @@ BASIS_TOKENS = 64
 #: Programs of two warps that fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS_WANTED = 1056
 
-#: Bytes of shared memory that a program may have on every GPU since sm_80 (sm_86, sm_89 and sm_120 have the least).
-SHARED_BYTES = 99 * 1024
 
-
-def _knows_fusion() -> bool:
-    """Whether this Triton takes ``enable_fp_fusion`` at a launch."""
+def _known_options() -> set[str]:
+    """What this Triton takes at a launch on an NVIDIA GPU."""
     try:
         from triton.backends.nvidia.compiler import CUDAOptions
     except ImportError:
-        return False
-    return "enable_fp_fusion" in {field.name for field in fields(CUDAOptions)}
+        return set()
+    return {field.name for field in fields(CUDAOptions)}
 
 
 #: For every launch: a product and a sum become one instruction. Triton's default changes from version to version.
-FUSION: dict[str, bool] = {"enable_fp_fusion": True} if _knows_fusion() else {}
+FUSION: dict[str, bool] = {"enable_fp_fusion": True} if "enable_fp_fusion" in _known_options() else {}
 #: For what shall round as PyTorch does.
 NO_FUSION: dict[str, bool] = dict.fromkeys(FUSION, False)
+
+#: Whether a layer's kernels may be launched while the one before runs (`ahead.begin`); BITSMOE_OVERLAP=0 forbids it.
+OVERLAP = os.environ.get("BITSMOE_OVERLAP") != "0" and gdc_wait is not None and "launch_pdl" in _known_options()
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,12 @@ def swaps(tile: int, br: int, cc: int) -> bool:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current GPU; make it the tensors' own (models spread over several GPUs)."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def overlap(cc: int) -> dict[str, bool]:
+    """Constant and option of a kernel that begins with `ahead.begin`; GPUs before sm_90 cannot overlap launches."""
+    overlaps = OVERLAP and cc >= 90
+    return {"OVERLAP": overlaps, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 def power_of_two(count: int) -> int:

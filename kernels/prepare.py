@@ -20,11 +20,15 @@ from bitsmoe_modifier.storage.steps import step_values
 
 #: Sets of widths that kernels are compiled for: the layers of a model differ in which they use, and a set of their own
 #: for each would compile every kernel several times. Widths that do not occur cost a loop of no rounds.
-_WIDTH_SETS = ((6, 4, 2), (8, 6, 4, 3, 2, 1))
+WIDTH_SETS = ((6, 4, 2), (8, 6, 4, 3, 2, 1))
 
-_BLOCKS = (16, 32, 64, 128)
-_GROUPS = (32, 64, 128)
-_BASIS_GROUPS = (32, 64, 128, 256)
+BLOCKS = (16, 32, 64, 128)
+GROUPS = (32, 64, 128)
+BASIS_GROUPS = (32, 64, 128, 256)
+
+#: Bytes of shared memory that a program may have on every GPU since sm_80 (sm_86, sm_89 and sm_120 have the least). The
+#: kernels of every layer that is taken need no more there: `compile_gates --shapes` compiles them.
+SHARED_BYTES = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,14 @@ class PreparedSide:
 class PreparedExperts:
     """A layer's stored tensors with the launch metadata of both sides. Payloads are shared with ``packed``.
 
-    ``capability``: 10 × major + minor of the layer's GPU; 0 in the interpreter.
+    Attributes:
+        layout: sizes.
+        packed: as stored.
+        side_in: of gate and up.
+        side_out: of down.
+        capability: 10 × major + minor of the layer's GPU; 0 in the interpreter.
+        spans: from `line_spans`.
+        cache: bytes of weights that a step may fetch ahead (`ahead.py`): a third of the GPU's second cache.
     """
 
     layout: ExpertsLayout
@@ -66,6 +77,8 @@ class PreparedExperts:
     side_in: PreparedSide
     side_out: PreparedSide
     capability: int
+    spans: torch.Tensor | None = None
+    cache: int = 0
 
 
 def unsupported(
@@ -82,13 +95,18 @@ def unsupported(
     on_gpu = torch.cuda.is_available() and (where is None or where.type == "cuda")
     if on_gpu and torch.cuda.get_device_capability(where)[0] < 8:
         return "the GPU is older than sm_80, which has the bf16 instructions that decode digits"
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(where)
+        shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
+        if shared < SHARED_BYTES:
+            return f"the GPU gives a program {shared} bytes of shared memory, and the kernels take up to {SHARED_BYTES}"
     checks: list[tuple[str, object, tuple[object, ...]]] = [
-        ("block_size", layout.block_size, _BLOCKS),
-        ("group_size", layout.group_size, _GROUPS),
+        ("block_size", layout.block_size, BLOCKS),
+        ("group_size", layout.group_size, GROUPS),
         ("activation dtype", dtype, (torch.float16, torch.bfloat16)),
     ]
     if layout.basis_in_bits in (4, 8) or layout.basis_out_bits in (4, 8):
-        checks.append(("basis_group_size", layout.basis_group_size, _BASIS_GROUPS))
+        checks.append(("basis_group_size", layout.basis_group_size, BASIS_GROUPS))
     for name, value, known in checks:
         if value not in known:
             return f"{name} {value} has no kernel (known: {', '.join(map(str, known))})"
@@ -119,8 +137,26 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
     side_out = _prepare_side(packed.codes_out, packed.steps_out, packed.widths_out, layout)
     if layout.codes:
         side_out = replace(side_out, order=_chain_places(packed.widths_out, layout))
-    major, minor = torch.cuda.get_device_capability(packed.codes_in.device) if packed.codes_in.is_cuda else (0, 0)
-    return PreparedExperts(layout, packed, side_in, side_out, 10 * major + minor)
+    if not packed.codes_in.is_cuda:
+        return PreparedExperts(layout, packed, side_in, side_out, 0)
+    gpu = torch.cuda.get_device_properties(packed.codes_in.device)
+    spans = None if layout.codes else line_spans(side_in, side_out, layout)
+    cache = int(getattr(gpu, "L2_cache_size", 0)) // 3
+    return PreparedExperts(layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache)
+
+
+def line_spans(side_in: PreparedSide, side_out: PreparedSide, layout: ExpertsLayout) -> torch.Tensor:
+    """Where an expert lies: int32 ``[E, 4, 2]``, the first 128-byte line and the end, counted from where the codes and
+    the steps of the input side and of the output side begin."""
+    columns = []
+    for side in (side_in, side_out):
+        starts = side.head.view(layout.num_experts, -1, side.head.shape[1])[:, 0, :2].to(torch.int64)
+        for i, (unit, payload) in enumerate(((layout.quantum, side.codes), (2 * layout.block_size, side.steps))):
+            begins = starts[:, i] * unit
+            ends = torch.cat([begins[1:], begins.new_tensor([payload.nbytes])])
+            ends = torch.where(ends > begins, -(-ends // 128), begins // 128)
+            columns.append(torch.stack([begins // 128, ends], 1))
+    return torch.stack(columns, 1).to(torch.int32).contiguous()
 
 
 def width_set(widths: Iterable[int]) -> tuple[int, ...]:
@@ -128,7 +164,7 @@ def width_set(widths: Iterable[int]) -> tuple[int, ...]:
     used = set(widths) - {0}
     if len(used) <= 1:
         return tuple(used)
-    return next(known for known in _WIDTH_SETS if used <= set(known))
+    return next(known for known in WIDTH_SETS if used <= set(known))
 
 
 def _aligned(payload: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, on, power_of_two
+from .ahead import begin, fetch, payloads
+from .launch import FUSION, capability, on, overlap, power_of_two
 
 
 @triton.jit
@@ -77,10 +78,15 @@ def route_expert(
 @triton.jit(do_not_specialize=["P", "E", "TILES", "ARRIVALS"])
 def route_kernel(
     ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS,
+    spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr,
     BM: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    AHEAD: tl.constexpr, PAIRS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (expert)."""
+    """Program (expert); AHEAD: it also asks for its share of the weights (`ahead.fetch`)."""
     e = tl.program_id(0)
+    begin(OVERLAP)
+    if AHEAD:
+        fetch(ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr, e, E, P, E, PAIRS)
     route_expert(e, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS, BM, CHUNK, BINS)
 
 
@@ -101,7 +107,17 @@ def routed_tensors(ids: torch.Tensor, experts: int, tile: int, arrivals: int) ->
 
 
 @torch.library.custom_op("bitsmoe::route", mutates_args=())
-def route(ids: torch.Tensor, experts: int, tile: int, arrivals: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def route(
+    ids: torch.Tensor,
+    experts: int,
+    tile: int,
+    arrivals: int,
+    spans: torch.Tensor | None = None,
+    codes_in: torch.Tensor | None = None,
+    steps_in: torch.Tensor | None = None,
+    codes_out: torch.Tensor | None = None,
+    steps_out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tiles of at most ``tile`` pairs of one expert, for any routing, without waiting for the device.
 
     Args:
@@ -109,23 +125,29 @@ def route(ids: torch.Tensor, experts: int, tile: int, arrivals: int) -> tuple[to
         experts: E.
         tile: BM.
         arrivals: how many zeros to return as well.
+        spans: from `prepare.line_spans`, with the four payloads: they are fetched ahead (`ahead.py`). None: not.
+        codes_in: see ``spans``, likewise the others.
 
     Returns:
         tiles int32 ``[tile_count, 3]``: expert (-1: unused), first and last + 1 place in ``pairs``; pairs int32
         ``[P]``: the pairs by expert, in rising order within one; arrivals int32 ``[arrivals]``: zeros.
     """
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
+    ahead = spans, codes_in, steps_in, codes_out, steps_out
     if len(pairs):
         with on(ids.device):
             route_kernel[(experts,)](
-                ids, tiles, pairs, zeros, len(pairs), experts, len(tiles), arrivals,
-                BM=tile, **route_arguments(len(pairs), experts), num_warps=4, **FUSION,
+                ids, tiles, pairs, zeros, len(pairs), experts, len(tiles), arrivals, *ahead,
+                BM=tile, **route_arguments(len(pairs), experts), **payloads(ahead),
+                num_warps=4, **overlap(capability(ids.device)), **FUSION,
             )  # fmt: skip
     return tiles, pairs, zeros
 
 
 @route.register_fake
-def _(ids: torch.Tensor, experts: int, tile: int, arrivals: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(
+    ids: torch.Tensor, experts: int, tile: int, arrivals: int, *ahead: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
     return tiles, pairs, zeros
 

@@ -377,7 +377,7 @@ class BitsMoEExperts(nn.Module):
 
 def _at_fixed_addresses(prepared: "PreparedExperts") -> "PreparedExperts":
     """Tell torch.compile, which knows this of parameters only: a CUDA graph would copy all weights in every step."""
-    for tensors in (vars(prepared.packed), vars(prepared.side_in), vars(prepared.side_out)):
+    for tensors in map(vars, (prepared, prepared.packed, prepared.side_in, prepared.side_out)):
         for tensor in tensors.values():
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)

@@ -9,13 +9,17 @@ habit. The decoded digits are exact.
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from bitsmoe_kernels import prepare
 from bitsmoe_kernels.activation import gating_arguments
+from bitsmoe_kernels.ahead import FETCHED_PAIRS, fetch, fits_ahead
 from bitsmoe_kernels.basis import basis, basis_and_route, basis_reference
 from bitsmoe_kernels.combine import combine, combine_reference
 from bitsmoe_kernels.down import down, down_and_combine, down_reference
 from bitsmoe_kernels.gate_up import gate_up, gate_up_reference
 from bitsmoe_kernels.launch import capability, down_tile, swaps
+from bitsmoe_kernels.prepare import line_spans
 from bitsmoe_kernels.reference import decode_expert_factors
 from bitsmoe_kernels.routing import route, tiles_reference
 from bitsmoe_kernels.synthetic import random_experts
@@ -245,3 +249,40 @@ def test_routing_of_many_pairs():
     tiles, pairs, _ = route(ids, 40, 64, 0)
     found = [(e, pairs[begin:end].tolist()) for e, begin, end in tiles.tolist() if e >= 0]
     assert found == tiles_reference(ids, 40, 64)
+
+
+@triton.jit
+def mark_kernel(ids, spans, codes_in, steps_in, codes_out, steps_out, P, E, PAIRS: tl.constexpr):
+    fetch(ids, spans, codes_in, steps_in, codes_out, steps_out, tl.program_id(0), tl.num_programs(0), P, E, PAIRS, True)
+
+
+@pytest.mark.parametrize("programs", [1, 5])
+def test_what_is_fetched_ahead_is_what_the_chosen_experts_hold(programs):
+    layout, packed = layer_of((4, 128, 192, 64, 64), (0, 1, 4, 8), 5)
+    prepared, ids = prepare(packed), torch.tensor([[2, -1], [0, 4], [2, 2]])
+    sides = prepared.side_in, prepared.side_out
+    payloads = [payload for side in sides for payload in (side.codes, side.steps)]
+    marks = [torch.zeros(-(-payload.nbytes // 128) * 128, dtype=torch.uint8) for payload in payloads]
+    spans = line_spans(*sides, layout)
+    mark_kernel[(programs,)](ids, spans, *marks, ids.numel(), layout.num_experts, FETCHED_PAIRS)
+    for side, found in zip(sides, (marks[:2], marks[2:]), strict=True):
+        per = len(side.head) // layout.num_experts
+        for mark, payload, column, unit in zip(
+            found, (side.codes, side.steps), (0, 1), (layout.quantum, 2 * layout.block_size), strict=True
+        ):
+            starts = [*(side.head[::per, column].long() * unit).tolist(), payload.nbytes]
+            want = torch.zeros_like(mark)
+            for e in (0, 2):
+                begin, end = starts[e], starts[e + 1]
+                if end > begin:
+                    want[begin // 128 * 128 : end : 128] = 1
+            assert torch.equal(mark, want)
+            assert 0 < int(want.sum()) < len(want) // 128
+
+
+@pytest.mark.parametrize(
+    ("pairs", "budget", "fetched"),
+    [(8, 1600, True), (8, 1599, False), (16, 3200, True), (17, 10**6, False), (0, 1, False)],
+)
+def test_small_steps_are_fetched_ahead(pairs, budget, fetched):
+    assert fits_ahead(pairs, experts=4, payload_bytes=800, budget=budget) is fetched
