@@ -6,27 +6,35 @@ bf16 layer, a 4-bit and a plain 2-bit kernel at fixed shares of the bandwidth. A
 
     launch + start + max(bytes / bandwidth, instructions / issue rate, rounds one after another, bytes in flight)
 
-and a layer the sum of its kernels. `LAUNCH` to `IDLE_PROGRAM` below are assumptions, from what such kernels usually
-show, and so are those of the other layers (`OTHERS`). The model cannot know: how evenly a router loads experts (it
-assumes random choices), caches (all bytes come from memory), clocks under load, contention of programs for an issue
-slot or a bank, how well one kernel's start overlaps the end of another, and whether the compiled code is right. Order
-is more reliable than size; models like it have missed measured times by 40 %, and its assumptions favour kernels that
-copy ahead.
+and a layer the sum of its kernels. From sm_90 on a kernel is launched while the one before runs, which leaves `OVERLAP`
+of the launch. Where the weights of a step are fetched ahead (`bitsmoe_kernels.ahead`), gate_up and down read the second
+cache, at its latency and bandwidth, and end no earlier than their weights have come from memory. `LAUNCH` to
+`IDLE_PROGRAM` below are assumptions, from what such kernels usually show, and so are those of the other layers
+(`OTHERS`). The model cannot know: how evenly a router loads experts (it assumes random choices), caches (all bytes come
+from memory), clocks under load, contention of programs for an issue slot or a bank, how well one kernel's start
+overlaps the end of another, and whether the compiled code is right. Order is more reliable than size; models like it
+have missed measured times by 40 %, and its assumptions favour kernels that copy ahead.
 """
 
 import argparse
 from dataclasses import dataclass
 
 from bitsmoe_kernels import compile_gates
-from bitsmoe_kernels.launch import decode_tile, down_tile, expected_tiles, gate_up_tile
+from bitsmoe_kernels.ahead import fits_ahead
+from bitsmoe_kernels.launch import decode_tile, down_tile, expected_tiles, gate_up_tile, overlap
+from bitsmoe_kernels.machine_code import compile_case
 from bitsmoe_kernels.prepare import width_set
 from bitsmoe_kernels.routing import tile_count
 from layers import SHAPES, Shape, markdown
 
 #: Seconds between the end of a kernel and the start of one that depends on it, inside a CUDA graph.
 LAUNCH = 1.5e-6
+#: The same where the dependent kernel is launched before (programmatic dependent launch).
+OVERLAP = 0.5e-6
 #: Seconds of one load that the next instruction needs, and how many of them come before the first copy of weights.
 LATENCY, START_LOADS = 0.7e-6, 3
+#: The same from the second cache, and how many times the memory's bandwidth that has.
+CACHE_LATENCY, CACHE_BANDWIDTH = 0.35e-6, 1.6
 #: Share of the bandwidth and of the issue slots that a kernel reaches at best.
 BANDWIDTH_SHARE, ISSUE_SHARE = 0.85, 0.7
 #: Seconds that a program takes to find that it has nothing to do, per multiprocessor.
@@ -37,20 +45,21 @@ OTHERS = {"bf16": (16, 14e-6, 0.78), "W4": (4 + 16 / 128, 9e-6, 0.6), "plain 2 b
 
 @dataclass(frozen=True)
 class Gpu:
-    """Compute capability, multiprocessors, bytes per second, clock in Hz."""
+    """Compute capability, multiprocessors, bytes per second, clock in Hz, bytes of the second cache."""
 
     cc: int
     processors: int
     bandwidth: float
     clock: float
+    cache: int
 
 
 GPUS = {
-    "H100": Gpu(90, 132, 3.35e12, 1.755e9),
-    "H200": Gpu(90, 132, 4.8e12, 1.755e9),
-    "A100": Gpu(80, 108, 2.04e12, 1.41e9),
-    "4090": Gpu(89, 128, 1.008e12, 2.52e9),
-    "B200": Gpu(100, 148, 8.0e12, 1.85e9),
+    "H100": Gpu(90, 132, 3.35e12, 1.755e9, 50 * 10**6),
+    "H200": Gpu(90, 132, 4.8e12, 1.755e9, 50 * 10**6),
+    "A100": Gpu(80, 108, 2.04e12, 1.41e9, 40 * 10**6),
+    "4090": Gpu(89, 128, 1.008e12, 2.52e9, 72 * 10**6),
+    "B200": Gpu(100, 148, 8.0e12, 1.85e9, 126 * 10**6),
 }
 MODELS = ("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3", "gpt-oss-120b")
 
@@ -69,26 +78,35 @@ class Kernel:
 def compiled(make: object, cc: int, widths: tuple[int, ...], block: int) -> Kernel:
     """Compile the kernel for its widths and each plane alone."""
     case = make(cc, widths, 8, block=block)  # type: ignore[operator]
-    whole = compile_gates.compile_case(case, cc)
-    planes = {f: compile_gates.compile_case(make(cc, (f,), 8, block=block), cc).per_weight for f in (4, 2)}  # type: ignore[operator]
+    whole = compile_case(case, cc)
+    planes = {f: compile_case(make(cc, (f,), 8, block=block), cc).per_weight for f in (4, 2)}  # type: ignore[operator]
     return Kernel(planes, whole.resident, whole.flying or 0.0, whole.start or 0)
 
 
 def kernel_seconds(
-    gpu: Gpu, kernel: Kernel, nbytes: float, instructions: float, programs: float, idle: float, rounds: float
-) -> float:
-    """The formula above. ``rounds``: of one program, each of which waits for its copies at least."""
+    gpu: Gpu, kernel: Kernel, nbytes: float, instructions: float, programs: float, idle: float, rounds: float,
+    first: bool = False, cached: bool = False,
+) -> float:  # fmt: skip
+    """The formula above.
+
+    ``rounds``: of one program, each of which waits for its copies at least; ``first``: of the layer, whose launch waits
+    for a kernel that is not ours; ``cached``: the weights come from the second cache.
+    """
+    latency, bandwidth = LATENCY, gpu.bandwidth * BANDWIDTH_SHARE
+    if cached:
+        latency, bandwidth = CACHE_LATENCY, bandwidth * CACHE_BANDWIDTH
     held = min(programs, gpu.processors * kernel.resident)
     waves = programs / held
     in_flight = held * (1 + kernel.flying) * nbytes / (programs * rounds)
     bounds = (
-        nbytes / (gpu.bandwidth * BANDWIDTH_SHARE),
+        nbytes / bandwidth,
         instructions / (gpu.processors * 128 * gpu.clock * ISSUE_SHARE) * max(1.0, gpu.processors / programs),
-        max(1.0, waves) * rounds * LATENCY / (1 + kernel.flying),
-        nbytes / (in_flight / LATENCY),
+        max(1.0, waves) * rounds * latency / (1 + kernel.flying),
+        nbytes / (in_flight / latency),
     )
-    begin = START_LOADS * LATENCY + kernel.start / (gpu.clock / 2)
-    return LAUNCH + begin + max(bounds) + idle * IDLE_PROGRAM / gpu.processors
+    begin = START_LOADS * latency + kernel.start / (gpu.clock / 2)
+    launched = LAUNCH if first or not overlap(gpu.cc)["OVERLAP"] else OVERLAP
+    return launched + begin + max(bounds) + idle * IDLE_PROGRAM / gpu.processors
 
 
 def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Kernel) -> tuple[float, float]:
@@ -111,20 +129,29 @@ def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Ker
     bn, parts = gate_up_tile(tiles, shape.inner, shape.group, shape.hidden // shape.block)
     columns = shape.inner // bn
     units = shape.hidden // shape.block * kept * 2 / parts  # rounds of a program
+    matrices = 3 * matrix * shape.experts
+    cached = fits_ahead(pairs, shape.experts, int(matrices), gpu.cache // 3)
     first = kernel_seconds(
         gpu, gate_up, 2 * matrix * reached, 2 * weights * work(gate_up) * reached * reads, tiles * columns * parts,
-        (laid - tiles) * columns * parts, max(1.0, units),
+        (laid - tiles) * columns * parts, max(1.0, units), cached=cached,
     )  # fmt: skip
     br = down_tile(tiles, shape.hidden, shape.block)
     rows = shape.hidden // br
     second = kernel_seconds(
         gpu, down, matrix * reached, weights * work(down) * reached * reads, tiles * rows * kept,
-        (laid - tiles) * rows, shape.inner / shape.group,
+        (laid - tiles) * rows, shape.inner / shape.group, cached=cached,
     )  # fmt: skip
     # the basis kernel deals its rounds to the warps of 128 programs and more
     rounds = shape.hidden / 128 / 4
-    base = kernel_seconds(gpu, Kernel({}, 6, 2.0, 100), basis, shape.hidden**2 * 3.0, shape.hidden / 16, 0, rounds)
+    base = kernel_seconds(
+        gpu, Kernel({}, 6, 2.0, 100), basis, shape.hidden**2 * 3.0, shape.hidden / 16, 0, rounds, first=True
+    )
     shared = LAUNCH + 2 * LATENCY  # the last arrivals add parts up
+    if cached:  # requests leave once ids and places are read
+        begun = LAUNCH + 2 * LATENCY
+        first = max(base + first, begun + (basis + 2 * matrix * reached) / (gpu.bandwidth * BANDWIDTH_SHARE)) - base
+        arrived = begun + (basis + 3 * matrix * reached) / (gpu.bandwidth * BANDWIDTH_SHARE)
+        second = max(base + first + second, arrived) - base - first
     return base + first + second + shared, 3 * matrix * reached + basis
 
 
