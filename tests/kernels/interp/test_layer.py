@@ -10,6 +10,8 @@ import dataclasses
 import pytest
 import torch
 from bitsmoe_kernels import moe_forward, prepare, unsupported
+from bitsmoe_kernels.forward import plan
+from bitsmoe_kernels.prepare import line_spans
 from bitsmoe_kernels.reference import moe_reference
 from bitsmoe_kernels.synthetic import random_experts
 from hypothesis import given, settings
@@ -180,6 +182,19 @@ def test_a_captured_graph_gives_what_launches_one_by_one_give(tokens):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, eager)
+
+
+@pytest.mark.parametrize("bases", [(0, 0), (16, 0)], ids=["plain", "basis"])
+def test_weights_fetched_ahead_change_nothing(bases):
+    layout = ExpertsLayout(3, 32, 32, 32, 32, 16, 32, *bases, 32)
+    ids = torch.tensor([[0, 2], [-1, 1]])
+    x, p, packed, want = check(layout, (0, 2, 4), ids)
+    experts = prepare(packed)
+    spans = line_spans(experts.side_in, experts.side_out, experts.layout)
+    fetching = dataclasses.replace(experts, spans=spans, cache=10**9)
+    assert plan(*ids.shape, fetching).ahead
+    assert not plan(*ids.shape, dataclasses.replace(fetching, cache=0)).ahead
+    assert torch.equal(moe_forward(x, ids, p, fetching, Gating()), want)
 
 
 def test_repeated_runs_are_bit_equal():
