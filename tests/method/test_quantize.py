@@ -342,6 +342,17 @@ def test_batches_of_experts_do_not_change_the_result(elements: int, monkeypatch:
     assert layer.relative_error(parts) == pytest.approx(layer.relative_error(whole), rel=1e-2)
 
 
+def test_moments_that_are_measured_twice_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of down, where all experts' together would take too much memory."""
+    layer = make_layer()
+    whole, _ = layer.run(settings())
+    monkeypatch.setattr(sides, "KEPT_MOMENTS", 0)
+    parts, _ = layer.run(settings())
+    assert torch.equal(parts.codes_in, whole.codes_in)
+    assert float((parts.codes_out == whole.codes_out).float().mean()) > 0.98
+    assert layer.relative_error(parts) == pytest.approx(layer.relative_error(whole), rel=1e-2)
+
+
 def test_dense_weights_stay_as_they_are() -> None:
     layer, again = make_layer(), make_layer()
     layer.run(settings())

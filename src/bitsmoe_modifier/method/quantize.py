@@ -5,6 +5,7 @@ design = plan.choose(budget)                                            # a bit-
 packed, report = quantize_layer(experts, tokens, design, settings)      # rounding with feedback, packing
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -156,9 +157,27 @@ def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> Packed
     )
     device = inputs.codes.device
     width_in, width_out = inputs.widths[:, :units_in].to(device).contiguous(), outputs.widths.to(device)
-    codes_in, all_steps_in = inputs.codes[:, :, :rank_in], inputs.steps[:, :, :rank_in]
-    payload_in, steps_in = pack_factor(codes_in, all_steps_in, width_in, layout, "in")
-    payload_out, steps_out = pack_factor(outputs.codes.transpose(1, 2), outputs.steps, width_out, layout, "out")
+    parts = experts.parts(range(num_experts))
+    payload_in, steps_in = _joined(
+        pack_factor(
+            inputs.codes[2 * part.start : 2 * part.stop, :, :rank_in],
+            inputs.steps[2 * part.start : 2 * part.stop, :, :rank_in],
+            width_in[2 * part.start : 2 * part.stop],
+            replace(layout, num_experts=part.stop - part.start),
+            "in",
+        )
+        for part in parts
+    )
+    payload_out, steps_out = _joined(
+        pack_factor(
+            outputs.codes[part].transpose(1, 2),
+            outputs.steps[part],
+            width_out[part],
+            replace(layout, num_experts=part.stop - part.start),
+            "out",
+        )
+        for part in parts
+    )
     packed = PackedExperts(
         layout=layout.to_tensor().to(device),
         widths_in=width_in.view(num_experts, 2, -1),
@@ -185,6 +204,12 @@ def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> Packed
             packed, dense_ids=ids.to(torch.int32), dense_in=experts.gate_up[ids], dense_out=experts.down[ids]
         )
     return packed.sealed()
+
+
+def _joined(packed: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payload and steps of parts of the experts, which follow each other in both."""
+    payloads, steps = zip(*packed, strict=True)
+    return torch.cat(payloads), torch.cat(steps)
 
 
 def _relative_error(layer: LayerTask, tokens: RoutedTokens, inputs: RoundedSide, outputs: RoundedSide) -> float:

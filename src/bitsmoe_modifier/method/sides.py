@@ -26,6 +26,8 @@ from .trellis import ChainTrellis, GroupTrellis, chain_steps
 
 #: Groups of output directions, each absorbing in the loss what those before it lost. More gain little.
 _ROW_BLOCKS = 4
+#: Elements of the experts' moments of down that are kept from their sum to their use: 2 GB in float32, with `lost`.
+KEPT_MOMENTS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -236,18 +238,9 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
     rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device, stripes)
     mine = layer.ranks.mine(len(tokens.counts))
     if settings.error_feedback:
-        moments, lost = down_moments(experts, tokens, h, lambda expert: expert_gate_up(inputs, expert), mine)
-        total = tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        own = slice(mine.start, mine.stop)
-        share = prior_share(tokens.counts, length, h.device)[own]
-        moments = shrink(moments, layer.ranks.total(moments.sum(0)) / total, design.mass[own], share)
-        lost *= (1 - share)[:, None, None]
-        shrinkage = _output_shrinkage(layer, inputs, inverse)
-        rounded = replace(rounded, shrinkage=shrinkage)
-        towards_diagonal_(lost, shrinkage)
-        damp_(towards_diagonal_(moments, shrinkage), settings.dampening_frac)
+        statistics = _DownMoments(layer, inputs, mine)
+        rounded = replace(rounded, shrinkage=_output_shrinkage(layer, inputs, inverse))
     for part in experts.parts(mine):
-        at = slice(part.start - mine.start, part.stop - mine.start)
         factor, level = experts.out_factors(part, inverse), rounded.levels(part)
         columns = factor.transpose(1, 2)
         coders: list[ColumnCoder] | None = None
@@ -261,12 +254,13 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
         else:
             steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
         if settings.error_feedback:
+            moments, lost = statistics.of(part, rounded.shrinkage)
             if settings.compensation:
-                factor = _compensated(factor, moments[at], lost[at])
+                factor = _compensated(factor, moments, lost)
             # rows are directions here, so that the columns to round are those along I
             rows = steps.transpose(1, 2), level[:, :, None]
             passes = settings.refine_passes
-            codes, rows_steps = _round_row_blocks(factor, moments[at], *rows, passes, blocks, coupling, coders)
+            codes, rows_steps = _round_row_blocks(factor, moments, *rows, passes, blocks, coupling, coders)
             codes, steps = codes.transpose(1, 2).to(torch.uint8), rows_steps.transpose(1, 2)
         elif coders is not None:
             each = steps.transpose(1, 2).repeat_interleave(settings.group_size, dim=2)
@@ -275,6 +269,46 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
             codes = _encoded(columns, steps, level)
         rounded.codes[part], rounded.steps[part] = codes, steps
     return rounded
+
+
+class _DownMoments:
+    """Second moments of the activations that down sees, a part of the experts at a time.
+
+    Those of all experts are pulled towards what they have in common, which is therefore summed first. Where they take
+    little memory they are kept from that, where they would take much they are measured twice.
+    """
+
+    def __init__(self, layer: LayerTask, inputs: RoundedSide, mine: range) -> None:
+        self._layer, self._gate_up = layer, lambda expert: expert_gate_up(inputs, expert)
+        self._start = mine.start
+        length = layer.experts.down.shape[2]
+        small = len(mine) * length**2 <= KEPT_MOMENTS
+        self._kept = self._measured(mine) if small else None
+        if self._kept is not None:
+            common = self._kept[0].sum(0)
+        else:
+            common = torch.zeros(length, length, device=layer.h.device)
+            for expert, pairs in zip(mine, layer.tokens.pairs(mine), strict=True):
+                x, root = layer.h[layer.tokens.token[pairs]], layer.tokens.weight[pairs].sqrt()[:, None]
+                z = layer.experts.activations(expert, x, self._gate_up(expert)) * root
+                common.addmm_(z.T, z)
+        total = layer.tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        self._common = layer.ranks.total(common) / total
+        self._share = prior_share(layer.tokens.counts, length, layer.h.device)
+
+    def _measured(self, ids: range) -> tuple[torch.Tensor, torch.Tensor]:
+        return down_moments(self._layer.experts, self._layer.tokens, self._layer.h, self._gate_up, ids)
+
+    def of(self, part: slice, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[ẑ ẑᵀ], damped, and E[(z - ẑ) ẑᵀ] of some experts, float32 ``[n, I, I]``, at equal mass."""
+        if self._kept is None:
+            moments, lost = self._measured(range(part.start, part.stop))
+        else:
+            moments, lost = (kept[part.start - self._start : part.stop - self._start] for kept in self._kept)
+        share = self._share[part]
+        moments = shrink(moments, self._common, self._layer.design.mass[part], share)
+        lost = towards_diagonal_(lost * (1 - share)[:, None, None], shrinkage)
+        return damp_(towards_diagonal_(moments, shrinkage), self._layer.settings.dampening_frac), lost
 
 
 def _output_shrinkage(layer: LayerTask, inputs: RoundedSide, inverse: torch.Tensor | None) -> float:
