@@ -2,12 +2,16 @@
 particular, activations that are as unequal over directions as those of trained models."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
+
+#: experts in a file
+_PER_FILE = 16
 
 
 def anisotropic_inputs(tokens: int, hidden: int, generator: torch.Generator) -> torch.Tensor:
@@ -18,9 +22,21 @@ def anisotropic_inputs(tokens: int, hidden: int, generator: torch.Generator) -> 
 
 
 def save_model(
-    folder: Path, *, layers: int, experts: int, hidden: int, width: int, choices: int = 8, vocab: int = 4096
+    folder: Path,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int,
+    width: int,
+    choices: int = 8,
+    vocab: int = 4096,
+    stored: str = "bf16",
 ) -> int:
-    """Write a random bfloat16 Qwen3-MoE, one file per layer so that no more than a layer is ever in memory.
+    """Write a random Qwen3-MoE, some experts per file so that no more than those are ever in memory.
+
+    Args:
+        stored: "bf16"; or "fp8", 8-bit floats with a scale per block of 128 × 128, or "mxfp4", 4-bit floats in int8
+            with a scale of E8M0 per 32, for the experts: published as DeepSeek-V3 and V4 are.
 
     Returns:
         bytes of its tensors.
@@ -45,6 +61,10 @@ def save_model(
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    if stored != "bf16":
+        content = json.loads((folder / "config.json").read_text())
+        content["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        (folder / "config.json").write_text(json.dumps(content))
     words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(vocab)}, unk_token="word0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
@@ -82,18 +102,41 @@ def save_model(
             f"{prefix}.post_attention_layernorm.weight": ones.clone(),
             f"{prefix}.mlp.gate.weight": matrix(experts, hidden),
         }
-        for expert in range(experts):
-            for name, shape in (
-                ("gate_proj", (width, hidden)),
-                ("up_proj", (width, hidden)),
-                ("down_proj", (hidden, width)),
-            ):
-                tensors[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = matrix(*shape)
         total += write(f"layer-{layer}.safetensors", tensors)
+        for first in range(0, experts, _PER_FILE):
+            tensors = {}
+            for expert in range(first, min(first + _PER_FILE, experts)):
+                for name, (rows, columns) in (
+                    ("gate_proj", (width, hidden)),
+                    ("up_proj", (width, hidden)),
+                    ("down_proj", (hidden, width)),
+                ):
+                    key = f"{prefix}.mlp.experts.{expert}.{name}"
+                    if stored == "bf16":
+                        tensors[f"{key}.weight"] = matrix(rows, columns)
+                    else:
+                        tensors.update(low_precision(key, rows, columns, stored, generator))
+            total += write(f"layer-{layer}-experts-{first}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
     return total
+
+
+def low_precision(
+    key: str, rows: int, columns: int, stored: str, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Random codes of a matrix, of every finite value alike, and scales that make its elements about 1/√columns."""
+    scale = columns**-0.5
+    if stored == "fp8":
+        codes = torch.randint(0, 127, (rows, columns), generator=generator, dtype=torch.uint8)  # 127 is NaN
+        codes |= torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.uint8) << 7
+        scales = torch.full((-(-rows // 128), -(-columns // 128)), scale / 100)
+        return {f"{key}.weight": codes.view(torch.float8_e4m3fn), f"{key}.weight_scale_inv": scales}
+    codes = torch.randint(-128, 128, (rows, columns // 2), generator=generator, dtype=torch.int8)
+    exponent = round(math.log2(scale / 3)) + 127
+    scales = torch.full((rows, columns // 32), exponent, dtype=torch.uint8)
+    return {f"{key}.weight": codes, f"{key}.scale": scales.view(torch.float8_e8m0fnu)}
 
 
 def random_text(words: int, vocab: int = 4096) -> str:
