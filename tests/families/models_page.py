@@ -82,10 +82,9 @@ _SOURCES = """
 - **Layers for multi-token prediction** (`mtp.*`, `nextn`, decoder layers beyond the last), which transformers does not
   load, are kept bit for bit; `bitsmoe quantize --mtp drop` leaves them out. They are not quantized. Every tensor of the
   source is accounted for before a checkpoint appears.
-- **Sources in low precision.** Block-FP8 (`quant_method: fp8`, DeepSeek-V3) and MXFP4 (gpt-oss) are decoded while they
-  are loaded; the model that predictions are compared with is the decoded one. The decoded model, in bfloat16, has to
-  fit in memory (no `--offload-dir`), and what is not quantized is stored in bfloat16, not in the source's precision.
-  Sources in other formats (compressed-tensors INT4, FP8, NVFP4) are refused.
+- **Sources in low precision.** Block-FP8 (DeepSeek-V3), MXFP4 (gpt-oss, DeepSeek-V4) and compressed-tensors INT4, FP8,
+  NVFP4 and MXFP4 (Kimi-K2) are taken as they are published: experts stay in the source's files and are decoded one at a
+  time, and what is not quantized is stored as the source has it ([sources](sources.md)).
 """
 _OTHER = {
     "is not a language model": "it is not a decoder that predicts the next token of a text",

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_modifier import CheckpointError
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.loading.source import load_source
-from bitsmoe_modifier.sources.classes import class_of
+from bitsmoe_modifier.sources.classes import class_of, load_published
 from bitsmoe_modifier.sources.codecs import decode_mxfp4, decode_packed_integers, decode_scaled
+from bitsmoe_modifier.sources.decoded import Decoded
 from bitsmoe_modifier.sources.model import open_dense
 from bitsmoe_modifier.sources.precision import source_tensors
 from helpers import load, logits, packed_modules
@@ -180,27 +181,89 @@ def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [*FOLDERS[:4], *(pytest.param(make, marks=pytest.mark.slow) for make in FOLDERS[4:])])
 def test_a_source_is_quantized_from_its_folder(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the experts is ever read but one expert's matrix at a time, or some, for one layer's work."""
-    source, out, recipe = tmp_path / "source", tmp_path / "out", tmp_path / "recipe.yaml"
+    source, out, text = tmp_path / "source", tmp_path / "out", write_text(tmp_path / "text", 4000, seed=0)
     make(source)
     assert open_dense(str(source)).expert_bits < 10
-    recipe.write_text(RECIPE)
-    text = write_text(tmp_path / "text", 4000, seed=0)
-    assert main(["plan", "--model", str(source), "--recipe", str(recipe), "--samples", "8", "--seq-len", "32"]) == 0
-    inputs = ["--model", str(source), "--recipe", str(recipe), "--calibration", str(text), "--out", str(out)]
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    inputs = ["--model", str(source), "--recipe", str(tmp_path / "recipe.yaml")]
+    assert main(["plan", *inputs, "--samples", "8", "--seq-len", "32"]) == 0
 
     def refused(*args: object) -> None:
         raise AssertionError("a layer's experts were read whole")
 
     monkeypatch.setattr("bitsmoe_modifier.calibration.stored_experts.read_parameters", refused)
-    assert main(["quantize", *inputs, "--samples", "16", "--seq-len", "32"]) == 0
+    assert quantize(source, out) == 0
     loaded = load(out)
     assert len(packed_modules(loaded)) == 2
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
     others = {key: one for key, one in source_tensors(source).items() if ".experts." not in key}
     stored = stored_tensors(out)
-    assert not [key for key, one in others.items() if not torch.equal(stored[key], one.read())]
-    assert not [key for key in stored if key.endswith(("_scale_inv", "_blocks", "_scales", "weight_packed"))]
+    assert not [key for key in stored if key.endswith(("_scale_inv", ".scale", "_blocks", "_scales"))]
+    assert not [key for key in stored if ".experts." in key and key.endswith(("weight", "weight_packed"))]
+    low = {key: one.as_stored for key, one in others.items() if isinstance(one, Decoded)}
+    assert bool(low) == (make in (fp8_folder, v4_folder, nvfp4_folder))
+    for key, one in others.items():
+        if key not in low:
+            assert torch.equal(stored[key], one.read())
+            continue
+        expected = under(key.removesuffix("weight"), low[key].read())
+        assert all(torch.equal(as_bytes(stored[name]), as_bytes(tensor)) for name, tensor in expected.items())
+    for dtype in (torch.bfloat16, torch.float32) if make is not v4_folder else (torch.float32,):
+        loaded, reference = load_published(out, dtype=dtype), load_source(source, dtype)
+        assert torch.isfinite(logits(loaded)).all()  # compressed-tensors decodes before the first forward
+        if make is not nvfp4_folder or dtype is torch.bfloat16:  # it rounds NVFP4 to bfloat16
+            found = dict(loaded.named_parameters())
+            assert not [n for n, p in reference.named_parameters() if not torch.equal(p, found[n].to(p.dtype))]
+        assert all(p.dtype == found[n].dtype for n, p in reference.named_parameters())
     assert main(["eval", str(out), "--model", str(source), "--eval-text", str(text), "--seq-len", "32"]) == 0
+
+
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def test_the_rest_in_bf16_on_request(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    fp8_folder(source)
+    assert quantize(source, out, "--rest", "bf16") == 0
+    stored = stored_tensors(out)
+    others = {key: one for key, one in source_tensors(source).items() if ".experts." not in key}
+    assert not [key for key, one in others.items() if not torch.equal(stored[key], one.read())]
+    assert len(json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]) == 1
+
+
+def test_layers_for_multi_token_prediction_stay_in_fp8(tmp_path: Path) -> None:
+    """A layer beyond the last, as DeepSeek-V3 has one: its codes and scales are copied, and config.json names them."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(source, "deepseek_v3")
+    file = source / "model.safetensors"
+    mtp = {
+        "model.layers.3.mlp.experts.0.gate_proj.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.3.self_attn.q_a_proj.weight": torch.randn(16, 64).bfloat16(),
+        "model.layers.3.enorm.weight": torch.randn(64).bfloat16(),
+    }
+    save_file({**load_file(file), **mtp}, file, {"format": "pt"})
+    publish_fp8(source)
+    assert quantize(source, out) == 0
+    before, after = stored_tensors(source), stored_tensors(out)
+    for key in (key for key in before if ".layers.3." in key):
+        assert torch.equal(as_bytes(before[key]), as_bytes(after[key.replace("_scale_inv", "_scale")]))
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    (fp8,) = [group["targets"] for group in groups.values() if group["format"] == "float-quantized"]
+    for name in ("model.layers.3.mlp.experts.0.gate_proj", "model.layers.3.self_attn.q_a_proj"):
+        assert any(re.match(target[3:], name) for target in fp8)
+    assert len(packed_modules(load(out))) == 2
+
+
+def quantize(source: Path, out: Path, *options: str) -> int:
+    recipe, text = out.with_name("recipe.yaml"), write_text(out.with_name("text"), 4000, seed=0)
+    recipe.write_text(RECIPE)
+    inputs = ["--model", str(source), "--recipe", str(recipe), "--calibration", str(text), "--out", str(out)]
+    return main(["quantize", *inputs, "--samples", "16", "--seq-len", "32", *options])
 
 
 def test_missing_scales_are_named(tmp_path: Path) -> None:

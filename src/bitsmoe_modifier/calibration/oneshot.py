@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import BitsMoEError
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
+from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
@@ -60,6 +61,7 @@ class QuantizeSettings:
         model_name: as the user named the model, for the record; None: that of its folder.
         mtp: what to do with layers for multi-token prediction, which transformers does not load: keep them as they
             are, or leave them out.
+        rest: what is not quantized of a source in low precision: "source", as it is stored there, or "bf16".
         offload: for models larger than memory, with ``dtype`` None; None: all weights are in memory.
     """
 
@@ -71,6 +73,7 @@ class QuantizeSettings:
     offload: Offload | None = None
     model_name: str | None = None
     mtp: Literal["keep", "drop"] = "keep"
+    rest: Literal["source", "bf16"] = "source"
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,16 @@ def _quantize(
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
     warnings += more_text(reports.values())
     restore_dtypes(model, stored, stored_dtype)
+    as_stored = settings.rest == "source" and is_low_precision_source(model_folder)
+    if as_stored:
+        number = len(keep_as_stored(model, model_folder))
+        logger.info(f"{number} modules that were not quantized are stored as the source has them")
     if not is_source_process():
         model.save_pretrained(output.path)  # takes part in what the first process writes, and writes nothing
     else:
         with output.written() as temporary:
             model.save_pretrained(temporary)
-            kept = keep_beside(inventory, temporary, settings.mtp)
+            kept = keep_beside(inventory, temporary, settings.mtp, as_stored)
             check_nothing_lost(inventory, model, temporary)
             for sentence in kept.sentences():
                 logger.info(sentence)

@@ -27,6 +27,7 @@ from loguru import logger
 from torch import nn
 
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
+from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
 from ..sources.model import load_tokenizer
@@ -113,6 +114,9 @@ def _install_processors() -> None:
             return load_tokenizer(source)
 
     def post_process_with_files(*, model_args: Any = None, output_dir: Any = None, **kwargs: Any) -> None:
+        decoded_from = getattr(getattr(model_args, "model", None), "decoded_from", None)
+        if decoded_from is not None and output_dir is not None:
+            keep_as_stored(model_args.model, Path(decoded_from))
         post_process(model_args=model_args, output_dir=output_dir, **kwargs)
         if output_dir is None or not is_source_process():
             return

@@ -19,10 +19,10 @@ from ..sources.classes import build_published, read_auto_config
 from ..sources.hub import hub_errors, reason
 from ..sources.model import check_hub_name, find_model
 from ..sources.precision import (
-    decoded_sizes,
     decoded_tensors,
     is_low_precision_source,
     low_precision,
+    source_sizes,
     source_tensors,
 )
 from ..sources.provenance import REPORT_NAME
@@ -38,10 +38,17 @@ _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 @dataclass(frozen=True)
 class Headers:
-    """What is known of a model without its weights: where its configuration is, and its tensors' headers."""
+    """What is known of a model without its weights.
+
+    Attributes:
+        source: where its configuration is.
+        sizes: of its tensors: dtypes and shapes that they have unquantized, bytes as they are stored.
+        is_low: whether it is a source in low precision, whose experts stay in its files.
+    """
 
     source: str
     sizes: dict[str, TensorSize]
+    is_low: bool = False
 
 
 def read_headers(model: str) -> Headers:
@@ -52,10 +59,8 @@ def read_headers(model: str) -> Headers:
     """
     if Path(model).is_dir():
         folder = find_model(model)
-        sizes = tensor_sizes(folder)
-        return Headers(
-            model, decoded_sizes(source_tensors(folder), sizes) if is_low_precision_source(folder) else sizes
-        )
+        sizes, is_low = tensor_sizes(folder), is_low_precision_source(folder)
+        return Headers(model, source_sizes(source_tensors(folder), sizes) if is_low else sizes, is_low)
     check_hub_name(model)
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -73,7 +78,8 @@ def read_headers(model: str) -> Headers:
         for name, t in file.tensors.items()
     }
     tensors = {name: stored_of("", name, size.dtype, size.shape) for name, size in sizes.items()}
-    return Headers(model, decoded_sizes(decoded_tensors(tensors, config, model), sizes))
+    sizes = source_sizes(decoded_tensors(tensors, config, model), sizes)
+    return Headers(model, sizes, low_precision(config) is not None)
 
 
 def check_unquantized(model: str, headers: Headers) -> None:
@@ -149,6 +155,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
         parameters=elements,
         decoder_layers=config.get_text_config().num_hidden_layers,
         choices=choices_per_token(model),
+        in_files=headers.is_low,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..method.costs import SAMPLE_ELEMENTS
 from ..method.layer import PART_ELEMENTS, QuantizerSettings
+from ..method.sides import KEPT_MOMENTS
 
 #: Resident memory of a Python process with torch, transformers and llm-compressor imported, before any model.
 _LIBRARIES = 700 * 2**20
@@ -50,6 +51,7 @@ class ModelShape:
         parameters: elements of all tensors.
         decoder_layers: number of decoder layers.
         choices: experts per token, k.
+        in_files: whether the experts of ``layers`` stay in the source's files, and are read one by one.
     """
 
     layers: tuple[LayerShape, ...]
@@ -58,6 +60,7 @@ class ModelShape:
     parameters: int
     decoder_layers: int
     choices: int
+    in_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,14 @@ def plan_run(model: ModelShape, settings: QuantizerSettings, run: Run) -> Plan:
     """Add up what a run takes."""
     largest = max(model.layers, key=lambda layer: layer.weights)
     layer = _layer_memory(largest, model, settings, run)
-    weights = {"model": model.parameters * run.itemsize}
+    held = model.parameters - (sum(shape.weights for shape in model.layers) if model.in_files else 0)
+    weights = {"model": held * run.itemsize}
     states = {"hidden states between layers": 2 * run.tokens * largest.hidden * run.itemsize}
     survey = _survey_memory(model, run) if run.survey else {}
     packed = sum(shape.weights for shape in model.layers)
     if run.accelerator:
         cpu = {"libraries": _LIBRARIES, **weights, **states, **survey}
-        accelerator = {"decoder layer": largest.weights * run.itemsize, **layer}
+        accelerator = {"decoder layer": 0 if model.in_files else largest.weights * run.itemsize, **layer}
     else:
         cpu, accelerator = {"libraries": _LIBRARIES, **weights, **states, **survey, **layer}, {}
     return Plan(
@@ -144,12 +148,14 @@ def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSetti
     parts = {
         "layer: inputs": run.tokens * (shape.hidden * run.itemsize + 12 * model.choices)
         + 8 * run.tokens * shape.hidden,
-        "layer: weights": 3 * size * run.itemsize,  # without a gate, zeros stand in its place meanwhile
+        # without a gate, zeros stand in its place meanwhile; of experts in files, one is read at a time
+        "layer: weights": 3 * size * run.itemsize // (shape.experts if model.in_files else 1),
         "layer: codes": 3 * size,
         "layer: a part in float32": _PART_TENSORS * 4 * part,
     }
     if settings.error_feedback:
-        parts["layer: moments"] = 16 * shape.experts * shape.width**2
+        # beyond a size they are measured for a part of the experts at a time
+        parts["layer: moments"] = 16 * min(shape.experts * shape.width**2, KEPT_MOMENTS)
     return parts
 
 

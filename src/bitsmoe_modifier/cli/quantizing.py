@@ -68,6 +68,10 @@ def quantize(
         Literal["keep", "drop"],
         typer.Option(help="Layers for multi-token prediction: keep them as they are, or leave them out."),
     ] = "keep",
+    rest: Annotated[
+        Literal["source", "bf16"],
+        typer.Option(help="What is not quantized of a source in FP8, INT4 or FP4: as it is stored there, or in bf16."),
+    ] = "source",
     no_preflight: o.NoPreflight = False,
     calibration: str | None,
     verbose: bool,

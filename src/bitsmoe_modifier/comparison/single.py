@@ -56,6 +56,7 @@ class Options:
     resume_dir: str | None = None
     offload_dir: str | None = None
     mtp: Literal["keep", "drop"] = "keep"
+    rest: Literal["source", "bf16"] = "source"
     verbose: bool = False
 
 
@@ -136,6 +137,7 @@ def _quantize_each(
         options.seed,
         model_name=model,
         mtp=options.mtp,
+        rest=options.rest,
     )
     run = rows.numel(), dtype, str(device)
     made = []

@@ -16,11 +16,13 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
+from ..sources.decoded import Decoded
 from ..sources.precision import source_tensors
 from ..sources.stacks import StoredStack, stored_parameters
 from ..storage.mtp import decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
 from .decoding import family_key
+from .keeping import add_groups
 from .transformers_api import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
 
 #: bytes of a file of tensors that are copied; they pass through memory
@@ -109,24 +111,33 @@ def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> d
     return names
 
 
-def keep_beside(inventory: Inventory, target: Path, mtp: str = "keep") -> Kept:
+def keep_beside(inventory: Inventory, target: Path, mtp: str = "keep", as_stored: bool = True) -> Kept:
     """Copy what is beside the model to a checkpoint that was made of it.
 
     Args:
         inventory: of the source.
         target: folder with the checkpoint's files, which may hold some of the tensors already.
         mtp: "keep", or "drop" for layers of multi-token prediction, which config.json then counts no longer.
+        as_stored: whether what the source has in low precision stays so, with a config group for it.
     """
     there = scan(map(str, checkpoint_files(target)))
     dropped = inventory.mtp if mtp == "drop" else frozenset()
     copied = {key: s for key, s in inventory.beside.items() if key not in dropped and key not in there}
     files = {key: Path(stored.file).name for key, stored in there.items()}
+    decoded = {key: s.as_stored for key, s in copied.items() if isinstance(s, Decoded)}
+    low = {key: kept for key, kept in decoded.items() if as_stored and kept is not None}
     for number, keys in enumerate(_shards(copied)):
         name = f"beside-{number:05d}.safetensors"
-        save_file({key: copied[key].read() for key in keys}, target / name, {"format": "pt"})
-        files.update(dict.fromkeys(keys, name))
+        tensors = {}
+        for key in keys:
+            prefix, kept = key.removesuffix("weight"), low.get(key)
+            read = {key: copied[key].read()} if kept is None else {prefix + k: t for k, t in kept.read().items()}
+            tensors.update(read)
+        save_file(tensors, target / name, {"format": "pt"})
+        files.update(dict.fromkeys(tensors, name))
     if copied:
         _write_index(target, files)
+    add_groups(target / "config.json", {key.removesuffix(".weight"): one for key, one in low.items()})
     if dropped:
         _forget_mtp(target / "config.json")
     return Kept(tuple(sorted(inventory.beside.keys() - dropped)), tuple(sorted(dropped)))
@@ -157,7 +168,8 @@ def check_nothing_lost(inventory: Inventory, model: Any, target: Path) -> None:
         and name not in tied
         and not (name.startswith(replaced) and name.rpartition(".")[0] in modules)
     ]
-    lost += [key for key in inventory.beside if key not in there and key not in inventory.mtp]
+    kept = {*there, *(key.removesuffix("_packed") for key in there)}
+    lost += [key for key in inventory.beside if key not in kept and key not in inventory.mtp]
     if lost:
         raise CheckpointError(
             f"{len(lost)} tensors of the source would be missing from the checkpoint ({', '.join(sorted(lost)[:3])}); "

@@ -6,7 +6,7 @@ experts module by an empty `BitsMoEExperts` of the sizes that the files' headers
 them: dense experts are never allocated. What it overrides takes and passes on arguments that it does not know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         if len(self._schemes) == len(self._whole.config_groups):
             # the hook would find nothing to decompress, but mark the configuration as decompressed
             self.compressor.remove_decompression_hook(model)
+        _widen_scales(model)
         self._replace_experts(model, packed_modules(found))
         check_fits(model, found)
 
@@ -117,6 +118,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
             experts.requires_grad_(False)
             _check_loaded(experts, name)
         _finish_casting(model)
+        _cast_when_decompressed(model)
         return super()._process_model_after_weight_loading(model, *args, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -135,6 +137,41 @@ def _check_list_of_files(config: Any) -> None:
     folder = Path(getattr(config, "name_or_path", None) or "")
     if (folder / "config.json").is_file():
         checkpoint_files(folder)
+
+
+def _float_linears(model: nn.Module) -> Iterator[nn.Linear]:
+    """Linears whose weights are stored as 8- or 4-bit floats."""
+    for module in model.modules():
+        weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        if isinstance(module, nn.Linear) and weights is not None and weights.type == "float":
+            yield module
+
+
+def _widen_scales(model: nn.Module) -> None:
+    """Let the scales of 8-bit floats be loaded in float32, which they are stored in: as the model's, bfloat16, they
+    would be off by up to 2⁻⁹, and all weights of a block with them."""
+    for module in _float_linears(model):
+        scale = module._parameters.get("weight_scale")
+        if scale is not None and scale.is_floating_point() and scale.itemsize == 2:
+            module.weight_scale = nn.Parameter(scale.to(torch.float32), requires_grad=False)
+
+
+def _cast_when_decompressed(model: Any) -> None:
+    """Give weights that compressed-tensors decodes before the first forward the model's dtype.
+
+    It leaves them in that of their scales, or in bfloat16.
+    """
+    linears = list(_float_linears(model))
+    if not linears:
+        return
+
+    def cast(*_: Any) -> None:
+        for module in linears:
+            if module.weight.itemsize > 1:
+                module.weight.data = module.weight.data.to(model.dtype)
+        handle.remove()
+
+    handle = model.register_forward_pre_hook(cast)
 
 
 def _finish_casting(model: Any) -> None:

@@ -61,7 +61,7 @@ def load_source(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     kind = class_of(config)
     with torch.device("meta"):
         skeleton = kind(copy.deepcopy(config))
-    names = _NamesOf(skeleton)
+    names = NamesOf(skeleton)
     found = {family_key(key): stored for key, stored in source_tensors(folder, chosen).items()}
     tensors = {key: stored for key, stored in found.items() if names.has(key)}
     stacks = _stacks(skeleton, tensors, names, chosen)
@@ -124,7 +124,7 @@ def _config_beside(model: Any, name: str) -> Any:
     return model.config
 
 
-class _NamesOf:
+class NamesOf:
     """transformers' names of a source's tensors."""
 
     def __init__(self, model: Any) -> None:
@@ -167,7 +167,7 @@ class _NamesOf:
 
 
 def _stacks(
-    skeleton: Any, tensors: dict[str, Stored], names: _NamesOf, dtype: torch.dtype
+    skeleton: Any, tensors: dict[str, Stored], names: NamesOf, dtype: torch.dtype
 ) -> dict[str, dict[str, StoredStack]]:
     """Stacks by module and parameter, of modules all of whose three-dimensional parameters can be stacks."""
     keys: dict[str, dict[str, list[str]]] = {}
@@ -193,7 +193,7 @@ def _is_read_by_index(experts: Any) -> bool:
 
 
 def _stack(
-    shape: torch.Size, keys: list[str], tensors: dict[str, Stored], names: _NamesOf, dtype: torch.dtype
+    shape: torch.Size, keys: list[str], tensors: dict[str, Stored], names: NamesOf, dtype: torch.dtype
 ) -> StoredStack | None:
     if len(keys) == 1 and tensors[keys[0]].shape == tuple(shape):
         return StoredStack(shape, tensors[keys[0]], dtype)

@@ -156,7 +156,7 @@ def _indexed(read: Callable[[int], torch.Tensor], count: int, index: Any, shape:
     elif isinstance(index, list):
         chosen = index
     else:
-        return read(int(index))
+        return read(range(count)[int(index)])
     first = read(chosen[0]) if chosen else torch.empty(shape)
     found = first.new_empty(len(chosen), *shape)
     for place, expert in enumerate(chosen):
