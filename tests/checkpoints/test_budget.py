@@ -1,5 +1,6 @@
 """Sizes and memory to bits: against checkpoints that are written, and caches that transformers fills."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import DynamicCache
 from bitsmoe_modifier import RecipeError
 from bitsmoe_modifier.calibration import modifier
 from bitsmoe_modifier.calibration.recipe import Stage, read_stages, with_fields
+from bitsmoe_modifier.calibration.sweep import leading, sweep_of
 from bitsmoe_modifier.checkpoints.budget import (
     Budget,
     bits_for_memory,
@@ -140,20 +142,55 @@ def test_fields_from_the_command_line_join_the_recipes() -> None:
 def test_many_sizes_by_one_survey(
     architecture: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each is, to the byte, the checkpoint that it would be alone; nothing else stays in the folder."""
+    """One survey and one calibration, by the middle size, which is, to the byte, what it would be alone."""
     model = save_tiny(tmp_path / "model", architecture)
     common = ["--model", str(model), "--recipe", str(recipe), "--samples", "12", "--seq-len", "32"]
     common += ["--calibration", str(write_text(tmp_path / "text.txt", 3000, seed=0))]
-    surveys = []
-    survey = modifier.survey_layers
-    monkeypatch.setattr(modifier, "survey_layers", lambda *args: surveys.append(1) or survey(*args))
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(modifier, name)
+        monkeypatch.setattr(modifier, name, lambda *args: calls.append(name) or real(*args))
+
+    for name in ("survey_layers", "experts_inputs", "quantize_layer"):
+        counted(name)
     sizes, alone = tmp_path / "sizes", tmp_path / "alone"
-    assert main(["quantize", *common, "--bits", "3.0,4.5", "--out", str(sizes)]) == 0
-    assert len(surveys) == 1
-    said = capsys.readouterr().out
-    assert [path.name for path in sorted(sizes.iterdir()) if path.is_dir()] == ["3.0-bits", "4.5-bits"]
-    assert f"{sizes / '3.0-bits'}: 2.9" in said
-    assert f"{sizes / '4.5-bits'}: 4." in said
-    assert main(["quantize", *common, "--bits", "4.5", "--out", str(alone)]) == 0
-    assert len(surveys) == 2
-    assert (alone / "model.safetensors").read_bytes() == (sizes / "4.5-bits" / "model.safetensors").read_bytes()
+    assert main(["quantize", *common, "--bits", "3.0,4.5,3.5", "--out", str(sizes)]) == 0
+    once = calls.count("experts_inputs")
+    assert calls.count("survey_layers") == 1
+    assert calls.count("quantize_layer") == 2 * 3
+    said = capsys.readouterr().out.splitlines()
+    assert [path.name for path in sorted(sizes.iterdir()) if path.is_dir()] == ["3.0-bits", "3.5-bits", "4.5-bits"]
+    for line, expected in zip(said, ("3.0-bits: 2.9", "4.5-bits: 4.", "3.5-bits: 3."), strict=True):
+        assert line.startswith(f"{sizes}/{expected}"), line
+    calls.clear()
+    assert main(["quantize", *common, "--bits", "3.5", "--out", str(alone)]) == 0
+    assert calls.count("survey_layers") == 1
+    assert calls.count("experts_inputs") == once, "the rows went through the model once for all sizes"
+    assert (alone / "model.safetensors").read_bytes() == (sizes / "3.5-bits" / "model.safetensors").read_bytes()
+    record = (sizes / "3.0-bits" / "bitsmoe_report.json").read_text()
+    assert '"sweep": [3.0, 4.5, 3.5]' in record, "it says that others were made together with it"
+    assert "resume_dir" not in record
+    predicted = json.loads(record)["prediction"]
+    assert predicted["bits"] == sorted(predicted["bits"])
+    assert predicted["kld"] == sorted(predicted["kld"], reverse=True)
+    assert predicted["kld"][0] > predicted["kld"][-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "budgets"),
+    [
+        ([{"bits": 1.6}, {"bits": 2.5}, {"bits": 2.0}], [1.6, 2.5, 2.0]),
+        ([{"bits": 1.6}], []),
+        ([{"bits": 1.6}, {"bits": 2.5, "codes": "trellis"}], []),
+        ([{"bits": 1.6, "max_kld": 0.1}, {"bits": 2.5, "max_kld": 0.1}], []),
+        ([{"bits": 2.0}, {"bits": 2.0}], []),
+        ([{"bits": 2.0}, {}], []),
+    ],
+)
+def test_which_stages_share_a_calibration(stages: list[dict[str, object]], budgets: list[float]) -> None:
+    made = [Stage("q", (("BitsMoEModifier", fields),), "") for fields in stages]
+    assert sweep_of(made) == budgets
+    gptq = [Stage(one.name, (*one.modifiers, ("GPTQModifier", {})), "") for one in made]
+    assert sweep_of(gptq) == [], "what others do depends on the experts before them"
+    assert not budgets or leading(budgets) == 2.0

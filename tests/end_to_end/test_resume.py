@@ -196,6 +196,34 @@ def test_one_survey_serves_other_budgets(
     assert len(list(folder.glob("*-bits-*"))) == 2, "the layers of both budgets are kept"
 
 
+def test_one_calibration_serves_a_sweep(source: Path, tmp_path: Path) -> None:
+    """The leading run makes the layers of all budgets; the others take them, without rows; a kill changes no byte."""
+    folder, sweep = tmp_path / "resume", [2.0, 3.0, 4.0]
+    with pytest.raises(RecipeError, match=r"sweep: the run at 3\.0 bits makes the layers of 2\.0; run that one first"):
+        quantize(source, tmp_path / "too_early.safetensors", folder, sweep=sweep, bits=2.0, pipeline="datafree")
+
+    def packed(bits: float, folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
+        quantize(source, tmp_path / name, folder, sweep=sweep, bits=bits, **changes)
+        return load_file(tmp_path / name)
+
+    lead = packed(3.0, folder, "lead.safetensors")
+    quantize(source, tmp_path / "alone.safetensors", None)
+    assert_same(lead, load_file(tmp_path / "alone.safetensors"))
+    followers = {bits: packed(bits, folder, f"{bits}.safetensors", pipeline="datafree") for bits in (2.0, 4.0)}
+    assert sum(t.numel() for t in followers[2.0].values()) < sum(t.numel() for t in followers[4.0].values())
+    # one of another budget's layers is missing: its neighbours' inputs are what they were
+    next(iter(sorted(folder.glob("2-bits-*"))[-1].glob("*.1.*.safetensors"))).unlink()
+    assert_same(packed(3.0, folder, "again.safetensors"), lead)
+    assert_same(packed(2.0, folder, "2again.safetensors", pipeline="datafree"), followers[2.0])
+
+
+def test_a_sweep_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="needs resume_dir, and bits among it"):
+        BitsMoEModifier(bits=2.0, sweep=[2.0, 3.0])
+    with pytest.raises(ValueError, match="needs resume_dir, and bits among it"):
+        BitsMoEModifier(bits=2.5, sweep=[2.0, 3.0], resume_dir="kept")
+
+
 def test_reports_are_kept(source: Path, tmp_path: Path) -> None:
     reports = []
     for _ in range(2):

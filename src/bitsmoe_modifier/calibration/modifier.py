@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -41,11 +42,12 @@ from .capture import (
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
 from .padding import Padding
-from .prediction import Surveyed, decide, predict
+from .prediction import Prediction, Surveyed, predict
 from .progress import Progress
-from .resume import ResumeFolder
+from .resume import ResumeFolder, SharedFolder
 from .stored_experts import is_kept_decoded, placed_module
 from .survey import Inputs, experts_inputs, survey_layers
+from .sweep import budgets, check_lead, decide_each, roundings
 from .targets import check_experts, check_super_experts, check_unclaimed, dense_experts, dense_ids, find_experts
 
 #: What the survey does not depend on; one survey serves any value of these. (It tries bases with feedback or without.)
@@ -132,13 +134,15 @@ class BitsMoEModifier(Modifier):
 
     #: a machine's path has no place in the recipe that is saved with the checkpoint
     resume_dir: str | None = Field(default=None, exclude=True)
+    #: budgets that share a calibration (`sweep`), ``bits`` among them
+    sweep: list[float] = Field(default_factory=list, exclude=True)
     #: end the run after the survey by raising `Surveyed`
     survey_only: bool = Field(default=False, exclude=True)
 
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
     _padding: Padding = PrivateAttr(default_factory=Padding)
-    _designs: dict[str, LayerDesign] = PrivateAttr(default_factory=dict)
+    _designs: dict[float, dict[str, LayerDesign]] = PrivateAttr(default_factory=dict)
     _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _propagating: list[BitsMoEExperts] = PrivateAttr(default_factory=list)
     _scheme: Any = PrivateAttr(default=None)
@@ -147,7 +151,8 @@ class BitsMoEModifier(Modifier):
     _tokens: int = PrivateAttr(default=0)
     _ranks: Ranks = PrivateAttr(default_factory=Ranks.alone)
     _rows: int = PrivateAttr(default=0)
-    _resume: ResumeFolder | None = PrivateAttr(default=None)
+    _prediction: Prediction | None = PrivateAttr(default=None)
+    _resume: SharedFolder = PrivateAttr(default_factory=lambda: SharedFolder(Ranks.alone(), None))
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
 
@@ -185,9 +190,16 @@ class BitsMoEModifier(Modifier):
             raise ValueError(f"bits {self.bits} cannot be spent with bit_widths {self.bit_widths}; add wider ones")
         if (self.max_kld is not None or self.survey_only) and self.scope != "global":
             raise ValueError("max_kld needs the survey of scope: global; drop one of the two")
+        if self.sweep and (self.resume_dir is None or self.bits not in self.sweep):
+            raise ValueError(f"sweep {self.sweep} needs resume_dir, and bits among it")
         if self.super_experts != "none" and 0 not in self.bit_widths:
             raise ValueError(f"super_experts store no codes: bit-width 0; add 0 to bit_widths {self.bit_widths}")
         return self
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the survey expects of every size; None before it, and with ``scope: layer``."""
+        return self._prediction
 
     @property
     def settings(self) -> QuantizerSettings:
@@ -241,18 +253,19 @@ class BitsMoEModifier(Modifier):
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
         if self.scope == "global":
-            plans = self._restore_survey()
-            if plans is None:
+            kept = self._resume.survey(self.settings)
+            if kept is None:
                 self._said.steps *= 2
                 plans = self._survey(state)
-                if self._resume is not None:
-                    self._resume.keep_survey(self._metrics, plans)
+                self._resume.keep_survey(self._metrics, plans)
+            else:
+                self._metrics, plans = kept
+            self._prediction = predict(plans, self._tokens)
             if self.survey_only:
-                if self._resume is not None:
-                    self._resume.close()
-                raise Surveyed(predict(plans, self._tokens))
-            wanted = (self.bits, self.max_kld, max(self.bit_widths))
-            self.bits, self._designs = self._ranks.compute(lambda: decide(plans, self._tokens, *wanted))
+                self._resume.close()
+                raise Surveyed(self._prediction)
+            wanted = (budgets(self.bits, self.sweep), self.max_kld, max(self.bit_widths))
+            self.bits, self._designs = self._ranks.compute(lambda: decide_each(plans, self._tokens, *wanted))
         self._find_finished()
         self._padding = Padding()
         self.register_hook(state.model, cast(Any, self._padding.begin), "forward_pre", with_kwargs=True)
@@ -269,42 +282,24 @@ class BitsMoEModifier(Modifier):
             return
         folder = self.resume_dir
 
-        def open_folder() -> None:
+        def open_folder() -> ResumeFolder:
             # the modifiers of a recipe change each other's inputs
             together = active_session().lifecycle.recipe.modifiers or [self]
             fields = {
                 f"{n} {type(one).__name__}": one.model_dump(exclude=_ROUNDING_FIELDS if one is self else None)
                 for n, one in enumerate(together)
             }
-            self._resume = ResumeFolder(folder, fingerprint(cast(Any, state.model), fields, rows))
+            return ResumeFolder(folder, fingerprint(cast(Any, state.model), fields, rows))
 
-        self._ranks.compute(open_folder)
+        self._resume = SharedFolder(self._ranks, open_folder)
 
     def _find_finished(self) -> None:
         """See which layers an earlier run with the same settings has finished."""
-        if self.resume_dir is None:
-            return
-
-        def finished() -> frozenset[str]:
-            resume = cast(ResumeFolder, self._resume)
-            resume.open_layers(self.model_dump(include=_ROUNDING_FIELDS))
-            return frozenset(name for name in self._names.values() if resume.has_layer(name))
-
-        self._finished = self._ranks.compute(finished)
+        fields = self.model_dump(include=_ROUNDING_FIELDS)
+        self._finished = self._resume.finished(roundings(fields, self.bits, self.sweep), self._names.values())
         if self._finished:
             logger.info(f"{len(self._finished)} of {len(self._names)} layers are finished in {self.resume_dir}")
-
-    def _restore_survey(self) -> dict[str, LayerPlan] | None:
-        """Every layer's plan by a survey that an earlier run finished, with the metrics put in place."""
-
-        def restore() -> tuple[dict[str, torch.Tensor], dict[str, LayerPlan]] | None:
-            return None if self._resume is None else self._resume.survey(self.settings)
-
-        kept = self._ranks.compute(restore)
-        if kept is None:
-            return None
-        self._metrics, plans = kept
-        return plans
+        check_lead(self.bits, self.sweep, len(self._names) - len(self._finished))
 
     def _survey(self, state: State) -> dict[str, LayerPlan]:
         """Every layer's plan by a survey of the unquantized model, the same for every budget."""
@@ -348,26 +343,28 @@ class BitsMoEModifier(Modifier):
     def _make(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
         """One layer's stored tensors on the CPU: kept from an earlier run, or made now and kept."""
         if name in self._finished:
-            return self._ranks.compute(lambda: cast(ResumeFolder, self._resume).layer(name))
-        packed, report = self._quantize(module, name, self._ranks.collect(inputs))
-        if self._resume is not None:
-            self._resume.keep_layer(name, packed, report)
-        return packed, report
+            return self._resume.layer(name)
+        return self._resume.keep_layers(name, self._quantize(module, name, self._ranks.collect(inputs)))
 
-    def _quantize(self, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> tuple[PackedExperts, LayerReport]:
-        """Pack one layer from its captured inputs, by the survey's design or by one of its own."""
+    def _quantize(
+        self, module: LinearExperts2D, name: str, inputs: list[Inputs]
+    ) -> Iterator[tuple[PackedExperts, LayerReport]]:
+        """Pack one layer from its captured inputs at every budget, by the survey's designs or by its own."""
         experts, tokens = dense_experts(module, inputs[0][0].device), routed_tokens(module, inputs, self._rows)
         metric = self._metrics.get(name)
         metric = None if metric is None else metric.to(tokens.x.device)
-        design = self._designs.get(name)
-        if design is None:
-            plan = moved(self._plan(name, experts, tokens, metric), "cpu")
-            design = self._ranks.compute(lambda: plan.under(self.bits).choose(self.bits * experts.elements))
-        here = moved(design, tokens.x.device)
-        packed, report = quantize_layer(experts, tokens, here, self.settings, metric, self._ranks)
-        if self._ranks.first:
-            log_layer(name, report)
-        return packed, report
+        plan = None if self._designs else moved(self._plan(name, experts, tokens, metric), "cpu")
+        for bits in budgets(self.bits, self.sweep):
+            design = self._designs[bits][name] if plan is None else self._chosen(plan, bits)
+            here, settings = moved(design, tokens.x.device), replace(self.settings, bits=bits)
+            packed, report = quantize_layer(experts, tokens, here, settings, metric, self._ranks)
+            if self._ranks.first:
+                log_layer(name, report)
+            yield packed, report
+
+    def _chosen(self, plan: LayerPlan, bits: float) -> LayerDesign:
+        """A layer's own design under a budget, the same on all processes."""
+        return self._ranks.compute(lambda: plan.under(bits).choose(bits * plan.elements))
 
     def _replacement(self, model: Any, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
         """What stands in for a layer's experts from now on, made of all processes' captured inputs."""
@@ -389,8 +386,7 @@ class BitsMoEModifier(Modifier):
         """Raise if a layer was never reached; make what stays dense ready to be saved."""
         self._progress.close()
         self._said.end()
-        if self._resume is not None:
-            self._resume.close()
+        self._resume.close()
         if self._names:
             raise CalibrationError(
                 f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "

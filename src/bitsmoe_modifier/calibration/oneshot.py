@@ -127,8 +127,9 @@ def _quantize(
 ) -> QuantizeRecord:
     from compressed_tensors.distributed import is_source_process
     from llmcompressor import oneshot
+    from llmcompressor.core import active_session
 
-    import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
+    import bitsmoe_modifier  # registers modifier, format and loader
 
     from . import patches, tracing  # noqa: F401 - for every modifier alike
     from .capture import more_text
@@ -144,7 +145,7 @@ def _quantize(
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
         _cast(model, settings.dtype)
-    made_of = fingerprint(model, {"recipe": yaml.safe_load(recipe)}, [rows_digest([{"input_ids": rows}])])
+    made_of = fingerprint(model, {"recipe": _without_places(recipe)}, [rows_digest([{"input_ids": rows}])])
     loaded = time.perf_counter()
     oneshot(
         model=model,
@@ -154,6 +155,9 @@ def _quantize(
         moe_calibrate_all_experts=settings.calibrate_all_experts,
     )
     finished = time.perf_counter()
+    modifiers = active_session().lifecycle.recipe.modifiers
+    ours = [one for one in modifiers if isinstance(one, bitsmoe_modifier.BitsMoEModifier)]
+    expected = [one.prediction.record() for one in ours if one.prediction is not None]
     reports = layer_reports(model)
     warnings = zeroed_experts(model)
     warnings += [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]]
@@ -177,6 +181,8 @@ def _quantize(
             noted: dict[str, Any] = {"source": source, "layers": reports, "beside": asdict(kept)}
             if reports:
                 noted["made_of"] = {**made_of, "seed": settings.seed}
+            if expected:
+                noted["prediction"] = expected[0]
             (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")
     record = QuantizeRecord(
         load_seconds=loaded - started,
@@ -188,6 +194,15 @@ def _quantize(
     del model
     gc.collect()
     return record
+
+
+def _without_places(recipe: str) -> Any:
+    """The recipe's content for the record, without folders of this machine."""
+    content = yaml.safe_load(recipe)
+    for stage in content.values() if isinstance(content, dict) else ():
+        for modifiers in stage.values():
+            modifiers.get("BitsMoEModifier", {}).pop("resume_dir", None)
+    return content
 
 
 def _load(folder: Path, offload: Offload | None) -> Any:

@@ -50,6 +50,11 @@ class Prediction:
         logs = np.log(np.maximum(self.kld, np.finfo(np.float64).tiny))
         return float(np.exp(np.interp(bits, self.bits, logs)))
 
+    def record(self, points: int = 64) -> dict[str, list[float]]:
+        """The curve at evenly spaced sizes, in JSON types: ``bits``, and ``kld`` in nats per token."""
+        sizes = np.linspace(self.bits[0], self.bits[-1], points)
+        return {"bits": sizes.round(4).tolist(), "kld": [float(f"{self.at(float(size)):.4g}") for size in sizes]}
+
     def bits_for(self, kld: float, most: float) -> float:
         """The least size, in steps of a thousandth of a bit, whose divergence is at most ``kld``.
 

@@ -14,11 +14,11 @@ inputs to the last bit, in any of llm-compressor's pipelines.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import BitsMoEError, CheckpointError, RecipeError
 from ..method.costs import SideCosts
 from ..method.design import LayerPlan, SidePlan
+from ..method.distributed import Ranks
 from ..method.layer import QuantizerSettings
 from ..method.quantize import LayerReport
 from ..method.spectral import SharedBasis
@@ -77,7 +78,8 @@ class ResumeFolder:
     """
 
     def __init__(self, folder: str | Path, made_of: Mapping[str, Any]) -> None:
-        self.folder = self.layers = Path(folder)
+        self.folder = Path(folder)
+        self.layers: list[Path] = []
         record = self.folder / _RECORD
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,23 +96,27 @@ class ResumeFolder:
     def _refusal(self, error: OSError) -> RecipeError:
         return RecipeError(f"resume_dir: {self.folder} cannot be written ({error.strerror}); give another one")
 
-    def open_layers(self, rounding: Mapping[str, Any]) -> None:
-        """Keep layers from here on in the folder of these settings.
+    def open_layers(self, roundings: Sequence[Mapping[str, Any]]) -> None:
+        """Keep layers from here on in the folders of these settings.
 
         Args:
-            rounding: what only the quantization of a layer depends on, "bits" among it; JSON types.
+            roundings: what only the quantization of a layer depends on, "bits" among it, JSON types: of this run, and
+                of those that it makes layers for as well.
 
         Raises:
-            RecipeError: when the folder cannot be written.
+            RecipeError: when a folder cannot be written.
         """
-        text = json.dumps(rounding, indent=1, sort_keys=True)
-        self.layers = self.folder / f"{rounding['bits']:g}-bits-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        try:
-            if not (self.layers / _SETTINGS).exists():
-                self.layers.mkdir(exist_ok=True)
-                write_text(self.layers / _SETTINGS, text)
-        except OSError as error:
-            raise self._refusal(error) from None
+        self.layers = []
+        for rounding in roundings:
+            text = json.dumps(rounding, indent=1, sort_keys=True)
+            layers = self.folder / f"{rounding['bits']:g}-bits-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+            try:
+                if not (layers / _SETTINGS).exists():
+                    layers.mkdir(exist_ok=True)
+                    write_text(layers / _SETTINGS, text)
+            except OSError as error:
+                raise self._refusal(error) from None
+            self.layers.append(layers)
 
     def _compare(self, earlier: Mapping[str, Any], made_of: Mapping[str, Any]) -> None:
         found = differences(earlier, dict(made_of))
@@ -126,26 +132,31 @@ class ResumeFolder:
         """Let other runs use the folder."""
         release(self.folder / _LOCK)
 
-    def keep_layer(self, name: str, packed: PackedExperts, report: LayerReport) -> None:
+    def keep_layer(self, name: str, packed: PackedExperts, report: LayerReport, place: int = 0) -> None:
         """Keep a finished layer.
+
+        Args:
+            name: of its module.
+            packed, report: what was made.
+            place: of its settings among those that `open_layers` got.
 
         Raises:
             BitsMoEError: when its file cannot be written.
         """
-        self._write(self._file(name), dict(packed.items()), {"report": json.dumps(asdict(report))})
+        self._write(self._file(name, place), dict(packed.items()), {"report": json.dumps(asdict(report))})
 
     def has_layer(self, name: str) -> bool:
-        """Whether the layer was finished."""
-        return self._file(name).exists()
+        """Whether the layer was finished with all the settings."""
+        return all(self._file(name, place).exists() for place in range(len(self.layers)))
 
     def layer(self, name: str) -> tuple[PackedExperts, LayerReport]:
-        """A finished layer, checked, on the CPU.
+        """A finished layer of this run, checked, on the CPU.
 
         Raises:
             CheckpointError: when its file was damaged.
         """
-        tensors, metadata = self._read(self._file(name))
         where = str(self._file(name))
+        tensors, metadata = self._read(self._file(name))
         check_structure(tensors, where)
         packed = PackedExperts(**tensors)
         check_content(packed, where)
@@ -184,8 +195,8 @@ class ResumeFolder:
                 f"{self.folder} and run the same command again"
             ) from error
 
-    def _file(self, name: str) -> Path:
-        return self.layers / f"{name}.safetensors"
+    def _file(self, name: str, place: int = 0) -> Path:
+        return self.layers[place] / f"{name}.safetensors"
 
     def _read(self, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         try:
@@ -193,6 +204,67 @@ class ResumeFolder:
                 return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged ({error}); delete it to compute it again") from None
+
+
+class SharedFolder:
+    """A resume folder for the processes of a run, of which the first has it; without one, nothing is kept.
+
+    Args:
+        ranks: the processes.
+        open_folder: on the first process; None where nothing is kept.
+
+    Raises:
+        RecipeError: on all of them, as `ResumeFolder`.
+    """
+
+    def __init__(self, ranks: Ranks, open_folder: Callable[[], ResumeFolder] | None) -> None:
+        self._ranks, self._kept = ranks, open_folder is not None
+        self._folder: ResumeFolder | None = None
+
+        def begin() -> None:
+            self._folder = cast(Callable[[], ResumeFolder], open_folder)()
+
+        if self._kept:
+            ranks.compute(begin)
+
+    def survey(self, settings: QuantizerSettings) -> tuple[dict[str, torch.Tensor], dict[str, LayerPlan]] | None:
+        """`ResumeFolder.survey` on all processes."""
+        return self._ranks.compute(lambda: None if self._folder is None else self._folder.survey(settings))
+
+    def keep_survey(self, metrics: Mapping[str, torch.Tensor], plans: Mapping[str, LayerPlan]) -> None:
+        """`ResumeFolder.keep_survey`."""
+        if self._folder is not None:
+            self._folder.keep_survey(metrics, plans)
+
+    def finished(self, roundings: Sequence[Mapping[str, Any]], names: Iterable[str]) -> frozenset[str]:
+        """Which layers are finished with all of these settings (`ResumeFolder.open_layers`)."""
+
+        def find() -> frozenset[str]:
+            folder = cast(ResumeFolder, self._folder)
+            folder.open_layers(roundings)
+            return frozenset(name for name in names if folder.has_layer(name))
+
+        return self._ranks.compute(find) if self._kept else frozenset()
+
+    def layer(self, name: str) -> tuple[PackedExperts, LayerReport]:
+        """`ResumeFolder.layer` on all processes."""
+        return self._ranks.compute(lambda: cast(ResumeFolder, self._folder).layer(name))
+
+    def keep_layers(
+        self, name: str, made: Iterable[tuple[PackedExperts, LayerReport]]
+    ) -> tuple[PackedExperts, LayerReport]:
+        """Keep a layer as it was made with each of the settings that `finished` got, and return the first."""
+        own: tuple[PackedExperts, LayerReport] | None = None
+        for place, (packed, report) in enumerate(made):
+            own = own or (packed, report)
+            if self._folder is not None:
+                self._folder.keep_layer(name, packed, report, place)
+        return cast(tuple[PackedExperts, LayerReport], own)
+
+    def close(self) -> None:
+        """`ResumeFolder.close`."""
+        if self._folder is not None:
+            self._folder.close()
 
 
 def _frozen(value: Any) -> Any:

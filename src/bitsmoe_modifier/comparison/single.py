@@ -17,6 +17,7 @@ from ..batches import with_smaller_batches
 from ..calibration.oneshot import Offload, QuantizeRecord, QuantizeSettings, quantize
 from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_fields
 from ..calibration.resume import reserved
+from ..calibration.sweep import leading, sweep_of
 from ..checkpoints.card import note_quality, write_card
 from ..checkpoints.export import export_dense
 from ..checkpoints.plan import check_machine, working_memory
@@ -140,7 +141,6 @@ def _quantize_each(
         rest=options.rest,
     )
     run = rows.numel(), dtype, str(device)
-    made = []
     with ExitStack() as held:
         ranks = held.enter_context(torchrun_job(str(device)))
         offload = held.enter_context(_offload(options.offload_dir, stages[0], dense.folder, *run))
@@ -152,7 +152,8 @@ def _quantize_each(
         kept = options.resume_dir
         if kept is None and len(stages) > 1:
             kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(outputs[0].path)))
-        batch = options.batch_size
+        batch, sweep = options.batch_size, sweep_of(stages)
+        lead = stages[sweep.index(leading(sweep))] if sweep else None
 
         def attempt(size: int, stage: Stage, output: OutputFolder) -> QuantizeRecord:
             nonlocal batch, kept
@@ -161,16 +162,21 @@ def _quantize_each(
                     raise BitsMoEError(f"run again with --batch-size {size} and another --resume-dir")
                 kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(output.path)))
             batch = size
-            now = replace(settings, batch_size=stage.calibration_batch(size))
+            follows = bool(sweep) and stage is not lead  # its layers are made already
+            pipeline = "datafree" if follows else settings.pipeline
+            now = replace(settings, batch_size=stage.calibration_batch(size), pipeline=pipeline)
+            recipe = with_fields(stage, resume_dir=kept, sweep=sweep or None).text
             with _pointing_at(options.resume_dir, output):
-                return quantize(dense.folder, with_fields(stage, resume_dir=kept).text, rows, output, now)
+                return quantize(dense.folder, recipe, rows, output, now)
 
-        for stage, output in zip(stages, outputs, strict=True):
+        made: dict[int, dict[str, Any]] = {}
+        for place in sorted(range(len(stages)), key=lambda place: stages[place] is not lead):
+            stage, output = stages[place], outputs[place]
             run_stage = partial(attempt, stage=stage, output=output)
             record, batch = with_smaller_batches(run_stage, batch, f"{stage.name}: calibration")
             if ranks.first:
-                made.append(_finished(output.path, model, stage, record))
-    return made
+                made[place] = _finished(output.path, model, stage, record)
+    return [made[place] for place in sorted(made)]
 
 
 def _finished(out: Path, model: str, stage: Stage, made: QuantizeRecord) -> dict[str, Any]:
