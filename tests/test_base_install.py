@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bitsmoe_modifier.extras import install_line
 from tiny_text import save_tiny, write_text
 
 STORED = Path(__file__).parent / "newest" / "stored"
@@ -83,7 +84,7 @@ def test_what_needs_the_extra_says_so_in_a_line(ran: dict[str, tuple[int, str, s
     said = [line for line in err.splitlines() if line.strip()][-1]
     package = "lm_eval" if name == "tasks" else "llmcompressor"
     assert said.startswith(f"bitsmoe {name.split()[0] if name != 'tasks' else 'eval'}: ")
-    assert said.endswith(f" needs {package}, which is not installed: pip install 'bitsmoe-modifier[quantize]'")
+    assert said.endswith(f" needs {package}, which is not installed: {install_line('quantize')}")
     assert "Traceback" not in err
 
 

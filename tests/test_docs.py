@@ -44,4 +44,27 @@ def test_the_site_builds_strictly(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "tutorial" / "index.html").exists()
+    pages = {
+        page: (tmp_path / page / "index.html").read_text(encoding="utf-8") for page in ("serve", "recipes", "fields")
+    }
+    assert "Serving with vLLM" in pages["serve"]
+    assert all(recipe.stem in pages["recipes"] for recipe in (ROOT / "recipes").glob("*.yaml"))
+    assert "refine_passes" in pages["fields"]
+    home = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "quality.png" in home
+    assert "GPTQ W2 / W4" in home, "README's figures"
+    assert "make demo" in home
+    assert 'style="color: #' in pages["recipes"], "code has colours without a network"
+    assert (tmp_path / "search" / "search_index.json").exists()
+    links = re.findall(r'href="([^"#]+)', "".join(page.read_text() for page in tmp_path.rglob("*.html")))
+    assert not [link for link in links if link.endswith(".md")], (
+        "links to files that are on the site are links to pages"
+    )
+
+
+def test_no_text_installs_what_no_index_has():
+    """The package is not published: its name alone installs nothing, or something else."""
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
+    texts += [*(ROOT / "src").rglob("*.md"), *(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.ipynb")]
+    named = re.compile(r"pip install [^\n]*[\"' ]bitsmoe-modifier\b")
+    assert not [text.name for text in texts if named.search(text.read_text(encoding="utf-8"))]

@@ -4,6 +4,7 @@ import pytest
 
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.errors import BitsMoEError
+from bitsmoe_modifier.extras import install_line
 from bitsmoe_modifier.serving import evaluation, versions
 
 
@@ -18,7 +19,7 @@ def test_names_what_is_missing(
     assert main(["eval", "checkpoint", "--backend", "vllm", "--tasks", "continuations"]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert 'pip install "bitsmoe-modifier[vllm]" lm-eval' in error
+    assert f"{install_line('vllm')} lm-eval" in error
 
 
 def test_names_a_missing_harness(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from markupsafe import Markup
 
 from ..errors import BitsMoEError
+from ..extras import install_line
 from .style import INK
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def chart(draw: Callable[P, Markup]) -> Callable[P, Markup]:
         try:
             from matplotlib import rc_context
         except ImportError:
-            raise BitsMoEError('charts need matplotlib: pip install "bitsmoe-modifier[quantize]"') from None
+            raise BitsMoEError(f"charts need matplotlib: {install_line('quantize')}") from None
         with rc_context(_STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # browsers have more fonts; only widths are a guess
             return draw(*args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import BitsMoEError
 from ..evaluation.accuracy import Accuracy, check_tasks, run_tasks
+from ..extras import install_line
 from ..sources.model import find_model
 from .versions import installed, unsupported_version
 
@@ -40,9 +41,7 @@ def check_environment() -> None:
     """Raise BitsMoEError with the remedy unless a supported vLLM and lm-eval are installed."""
     reason = unsupported_version()
     if reason:
-        raise BitsMoEError(
-            f'--backend vllm: {reason}; pip install "bitsmoe-modifier[vllm]" lm-eval in an environment of its own'
-        )
+        raise BitsMoEError(f"--backend vllm: {reason}; {install_line('vllm')} lm-eval in an environment of its own")
     if find_spec("lm_eval") is None:
         raise BitsMoEError("--backend vllm: lm-eval is not installed; pip install lm-eval")
 

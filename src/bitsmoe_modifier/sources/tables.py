@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CalibrationError
+from ..extras import install_line
 
 #: first bytes of compressed files
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
@@ -173,7 +174,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        message = f"{path}: reading .parquet needs pyarrow; pip install 'bitsmoe-modifier[quantize]'"
+        message = f"{path}: reading .parquet needs pyarrow; {install_line('quantize')}"
         raise CalibrationError(message) from None
     number = 0
     try:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from .. import messages
 from ..errors import CalibrationError
+from ..extras import install_line
 from ..method.distributed import share
 from .documents import Document, documents
 from .tables import TABLES, Row, ending, read_plain, rows_of
@@ -92,9 +93,7 @@ def _rows(source: str, path: Path, is_file: bool) -> Iterator[Row]:
     try:
         from datasets import load_dataset
     except ImportError:
-        message = (
-            f"{source} is no file, and datasets need the datasets library; pip install 'bitsmoe-modifier[quantize]'"
-        )
+        message = f"{source} is no file, and datasets need the datasets library; {install_line('quantize')}"
         raise CalibrationError(message) from None
     name, _, split = source.partition("@")
     name, _, config = name.partition(":")
