@@ -19,13 +19,15 @@ have missed measured times by 40 %, and its assumptions favour kernels that copy
 import argparse
 from dataclasses import dataclass
 
-from bitsmoe_kernels import compile_gates
+from bitsmoe_kernels import compile_gates, trellis_gates
 from bitsmoe_kernels.ahead import fits_ahead
 from bitsmoe_kernels.launch import decode_tile, down_tile, expected_tiles, gate_up_tile, overlap
-from bitsmoe_kernels.machine_code import compile_case
+from bitsmoe_kernels.machine_code import Report, compile_case
 from bitsmoe_kernels.prepare import width_set
 from bitsmoe_kernels.routing import tile_count
 from layers import SHAPES, Shape, markdown
+
+from bitsmoe_modifier.method.viterbi import PRELUDE
 
 #: Seconds between the end of a kernel and the start of one that depends on it, inside a CUDA graph.
 LAUNCH = 1.5e-6
@@ -39,6 +41,12 @@ CACHE_LATENCY, CACHE_BANDWIDTH = 0.35e-6, 1.6
 BANDWIDTH_SHARE, ISSUE_SHARE = 0.85, 0.7
 #: Seconds that a program takes to find that it has nothing to do, per multiprocessor.
 IDLE_PROGRAM = 0.03e-6
+#: Instructions of a warp that trace a weight back in the encoder of trellis codes: its loops have 13 and 17.
+TRACE = 15
+#: Sizes that kernels of trellis codes are compiled for; nothing that is read from them depends on these.
+_R, _I = 2048, 768
+_SCALAR = compile_gates._gate_up, compile_gates._down
+_TRELLIS = trellis_gates.gate_up_case, trellis_gates.down_case
 #: Other layers: bits of a weight, seconds besides, share of the bandwidth.
 OTHERS = {"bf16": (16, 14e-6, 0.78), "W4": (4 + 16 / 128, 9e-6, 0.6), "plain 2 bit": (2 + 16 / 128, 8e-6, 0.6)}
 
@@ -66,8 +74,14 @@ MODELS = ("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3", "gpt-oss-120b")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the compiler made of a decode kernel: instructions per weight of a 4-bit and a 2-bit plane; of the kernel of
-    all widths, programs per multiprocessor, rounds of copies in flight, and instructions before the first copy."""
+    """What the compiler made of a decode kernel.
+
+    Attributes:
+        planes: instructions per weight of a 4-bit and a 2-bit plane; of trellis codes, of every width.
+        resident: programs per multiprocessor of the kernel of all widths.
+        flying: its rounds of copies in flight.
+        start: its instructions before the first copy.
+    """
 
     planes: dict[int, float]
     resident: int
@@ -81,6 +95,29 @@ def compiled(make: object, cc: int, widths: tuple[int, ...], block: int) -> Kern
     whole = compile_case(case, cc)
     planes = {f: compile_case(make(cc, (f,), 8, block=block), cc).per_weight for f in (4, 2)}  # type: ignore[operator]
     return Kernel(planes, whole.resident, whole.flying or 0.0, whole.start or 0)
+
+
+def compiled_trellis(make: object, cc: int, widths: tuple[int, ...], block: int) -> Kernel:
+    """`compiled` for trellis codes; make: of `trellis_gates`."""
+
+    def report(some: tuple[int, ...]) -> Report:
+        return compile_case(make(cc, some, 8, _R, _I, block=block), cc)  # type: ignore[operator]
+
+    whole = report(widths)
+    planes = {b: report((b,)).per_weight for b in widths}
+    return Kernel(planes, whole.resident, whole.flying or 0.0, whole.start or 0)
+
+
+def encoder_table(name: str, weights: float) -> str:
+    """Seconds that the encoder of trellis codes takes for so many weights, by width."""
+    gpu, rows = GPUS[name], []
+    for width in (1, 2, 3, 4, 6):
+        spent, span = compile_case(trellis_gates.encoder_case(width), gpu.cc).per_weight, PRELUDE[width]
+        whole = (128 + 2 * span) / 128 * spent + (128 + span) / 128 * TRACE
+        seconds = weights * whole / (gpu.processors * 4 * gpu.clock * ISSUE_SHARE)
+        rows.append([str(width), f"{spent:.0f}", f"{whole:.0f}", f"{seconds:.1f}"])
+    header = ["bits", "instructions a weight, forward", "in all", f"s for {weights:.3g} weights"]
+    return f"{name}, encoder of trellis codes, sequences of 128:\n\n{markdown(header, rows)}"
 
 
 def kernel_seconds(
@@ -118,7 +155,7 @@ def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Ker
 
     def work(kernel: Kernel) -> float:
         """Instructions per stored weight position, over the mixture of widths; the kernel's planes of 4 and 2 bits."""
-        planes = {6: (4, 2), 4: (4,), 2: (2,), 0: ()}
+        planes = {b: (b,) if b in kernel.planes else (4, 2) for b in (2, 4, 6)} | {0: ()}
         return sum(kernel.planes[f] for b in shape.widths for f in planes[b]) / len(shape.widths)
 
     weights = shape.hidden * shape.inner
@@ -155,16 +192,19 @@ def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Ker
     return base + first + second + shared, 3 * matrix * reached + basis
 
 
-def table(name: str, shapes: list[str], batches: list[int]) -> str:
-    """The Markdown table of one GPU."""
+def table(name: str, shapes: list[str], batches: list[int], codes: str = "scalar") -> str:
+    """The Markdown table of one GPU, for "scalar" or "trellis" codes."""
     gpu, rows = GPUS[name], []
     kernels: dict[int, tuple[Kernel, Kernel]] = {}
     for shape_name in shapes:
         shape = SHAPES[shape_name]
         if shape.block not in kernels:
             widths = width_set(shape.widths)
-            made = (compile_gates._gate_up, compile_gates._down)
-            kernels[shape.block] = tuple(compiled(make, gpu.cc, widths, shape.block) for make in made)  # type: ignore[assignment]
+            if codes == "trellis":
+                pair = [compiled_trellis(make, gpu.cc, widths, shape.block) for make in _TRELLIS]
+            else:
+                pair = [compiled(make, gpu.cc, widths, shape.block) for make in _SCALAR]
+            kernels[shape.block] = pair[0], pair[1]
         for batch in batches:
             ours, nbytes = layer_seconds(gpu, shape, batch, *kernels[shape.block])
             reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
@@ -173,8 +213,8 @@ def table(name: str, shapes: list[str], batches: list[int]) -> str:
             row = [shape_name, str(batch), f"{ours * 1e6:.0f}", f"{nbytes / ours / gpu.bandwidth:.0%}"]
             rows.append(row + [f"{other * 1e6:.0f}" for other in others] + [f"{others[0] / ours:.1f}"])
     figures = "; ".join(
-        f"{name_}, blocks of {block}: {k.planes[2]:.2f} and {k.planes[4]:.2f} instructions per weight of a 2- and a "
-        f"4-bit plane, {k.resident} programs per multiprocessor"
+        f"{name_}, {codes} codes, blocks of {block}: {k.planes[2]:.2f} and {k.planes[4]:.2f} instructions per 2- and "
+        f"4-bit weight, {k.resident} programs per multiprocessor"
         for block, pair in kernels.items()
         for name_, k in zip(("gate_up", "down"), pair, strict=True)
     )
@@ -188,9 +228,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=GPUS, nargs="+", default=["H100"])
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(MODELS))
     parser.add_argument("--batch", default="1,4,8,32", help="comma-separated numbers of tokens")
+    parser.add_argument("--codes", choices=("scalar", "trellis"), default="scalar")
+    parser.add_argument("--encoder", action="store_true", help="the encoder of trellis codes instead")
     options = parser.parse_args(argv)
+    if options.encoder:
+        print("Modelled, not measured.\n\n" + "\n\n".join(encoder_table(name, 29e9) for name in options.gpu))
+        return
     batches = [int(b) for b in options.batch.split(",")]
-    print("Modelled, not measured.\n\n" + "\n\n".join(table(name, options.shape, batches) for name in options.gpu))
+    print(
+        "Modelled, not measured.\n\n"
+        + "\n\n".join(table(name, options.shape, batches, options.codes) for name in options.gpu)
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Every kernel is compiled as it would be launched for a Qwen3-30B-A3B layer (R = 
 - the shared memory fits a program of the smallest GPU of its kind, and that of one multiprocessor, with its registers,
   holds the programs that are wanted there;
 - no byte is loaded alone in the loop over the weights;
-- the loops of trellis codes store nothing in shared memory: what they decode goes to the tensor cores from registers;
+- the loops of trellis codes store next to nothing in shared memory (steps may go there, which take two instructions):
+  what they decode goes to the tensor cores from registers;
 - that loop waits for the copies of one round while those of another are under way: it reads two buffers at least;
 - at most 400 instructions come before the first copy of weights is issued;
 - the loop spends no more instructions per weight than the width's budget.
@@ -202,7 +203,7 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
             yield make(cc, (2,), 64)
             yield replace(make(cc, (8, 6, 4, 3, 2, 1), 8), stack=16)
             yield replace(make(cc, mixed, 8, block=64), stack=16)
-    yield from (Case(**case) for case in trellis_cases(cc, every, _R, _I))
+    yield from trellis_cases(cc, every, _R, _I)
     yield _basis(4)
     yield _basis(4, routing=True)
     yield from _rounding()

@@ -120,8 +120,14 @@ def launch_trellis(tile: int, columns: int, cc: int, warps: int | None = None) -
     """
     wanted = warps or (2 if tile <= 16 else 4)
     # without a bound, and with one much lower, the compiler spills
-    registers = 200 if tile <= 8 else None
+    registers = 216 if tile <= 8 else None
     return Launch(max(1, min(wanted, columns // 16)), 3 if tile <= 16 else 2, 0 if cc == 0 else 2, registers)
+
+
+def launch_trellis_down(tile: int, columns: int, cc: int, warps: int | None = None) -> Launch:
+    """`launch_trellis` for down."""
+    how = launch_trellis(tile, columns, cc, warps)
+    return replace(how, registers=200) if tile <= 8 else how
 
 
 def trellis_down_warps(tile: int, tiles: int, units: int) -> int:

@@ -38,7 +38,7 @@ _APART["AHEAD"] = False
 class Case:
     """One kernel as launched; ``weights``: decoded by a thread per round of its loop, 0 where there is no such loop.
 
-    ``flies``: copies must be under way in the loop; ``direct``: nothing may be stored in shared memory there.
+    ``flies``: copies must be under way in the loop; ``stores``: to shared memory there at most.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Case:
     programs: int = 1
     stack: int = 0
     flies: bool = False
-    direct: bool = False
+    stores: int | None = None
     fusion: dict[str, bool] = field(default_factory=lambda: FUSION)
 
 
@@ -86,7 +86,7 @@ class Report:
             "the loop was not found": case.weights > 0 and self.per_weight == 0,
             f"{self.shared} bytes of shared memory do not fit": not self.fits,
             f"{self.flying} rounds of copies under way": case.flies and (self.flying is None or self.flying < 1),
-            f"{self.stores} stores to shared memory": case.direct and self.stores > 0,
+            f"{self.stores} stores to shared memory": case.stores is not None and self.stores > case.stores,
             f"{self.early} accesses to memory before the kernel before is over": self.early > 0,
             f"{self.start} instructions before the first copy": (self.start or 0) > START_BUDGET,
         }

@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .ahead import begin
 from .arrival import arrive
 from .digits import product
 from .down import _finish_tokens, _present, down_reference
-from .launch import FUSION, capability, launch_trellis, on
+from .launch import FUSION, capability, launch_trellis_down, on, overlap
 from .routing import pair_tile
 from .trellis_codes import slices, tile_values
 from .trellis_gate_up import Z_SCALE
@@ -24,12 +25,13 @@ def trellis_down_kernel(
     ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, SPREAD: tl.constexpr, JOINED: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_BASE: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
+    HAS_BASE: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, unit in payload order): t [P, R'] from z [P, I], a sixteenth of it.
 
     codes: uint16. places: [E, units, 6], see `prepare`. JOINED: chains may have several units. SUM as in `down_kernel`.
     """
+    begin(OVERLAP)
     UNITS: tl.constexpr = R // BS
     GROUPS: tl.constexpr = I // GS
     QUANTUM: tl.constexpr = BS * GS // 16  # of uint16
@@ -101,7 +103,8 @@ def _launch(
     """Run the kernel; ``total``: ids, p, bias, base, y and arrivals where it adds the token's experts up."""
     block_size, group_size, tile, warps = sizes
     ids, _, bias, base, _, _ = total
-    how = launch_trellis(tile, group_size, capability(z.device), warps)
+    cc = capability(z.device)
+    how = launch_trellis_down(tile, group_size, cc, warps)
     count, top_k = (0, 1) if ids is None else ids.shape
     programs = tiles.shape[0] + triton.cdiv(count, tile)
     with on(z.device):
@@ -110,7 +113,7 @@ def _launch(
             TOP_K=top_k, R=t.shape[1], I=z.shape[1], BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=tile, SPREAD=how.warps, JOINED=block_size < 128, SUM=ids is not None, HAS_BIAS=bias is not None,
             HAS_BASE=base is not None, STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers,
-            **FUSION,
+            **overlap(cc), **FUSION,
         )  # fmt: skip
 
 

@@ -16,10 +16,11 @@ import triton.language as tl
 from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gate_value
+from .ahead import begin
 from .arrival import arrive
 from .digits import product
 from .gate_up import gate_up_reference
-from .launch import FUSION, capability, launch_trellis, on
+from .launch import FUSION, capability, launch_trellis, on, overlap
 from .routing import pair_tile
 from .trellis_codes import slices, tile_values
 
@@ -117,12 +118,13 @@ def trellis_gate_up_kernel(
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, group of I, SHARED: matrix and share of its units); as `gate_up.gate_up_kernel`.
 
     codes: uint16. z: [P, I] of float16 (or float32). SPREAD: warps, among which a unit's directions are shared.
     """
+    begin(OVERLAP)
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
     DT: tl.constexpr = z_ptr.dtype.element_ty
@@ -215,7 +217,8 @@ def trellis_gate_up(
         return z
     shared = parts > 1
     part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=h.device) if shared else None
-    how = launch_trellis(pair_tile, block_size, capability(h.device))
+    cc = capability(h.device)
+    how = launch_trellis(pair_tile, block_size, cc)
     with on(h.device):
         trellis_gate_up_kernel[(tiles.shape[0], columns // group_size, parts)](
             h, tiles, pairs, codes.view(torch.uint16), steps, head, order, bias, z, part,
@@ -223,7 +226,8 @@ def trellis_gate_up(
             TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=pair_tile, SHARED=shared, SPREAD=how.warps,
             HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers, **FUSION,
+            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers,
+            **overlap(cc), **FUSION,
         )  # fmt: skip
     return z
 

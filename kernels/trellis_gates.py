@@ -2,29 +2,43 @@
 
 from collections.abc import Iterator
 
-from .launch import launch_trellis
+import triton
+
+from bitsmoe_modifier.method.viterbi import PRELUDE
+
+from .launch import Launch, launch_trellis, launch_trellis_down
+from .machine_code import Case
 from .trellis_down import trellis_down_kernel
+from .trellis_encoder import encode_kernel
 from .trellis_gate_up import trellis_gate_up_kernel
 
 #: Instructions per weight that the loop over the weights may spend, by width: 3.7 decode it.
 BUDGET = {1: 4.5, 2: 4.5, 3: 4.9, 4: 4.9, 6: 5.0, 8: 5.0}
+#: Instructions of a warp per weight of a sequence in the encoder's forward pass, by width.
+ENCODER_BUDGET = {1: 66, 2: 64, 3: 84, 4: 99, 6: 129, 8: 98}
 #: Prefill multiplies 32 tokens per weight: a generous budget.
 PREFILL_BUDGET = 8.0
 
-_INPUTS = {"tiles_ptr": "*i32", "pairs_ptr": "*i32", "codes_ptr": "*u16", "steps_ptr": "*fp16", "z_ptr": "*fp16"}
+_INPUTS = {"tiles_ptr": "*i32", "pairs_ptr": "*i32", "codes_ptr": "*u16", "steps_ptr": "*bf16", "z_ptr": "*fp16"}
 _INPUTS |= {"arrivals_ptr": "*i32", "P": "i32", "PARTS": "i32", "T": "i32", "TILES": "i32", "E": "i32"}
 
 
-def _sizes(widths: tuple[int, ...], tile: int, block: int, how_warps: int) -> dict[str, object]:
-    """Of a case: its loop's weights and budget, and the programs wanted on a multiprocessor."""
-    one = len(widths) == 1 and block == 128
-    return {
-        "weights": block * block / (32 * how_warps) if one else 0,
-        "budget": (BUDGET[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
-        "programs": 3 if tile <= 8 else 2 if tile <= 16 else 1,
-        "flies": tile <= 16,
-        "direct": one,
-    }
+def _case(
+    name: str, kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object], how: Launch
+) -> Case:
+    """A case of gate_up or down with its budget, and the programs wanted on a multiprocessor."""
+    widths, tile, block = constants["WIDTHS"], constants["BM"], constants["BS"]
+    assert isinstance(widths, tuple) and isinstance(tile, int) and isinstance(block, int)  # noqa: S101, PT018 - types
+    one, wide = len(widths) == 1, 1.0 if block == 128 else 1.6  # short rows share the activations among fewer weights
+    return Case(
+        name, kernel, signature, constants, how,
+        weights=block * block / (32 * how.warps) if one else 0,
+        budget=(wide * BUDGET[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
+        programs=3 if tile <= 8 and how.warps == 2 else 2 if tile <= 16 and how.warps <= 4 else 1,
+        stack=16 if len(widths) > 3 or block < 128 else 0,
+        flies=tile <= 16,
+        stores=4 if one else None,
+    )  # fmt: skip
 
 
 def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int, more: str) -> str:
@@ -42,8 +56,8 @@ def gate_up_case(
     dtype: str = "bf16",
     shared: bool = False,
     block: int = 128,
-) -> dict[str, object]:
-    """The arguments of a `compile_gates.Case`."""
+) -> Case:
+    """One case."""
     how = launch_trellis(tile, block, cc)
     constants: dict[str, object] = {
         "bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": None, "ALPHA": 1.0, "SHIFT": 0.0,
@@ -54,11 +68,8 @@ def gate_up_case(
         constants |= {"part_ptr": None, "arrivals_ptr": None}
     signature = _INPUTS | {"head_ptr": "*i32", "order_ptr": "*i32", "h_ptr": f"*{dtype}", "part_ptr": "*fp32"}
     signature |= {"gain": "fp32", "inverse_gain": "fp32"}
-    return {
-        "name": _name("gate_up", widths, tile, dtype, block, ", shared" if shared else ""),
-        "kernel": trellis_gate_up_kernel, "signature": signature, "constants": constants, "how": how,
-        **_sizes(widths, tile, block, how.warps),
-    }  # fmt: skip
+    name = _name("gate_up", widths, tile, dtype, block, ", shared" if shared else "")
+    return _case(name, trellis_gate_up_kernel, signature, constants, how)
 
 
 def down_case(
@@ -70,10 +81,10 @@ def down_case(
     dtype: str = "bf16",
     block: int = 128,
     warps: int | None = None,
-) -> dict[str, object]:
-    """The arguments of a `compile_gates.Case`."""
+) -> Case:
+    """One case."""
     total = tile <= 16
-    how = launch_trellis(tile, block, cc, warps)
+    how = launch_trellis_down(tile, block, cc, warps)
     constants: dict[str, object] = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
         "R": r, "I": i, "BS": block, "GS": block, "WIDTHS": widths, "BM": tile, "SPREAD": how.warps,
@@ -83,14 +94,22 @@ def down_case(
         constants |= dict.fromkeys(("ids_ptr", "p_ptr", "y_ptr", "arrivals_ptr"))
     signature = _INPUTS | {"places_ptr": "*i32", "t_ptr": "*fp32" if total else f"*{dtype}", "ids_ptr": "*i64"}
     signature |= {"p_ptr": "*fp32", "y_ptr": f"*{dtype}"}
-    return {
-        "name": _name("down", widths, tile, dtype, block, f", {how.warps} warps" if warps else ""),
-        "kernel": trellis_down_kernel, "signature": signature, "constants": constants, "how": how,
-        **_sizes(widths, tile, block, how.warps),
-    }  # fmt: skip
+    name = _name("down", widths, tile, dtype, block, f", {how.warps} warps" if warps else "")
+    return _case(name, trellis_down_kernel, signature, constants, how)
 
 
-def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[dict[str, object]]:
+def encoder_case(width: int) -> Case:
+    """One case: a warp for each sequence, 256 windows at each of its weights."""
+    signature = {"u_ptr": "*fp32", "g_ptr": "*fp32", "begin_ptr": "*i64", "length_ptr": "*i32", "values_ptr": "*fp32"}
+    signature |= {"branches_ptr": "*u8", "out_ptr": "*u8", "steps": "i32"}
+    constants: dict[str, object] = {"B": width, "PRELUDE": PRELUDE[width]}
+    return Case(
+        f"trellis encoder {width} bit", encode_kernel, signature, constants, Launch(warps=1, stages=1, pack=0),
+        weights=1, budget=ENCODER_BUDGET[width], programs=24,
+    )  # fmt: skip
+
+
+def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
     """The kernels to check for one target; ``every=False``: decode with the default recipe's widths only.
 
     Args:
@@ -100,9 +119,10 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[dict[str, ob
         i: I of the layer.
     """
     mixed = (6, 4, 2)
-    for width in (1, 2, 3, 4, 6, 8) if every else (2, 4):
+    for width in (1, 2, 3, 4, 6, 8) if every else (2,):
         yield gate_up_case(cc, (width,), 8, r, i)
         yield down_case(cc, (width,), 8, r, i)
+        yield encoder_case(width)
     yield gate_up_case(cc, mixed, 8, r, i, shared=True)
     yield down_case(cc, mixed, 8, r, i)
     if every:

@@ -1,24 +1,34 @@
 """The encoder of trellis codes: of all windows that a sequence may have, those of least weighted squared error.
 
 `encode_plain` is Viterbi's algorithm in PyTorch, on any device, readable, and the oracle of the tests. `encode` runs
-the same in C++ on the CPU where a compiler is (`native_viterbi`), for weights on a GPU as well: there is no kernel yet,
-and PyTorch's operations, several for each weight of a sequence, take longer there than a CPU's core.
+the same as a Triton kernel on a GPU (`bitsmoe_kernels.trellis_encoder`) and in C++ on the CPU where a compiler is
+(`native_viterbi`); so it does for weights on a GPU without the kernels, for PyTorch's operations, several for each
+weight of a sequence, take longer there than a CPU's core.
 
 A sequence is circular (storage/trellis.py), which Viterbi's algorithm is not: a free run over its end and its beginning
 decides the bits that both share, and the run proper is held to them. This is what makes an encoded sequence only nearly
 optimal; given those bits it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ..devices import kernels_wanted
 from ..storage.trellis import WINDOW_BITS, window_values
 from . import native_viterbi
 
 #: Weights of the end and of the beginning that the free run goes through, by width.
 PRELUDE = {1: 24, 2: 16, 3: 12, 4: 8, 6: 4, 8: 0}
 _WINDOWS = 1 << WINDOW_BITS
+
+
+@dataclass(frozen=True)
+class SequenceParts:
+    """`Sequences` on a GPU, for its kernel: the places, and by width (width, begins, lengths int32, the longest)."""
+
+    place: torch.Tensor
+    by_width: list[tuple[int, torch.Tensor, torch.Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,18 @@ class Sequences:
     begin: torch.Tensor
     place: torch.Tensor
     width: torch.Tensor
+    _parts: dict[torch.device, SequenceParts] = field(default_factory=dict, compare=False, repr=False)
+
+    def on(self, device: torch.device) -> SequenceParts:
+        """What a kernel needs, copied to its GPU once."""
+        if device not in self._parts:
+            lengths, by_width = self.begin.diff().to(torch.int32), []
+            for width in self.width.unique().tolist():
+                chosen = self.width == width
+                own = lengths[chosen]
+                by_width.append((width, self.begin[:-1][chosen].to(device), own.to(device), int(own.max())))
+            self._parts[device] = SequenceParts(self.place.to(device), by_width)
+        return self._parts[device]
 
     @classmethod
     def rows(cls, width: torch.Tensor, order: torch.Tensor) -> "Sequences":
@@ -53,6 +75,10 @@ def encode(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences) -> to
     Returns:
         uint8 of the shape of ``target``; 0 outside of all sequences.
     """
+    if kernels_wanted(target):
+        from bitsmoe_kernels.trellis_encoder import encode as encode_on_gpu
+
+        return encode_on_gpu(target, gain, sequences, PRELUDE)
     library = native_viterbi.library() if len(sequences.width) else None
     if library is None:
         return encode_plain(target, gain, sequences)
