@@ -34,7 +34,8 @@ def documented() -> dict[str, str]:
 
 def own_fields() -> dict[str, Any]:
     """The fields that the class adds to llm-compressor's modifiers, without those that are no part of a recipe."""
-    inherited = {name for base in BitsMoEModifier.__mro__[1:] for name in getattr(base, "model_fields", {})}
+    bases = (base for base in BitsMoEModifier.__mro__ if base.__module__.startswith("llmcompressor."))
+    inherited = {name for base in bases for name in getattr(base, "model_fields", {})}
     return {
         name: field
         for name, field in BitsMoEModifier.model_fields.items()

@@ -1,19 +1,17 @@
 """`BitsMoEModifier`: the lifecycle inside llm-compressor. The mathematics is in `quantize` and the modules it names."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
 from compressed_tensors.offload.cache import OffloadCache
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import PrivateAttr
 from tqdm import tqdm
 
 from ..errors import CalibrationError, RecipeError
@@ -22,13 +20,12 @@ from ..method.candidates import plan_layer
 from ..method.design import LayerDesign, LayerPlan, moved
 from ..method.distributed import Ranks, check_shares
 from ..method.gating import gating_of
-from ..method.layer import AUTO_GROUP_SIZE, DenseExperts, QuantizerSettings
+from ..method.layer import DenseExperts
 from ..method.quantize import LayerReport, quantize_layer
 from ..method.statistics import RoutedTokens
 from ..runtime.experts import BitsMoEExperts
 from ..sources.companions import unsavable
 from ..storage.packed import PackedExperts
-from ..storage.planes import WIDTHS
 from . import patches, tracing  # noqa: F401  (norms keep their weights, calibration attends causally)
 from .capture import (
     check_calibration,
@@ -39,6 +36,7 @@ from .capture import (
     naming_layer,
     routed_tokens,
 )
+from .fields import BitsMoEFields
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
 from .padding import Padding
@@ -54,7 +52,7 @@ from .targets import check_experts, check_super_experts, check_unclaimed, dense_
 _ROUNDING_FIELDS = {"bits", "max_kld", "solver", "compensation", "refine_passes"}
 
 
-class BitsMoEModifier(Modifier):
+class BitsMoEModifier(BitsMoEFields):
     """Quantizes the routed experts of a mixture-of-experts model to an average number of bits.
 
     The method is BitsMoE (arXiv 2606.00079) with the additions that docs/method.md describes.
@@ -110,35 +108,6 @@ class BitsMoEModifier(Modifier):
             survey from there. None: keep nothing.
     """
 
-    requires_calibration_data: bool = True
-
-    bits: float = Field(default=2.0, gt=0, le=8)
-    codes: Literal["scalar", "trellis"] = "scalar"
-    max_kld: float | None = Field(default=None, gt=0)
-    bit_widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
-    block_size: int | None = None
-    group_size: int | Literal["auto"] = "auto"
-    basis_bits: Literal[4, 8, 16] = 4
-    input_basis: Literal["auto", "spectral", "none"] = "auto"
-    output_basis: Literal["auto", "spectral", "none"] = "auto"
-    error_feedback: bool = True
-    solver: Literal["auto", "highs", "pulp", "lagrangian"] = "auto"
-    compensation: bool = True
-    refine_passes: int = Field(default=1, ge=0)
-    scope: Literal["layer", "global"] = "global"
-    super_experts: Literal["none", "auto"] | list[str] = "none"
-    targets: list[str] = Field(default_factory=lambda: [r"re:.*\.experts$"])
-    ignore: list[str] = Field(default_factory=list)
-    dampening_frac: float = Field(default=0.01, gt=0, le=1)
-    shrinkage: float | None = Field(default=None, ge=0, lt=1)
-
-    #: a machine's path has no place in the recipe that is saved with the checkpoint
-    resume_dir: str | None = Field(default=None, exclude=True)
-    #: budgets that share a calibration (`sweep`), ``bits`` among them
-    sweep: list[float] = Field(default_factory=list, exclude=True)
-    #: end the run after the survey by raising `Surveyed`
-    survey_only: bool = Field(default=False, exclude=True)
-
     _names: dict[LinearExperts2D, str] = PrivateAttr(default_factory=dict)
     _inputs: dict[LinearExperts2D, list[Inputs]] = PrivateAttr(default_factory=dict)
     _padding: Padding = PrivateAttr(default_factory=Padding)
@@ -156,70 +125,10 @@ class BitsMoEModifier(Modifier):
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _rename(cls, fields: Any) -> Any:
-        """Take a field by the name that it had before."""
-        if isinstance(fields, dict) and "widths" in fields:
-            if "bit_widths" in fields:
-                raise ValueError("widths is the old name of bit_widths; leave it out")
-            warnings.warn("widths is called bit_widths now; version 0.2 knows this name only", FutureWarning, 2)
-            return {"bit_widths" if name == "widths" else name: value for name, value in fields.items()}
-        return fields
-
-    @field_validator("bit_widths")
-    @classmethod
-    def _check_widths(cls, widths: list[int]) -> list[int]:
-        unknown = sorted(set(widths) - set(WIDTHS))
-        if unknown:
-            raise ValueError(f"bit_widths {unknown} cannot be stored; choose from {list(WIDTHS)}")
-        if not any(widths):
-            raise ValueError("bit_widths needs at least one above 0, e.g. [0, 2, 4, 6]")
-        return sorted(set(widths))
-
-    @field_validator("block_size", "group_size")
-    @classmethod
-    def _check_multiple(cls, size: int | str | None) -> int | str | None:
-        if isinstance(size, int) and (size < 8 or size % 8):
-            raise ValueError(f"{size} is not a positive multiple of 8")
-        return size
-
-    @model_validator(mode="after")
-    def _check_bits(self) -> "BitsMoEModifier":
-        if self.bits > max(self.bit_widths) + 1:
-            raise ValueError(f"bits {self.bits} cannot be spent with bit_widths {self.bit_widths}; add wider ones")
-        if (self.max_kld is not None or self.survey_only) and self.scope != "global":
-            raise ValueError("max_kld needs the survey of scope: global; drop one of the two")
-        if self.sweep and (self.resume_dir is None or self.bits not in self.sweep):
-            raise ValueError(f"sweep {self.sweep} needs resume_dir, and bits among it")
-        if self.super_experts != "none" and 0 not in self.bit_widths:
-            raise ValueError(f"super_experts store no codes: bit-width 0; add 0 to bit_widths {self.bit_widths}")
-        return self
-
     @property
     def prediction(self) -> Prediction | None:
         """What the survey expects of every size; None before it, and with ``scope: layer``."""
         return self._prediction
-
-    @property
-    def settings(self) -> QuantizerSettings:
-        """The fields that the pure modules need."""
-        return QuantizerSettings(
-            bits=self.bits,
-            codes=self.codes,
-            widths=tuple(self.bit_widths),
-            block_size=self.block_size,
-            group_size=AUTO_GROUP_SIZE if self.group_size == "auto" else self.group_size,
-            basis_bits=self.basis_bits,
-            input_basis=self.input_basis,
-            output_basis=self.output_basis,
-            error_feedback=self.error_feedback,
-            compensation=self.compensation,
-            refine_passes=self.refine_passes,
-            solver=self.solver,
-            dampening_frac=self.dampening_frac,
-            shrinkage=self.shrinkage,
-        )
 
     # ------------------------------------------------------------------------------------------------ lifecycle
 

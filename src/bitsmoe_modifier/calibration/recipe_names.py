@@ -150,7 +150,8 @@ def _classes() -> dict[str, list[tuple[Path, tuple[str, ...]]]]:
     spec = find_spec("llmcompressor") if installed("llmcompressor") else None
     folders = [Path(place) / "modifiers" for place in (spec.submodule_search_locations or ())] if spec else []
     files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-    for file in [*files, Path(__file__).with_name("modifier.py")]:
+    ours = (Path(__file__).with_name(name) for name in ("fields.py", "modifier.py"))
+    for file in [*files, *ours]:
         for name, bases in _CLASS.findall(file.read_text(encoding="utf-8")):
             names = tuple(base.strip().rpartition(".")[2] for base in bases.split(",") if "=" not in base)
             found.setdefault(name, []).append((file, names))
