@@ -80,8 +80,13 @@ _SOURCES = """
 - **Processors** and every other file beside the weights are copied as they are. Where the packages that a processor
   needs are missing, the tokenizer stands in for it during calibration.
 - **Layers for multi-token prediction** (`mtp.*`, `nextn`, decoder layers beyond the last), which transformers does not
-  load, are kept bit for bit; `bitsmoe quantize --mtp drop` leaves them out. They are not quantized. Every tensor of the
-  source is accounted for before a checkpoint appears.
+  load, are kept bit for bit by default. `--mtp drop` (`mtp: drop` in a recipe) leaves them out; `--mtp quantize` packs
+  their routed experts with the bits per weight of the others, calibrated on the same rows: the layer runs as a decoder
+  layer of the model on `W [norm(embedding of the next token), norm(last hidden state)]`, after the other experts are
+  packed. Read are the names of DeepSeek-V3 and GLM-4.x (`eh_proj`, `enorm`, `hnorm`) and of Qwen3-Next and Qwen3.5
+  (`mtp.fc`, `mtp.pre_fc_norm_*`), where a decoder layer of the model has the same tensors; others are refused before
+  calibration, by name. Tested on tiny DeepSeek-V3 and Qwen3-Next models; no runtime speculates with packed MTP experts
+  yet. Every tensor of the source is accounted for before a checkpoint appears.
 - **Sources in low precision.** Block-FP8 (DeepSeek-V3), MXFP4 (gpt-oss, DeepSeek-V4) and compressed-tensors INT4, FP8,
   NVFP4 and MXFP4 (Kimi-K2) are taken as they are published: experts stay in the source's files and are decoded one at a
   time, and what is not quantized is stored as the source has it ([sources](sources.md)).

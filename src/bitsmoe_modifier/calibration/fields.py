@@ -36,6 +36,7 @@ class BitsMoEFields(Modifier):
     ignore: list[str] = Field(default_factory=list)
     dampening_frac: float = Field(default=0.01, gt=0, le=1)
     shrinkage: float | None = Field(default=None, ge=0, lt=1)
+    mtp: Literal["keep", "quantize", "drop"] = "keep"
 
     #: a machine's path has no place in the recipe that is saved with the checkpoint
     resume_dir: str | None = Field(default=None, exclude=True)

@@ -39,6 +39,8 @@ from .capture import (
 from .fields import BitsMoEFields
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
+from .mtp import plan_mtp, quantize_mtp
+from .mtp_layers import MtpLayer
 from .padding import Padding
 from .prediction import Prediction, Surveyed, predict
 from .progress import Progress
@@ -103,6 +105,8 @@ class BitsMoEModifier(BitsMoEFields):
         ignore: the same, to leave out.
         dampening_frac: added to the diagonals of second moments before factoring, as a fraction of their mean.
         shrinkage: how far rounding mistrusts correlations of the calibration inputs; None: held-out rows decide.
+        mtp: layers for multi-token prediction, which transformers does not load. "keep": stored as they are;
+            "quantize": their experts are packed too, with as many bits, calibrated on the same rows; "drop": left out.
         resume_dir: folder in which the survey and finished layers are kept; the same command continues from there after
             it was killed, and one with other `bits` (or another `solver`, `compensation` or `refine_passes`) takes the
             survey from there. None: keep nothing.
@@ -124,6 +128,7 @@ class BitsMoEModifier(BitsMoEFields):
     _resume: SharedFolder = PrivateAttr(default_factory=lambda: SharedFolder(Ranks.alone(), None))
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
+    _mtp: list[tuple[MtpLayer, int]] = PrivateAttr(default_factory=list)
 
     @property
     def prediction(self) -> Prediction | None:
@@ -150,6 +155,9 @@ class BitsMoEModifier(BitsMoEFields):
             check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
             check_calibration(name, module.num_experts, tokens, choices_per_token(state.model))
         self._names = {module: name for name, module in experts.items()}
+        state.model.mtp_treatment = self.mtp
+        if self.mtp == "quantize":
+            self._mtp = plan_mtp(state.model, self.settings)
         self._sequential_targets = kwargs.get("sequential_targets")
         groups = [self.settings.resolve_group_size(module.intermediate_size) for module in experts.values()]
         self._scheme = make_scheme(experts, math.gcd(*groups))
@@ -195,7 +203,7 @@ class BitsMoEModifier(BitsMoEFields):
             # the modifiers of a recipe change each other's inputs
             together = active_session().lifecycle.recipe.modifiers or [self]
             fields = {
-                f"{n} {type(one).__name__}": one.model_dump(exclude=_ROUNDING_FIELDS if one is self else None)
+                f"{n} {type(one).__name__}": one.model_dump(exclude={*_ROUNDING_FIELDS, "mtp"} if one is self else None)
                 for n, one in enumerate(together)
             }
             return ResumeFolder(folder, fingerprint(cast(Any, state.model), fields, rows))
@@ -301,5 +309,9 @@ class BitsMoEModifier(BitsMoEFields):
                 f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "
                 "use the sequential pipeline, or add them to `ignore`"
             )
+        if self._mtp:
+            batches, model = cast(Any, state.data).calib, cast(Any, state.model)
+            made = quantize_mtp(model, self._mtp, batches, self.settings, self._ranks, self._rows)
+            model.packed_mtp = made
         fuse_dense_experts(state.model)
         return True

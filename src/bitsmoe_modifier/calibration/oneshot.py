@@ -60,7 +60,7 @@ class QuantizeSettings:
         seed: by which the rows were chosen, for the record.
         model_name: as the user named the model, for the record; None: that of its folder.
         mtp: what to do with layers for multi-token prediction, which transformers does not load: keep them as they
-            are, or leave them out.
+            are, or leave them out. None: what the recipe says, which alone can have their experts quantized.
         rest: what is not quantized of a source in low precision: "source", as it is stored there, or "bf16".
         offload: for models larger than memory, with ``dtype`` None; None: all weights are in memory.
     """
@@ -72,7 +72,7 @@ class QuantizeSettings:
     seed: int | None = None
     offload: Offload | None = None
     model_name: str | None = None
-    mtp: Literal["keep", "drop"] = "keep"
+    mtp: Literal["keep", "quantize", "drop"] | None = None
     rest: Literal["source", "bf16"] = "source"
 
 
@@ -138,7 +138,7 @@ def _quantize(
     started = time.perf_counter()
     source = source_record(model_folder, settings.model_name)
     model = _load(model_folder, settings.offload)
-    inventory = take_inventory(model, model_folder)
+    inventory = model.source_inventory = take_inventory(model, model_folder)
     let_save(model)
     check_others(model, yaml.safe_load(recipe))
     stored_dtype = model.dtype
@@ -172,13 +172,17 @@ def _quantize(
     else:
         with output.written() as temporary:
             model.save_pretrained(temporary)
-            kept = keep_beside(inventory, temporary, settings.mtp, as_stored)
+            treatment = str(settings.mtp or getattr(model, "mtp_treatment", "keep"))
+            instead = [one.instead() for one in packed_mtp(model)]
+            kept = keep_beside(inventory, temporary, treatment, as_stored, instead)
             check_nothing_lost(inventory, model, temporary)
             for sentence in kept.sentences():
                 logger.info(sentence)
             copy_companions(model_folder, temporary)
             _keep_recipe_loadable(temporary / "recipe.yaml", recipe)
             noted: dict[str, Any] = {"source": source, "layers": reports, "beside": asdict(kept)}
+            if packed_mtp(model):
+                noted["mtp_per_expert"] = {one.layer.experts: not one.layer.fused for one in packed_mtp(model)}
             if reports:
                 noted["made_of"] = {**made_of, "seed": settings.seed}
             if expected:
@@ -293,7 +297,13 @@ def layer_reports(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     packed = ((name, module) for name, module in model.named_modules() if isinstance(module, BitsMoEExperts))
     noted: dict[str, Any] = {name: getattr(module, "report", None) for name, module in packed}
+    noted |= {one.layer.experts: one.report for one in packed_mtp(model)}
     return {name: asdict(report) for name, report in noted.items() if report is not None}
+
+
+def packed_mtp(model: Any) -> list[Any]:
+    """The packed experts of a model's layers for multi-token prediction (`mtp.PackedMtp`)."""
+    return getattr(model, "packed_mtp", [])
 
 
 def zeroed_experts(model: nn.Module) -> list[str]:

@@ -125,7 +125,9 @@ def _install_processors() -> None:
         target /= getattr(kwargs.get("recipe_args"), "stage", None) or ""  # llm-compressor makes a folder of it
         inventory = getattr(model, "source_inventory", None)
         if inventory is not None:
-            for sentence in keep_beside(inventory, target).sentences():
+            instead = [one.instead() for one in getattr(model, "packed_mtp", [])]
+            treatment = getattr(model, "mtp_treatment", "keep")
+            for sentence in keep_beside(inventory, target, treatment, instead=instead).sentences():
                 logger.info(sentence)
             check_nothing_lost(inventory, model, target)
         for name in PROCESSOR_FILES:

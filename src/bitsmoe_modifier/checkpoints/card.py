@@ -13,6 +13,7 @@ from ..evaluation.columns import table
 from ..rendering import render
 from ..sources.classes import auto_class_of, has_processor, read_auto_config
 from ..storage.mtp import decoder_layers, is_mtp
+from ..storage.packed import TENSOR_NAMES
 from ..storage.records import write_text
 from ..storage.sizes import bits_per_expert_weight, tensor_sizes
 from .describe import describe
@@ -93,9 +94,13 @@ def card(folder: Path, base_model: str, recipe: str, quality: Mapping[str, Any] 
     if packed:
         sizes.append(f"{len(found['layers'])} layers of {found['layers'][0]['experts']} packed experts")
     layers = decoder_layers(folder)
-    mtp = [size.nbytes for key, size in tensor_sizes(folder).items() if is_mtp(key, layers)]
+    beside = {key: size.nbytes for key, size in tensor_sizes(folder).items() if is_mtp(key, layers)}
+    mtp = [size for key, size in beside.items() if key.rpartition(".")[2] not in TENSOR_NAMES]
     if mtp:
-        sizes.append(f"{len(mtp)} tensors ({sum(mtp) / 1e6:.2f} MB) for multi-token prediction, as the model had them")
+        others = sum(beside.values()) - sum(mtp)
+        packed_too = f", beside {others / 1e6:.2f} MB of their experts, packed" if others else ""
+        said = f"{len(mtp)} tensors ({sum(mtp) / 1e6:.2f} MB) for multi-token prediction, as the model had them"
+        sizes.append(said + packed_too)
     return render(
         "card.md",
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),

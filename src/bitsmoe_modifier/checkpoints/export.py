@@ -14,12 +14,15 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..loading.inventory import keep_beside, take_inventory
+from ..loading.inventory import Instead, Inventory, keep_beside, take_inventory
+from ..method.gating import Gating
 from ..runtime.experts import BitsMoEExperts
 from ..sources.classes import load_published
 from ..sources.companions import copy_companions, let_save
 from ..sources.provenance import REPORT_NAME, read_source
 from ..storage.folders import OutputFolder
+from ..storage.packed import PackedExperts
+from ..storage.shards import packed_modules, read_json
 
 
 def export_dense(checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -64,11 +67,32 @@ def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
     let_save(dense)
     with output.written() as folder:
         dense.save_pretrained(folder)
-        keep_beside(inventory, folder)
+        gating = next(iter(packed.values())).gating
+        keep_beside(inventory, folder, instead=_dense_mtp(inventory, checkpoint, gating, dtype))
         copy_companions(checkpoint, folder)
         source = read_source(checkpoint)
         if source:
             (folder / REPORT_NAME).write_text(json.dumps({"source": source, "layers": {}}), encoding="utf-8")
+
+
+def _dense_mtp(inventory: Inventory, checkpoint: Path, gating: Gating, dtype: torch.dtype) -> list[Instead]:
+    """The packed experts of layers for multi-token prediction as the source had them: per expert, or fused."""
+    separate = (
+        read_json(checkpoint / REPORT_NAME).get("mtp_per_expert", {}) if (checkpoint / REPORT_NAME).is_file() else {}
+    )
+    found = []
+    for name, parts in packed_modules(inventory.beside).items():
+        packed = PackedExperts(**{leaf: stored.read() for leaf, stored in parts.items()})
+        gate_up, down = (weights.to(dtype) for weights in BitsMoEExperts(packed, gating).dense_weights())
+        if separate.get(name, True):
+            tensors = {}
+            for expert, (rows, out) in enumerate(zip(gate_up, down, strict=True)):
+                for leaf, weight in zip(("gate", "up", "down"), (*rows.chunk(2), out), strict=True):
+                    tensors[f"{name}.{expert}.{leaf}_proj.weight"] = weight.contiguous()
+        else:
+            tensors = {f"{name}.gate_up_proj": gate_up, f"{name}.down_proj": down}
+        found.append(Instead(frozenset(f"{name}.{leaf}" for leaf in parts), tensors))
+    return found
 
 
 def fused_weights(experts: BitsMoEExperts, fused: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

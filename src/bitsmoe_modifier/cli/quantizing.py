@@ -65,9 +65,12 @@ def quantize(
         typer.Option(metavar="DIR", help="Let weights that memory cannot hold wait there, in a temporary folder."),
     ] = None,
     mtp: Annotated[
-        Literal["keep", "drop"],
-        typer.Option(help="Layers for multi-token prediction: keep them as they are, or leave them out."),
-    ] = "keep",
+        Literal["keep", "quantize", "drop"] | None,
+        typer.Option(
+            help="Layers for multi-token prediction: keep them as they are (by default), pack their experts too, or "
+            "leave them out."
+        ),
+    ] = None,
     rest: Annotated[
         Literal["source", "bf16"],
         typer.Option(help="What is not quantized of a source in FP8, INT4 or FP4: as it is stored there, or in bf16."),
@@ -90,6 +93,7 @@ def quantize(
         codes=codes,
         error_feedback=False if fast else None,
         refine_passes=2 if best else None,
+        mtp=mtp if mtp == "quantize" else None,
     )
     if not verbose:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one line of our own in place of the libraries' bars

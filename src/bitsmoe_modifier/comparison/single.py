@@ -56,7 +56,7 @@ class Options:
     preflight: bool = True
     resume_dir: str | None = None
     offload_dir: str | None = None
-    mtp: Literal["keep", "drop"] = "keep"
+    mtp: Literal["keep", "quantize", "drop"] | None = None
     rest: Literal["source", "bf16"] = "source"
     verbose: bool = False
 

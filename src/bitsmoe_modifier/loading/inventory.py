@@ -8,28 +8,29 @@ would be missing there is an error.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..sources.decoded import Decoded
 from ..sources.precision import source_tensors
 from ..sources.stacks import StoredStack, stored_parameters
-from ..storage.mtp import decoder_layers, is_mtp
+from ..storage.mtp import COUNTS, decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
+from .claims import METHOD, matches
 from .decoding import family_key
+from .format import targets_of
 from .keeping import add_groups
 from .transformers_api import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
 
 #: bytes of a file of tensors that are copied; they pass through memory
 _SHARD_BYTES = 4 * 10**9
 _INDEX = "model.safetensors.index.json"
-#: what config.json calls the number of layers for multi-token prediction
-_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,32 @@ class Inventory:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """Tensors that stand in for some that are beside the model.
+
+    Attributes:
+        keys: what they stand in for.
+        tensors: by name, on the CPU.
+        experts: the experts module that they are, where they are packed; "" where they are not.
+    """
+
+    keys: frozenset[str]
+    tensors: dict[str, torch.Tensor]
+    experts: str = ""
+
+
+@dataclass(frozen=True)
 class Kept:
     """What became of the tensors beside the model.
 
     Attributes:
         kept, dropped: their keys.
+        packed: experts modules of theirs that were packed.
     """
 
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
+    packed: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """For the terminal and the model card; none where there was nothing beside the model."""
@@ -65,6 +83,8 @@ class Kept:
             if keys:
                 shown = ", ".join(keys[:2]) + (", …" if len(keys) > 2 else "")
                 said.append(f"{len(keys)} tensors that transformers does not load were {what} ({shown})")
+        if self.packed:
+            said.append(f"experts for multi-token prediction were packed: {', '.join(self.packed)}")
         return said
 
 
@@ -111,7 +131,9 @@ def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> d
     return names
 
 
-def keep_beside(inventory: Inventory, target: Path, mtp: str = "keep", as_stored: bool = True) -> Kept:
+def keep_beside(
+    inventory: Inventory, target: Path, mtp: str = "keep", as_stored: bool = True, instead: Sequence[Instead] = ()
+) -> Kept:
     """Copy what is beside the model to a checkpoint that was made of it.
 
     Args:
@@ -119,10 +141,12 @@ def keep_beside(inventory: Inventory, target: Path, mtp: str = "keep", as_stored
         target: folder with the checkpoint's files, which may hold some of the tensors already.
         mtp: "keep", or "drop" for layers of multi-token prediction, which config.json then counts no longer.
         as_stored: whether what the source has in low precision stays so, with a config group for it.
+        instead: what stands in for some of it.
     """
     there = scan(map(str, checkpoint_files(target)))
     dropped = inventory.mtp if mtp == "drop" else frozenset()
-    copied = {key: s for key, s in inventory.beside.items() if key not in dropped and key not in there}
+    replaced = frozenset(key for one in instead for key in one.keys)
+    copied = {k: s for k, s in inventory.beside.items() if k not in dropped and k not in there and k not in replaced}
     files = {key: Path(stored.file).name for key, stored in there.items()}
     decoded = {key: s.as_stored for key, s in copied.items() if isinstance(s, Decoded)}
     low = {key: kept for key, kept in decoded.items() if as_stored and kept is not None}
@@ -135,12 +159,19 @@ def keep_beside(inventory: Inventory, target: Path, mtp: str = "keep", as_stored
             tensors.update(read)
         save_file(tensors, target / name, {"format": "pt"})
         files.update(dict.fromkeys(tensors, name))
-    if copied:
+    for number, one in enumerate(instead):
+        name = f"mtp-{number:05d}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in one.tensors.items()}, target / name, {"format": "pt"})
+        files.update(dict.fromkeys(one.tensors, name))
+    packed = tuple(one.experts for one in instead if one.experts)
+    if copied or instead:
         _write_index(target, files)
+    if packed:
+        _declare_packed(target / "config.json", packed)
     add_groups(target / "config.json", {key.removesuffix(".weight"): one for key, one in low.items()})
     if dropped:
         _forget_mtp(target / "config.json")
-    return Kept(tuple(sorted(inventory.beside.keys() - dropped)), tuple(sorted(dropped)))
+    return Kept(tuple(sorted(inventory.beside.keys() - dropped - replaced)), tuple(sorted(dropped)), packed)
 
 
 def check_nothing_lost(inventory: Inventory, model: Any, target: Path) -> None:
@@ -201,9 +232,19 @@ def _write_index(target: Path, files: Mapping[str, str]) -> None:
     (target / _INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+def _declare_packed(path: Path, names: Iterable[str]) -> None:
+    """Add experts modules to the config group of the packed ones, unless its targets match them already."""
+    content = read_json(path)
+    groups = content["quantization_config"]["config_groups"].values()
+    group = next(group for group in groups if group.get("format") == METHOD)
+    missing = [name for name in names if not matches(name, group["targets"])]
+    group["targets"] += targets_of(missing)
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
 def _forget_mtp(path: Path) -> None:
     """Set the counts of MTP layers in a config.json to zero, those of the configs inside it too."""
     content = read_json(path)
     for config in (content, *(part for part in content.values() if isinstance(part, dict))):
-        config.update({name: 0 for name in _MTP_COUNTS if config.get(name)})
+        config.update({name: 0 for name in COUNTS if config.get(name)})
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 from ..method.gating import gating_of
 from ..runtime.experts import BitsMoEExperts
 from ..storage.layout import ExpertsLayout
+from ..storage.mtp import is_counted_mtp
 from ..storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_structure
 from ..storage.shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
 from . import format as bitsmoe_format
@@ -88,7 +89,8 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
             # the hook would find nothing to decompress, but mark the configuration as decompressed
             self.compressor.remove_decompression_hook(model)
         _widen_scales(model)
-        self._replace_experts(model, packed_modules(found))
+        stored = {n: parts for n, parts in packed_modules(found).items() if not is_counted_mtp(f"{n}.", model.config)}
+        self._replace_experts(model, stored)
         check_fits(model, found)
 
     def _replace_experts(self, model: PreTrainedModel, stored: dict[str, dict[str, Stored]]) -> None:
