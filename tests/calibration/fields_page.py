@@ -39,7 +39,7 @@ def own_fields() -> dict[str, Any]:
     return {
         name: field
         for name, field in BitsMoEModifier.model_fields.items()
-        if name not in inherited and name != "survey_only"
+        if name not in inherited and name not in ("survey_only", "sweep")
     }
 
 
