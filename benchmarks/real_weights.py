@@ -143,7 +143,7 @@ def measured(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor
     """Mean, median and standard error of the KL divergence × 1000; with labels the perplexity and the agreement too."""
     targets = torch.zeros(logits.shape[:2], dtype=torch.int64) if labels is None else labels[:, 1:]
     parts = [token_metrics(*row) for row in zip(logits, reference, targets, strict=True)]
-    joined = [torch.stack([getattr(part, name) for part in parts]) for name in ("nll", "kld", "agree")]
+    joined = [torch.stack([getattr(part, name) for part in parts]) for name in ("nll", "kld", "agree", "excess")]
     found = summarize(TokenMetrics(*joined))
     figures = {
         "mean": 1000 * found.kld_mean,
