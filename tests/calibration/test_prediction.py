@@ -116,4 +116,5 @@ def test_the_curve_in_a_terminal() -> None:
     prediction = Prediction(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.01, 0.0001]))
     lines = curve_lines(prediction)
     assert lines[1].split() == ["1.00", "100", "#" * 40]
-    assert lines[-1].split() == ["4.00", "0.1", "#"]
+    assert lines[-2].split() == ["4.00", "0.1", "#"]
+    assert lines[-1] == "to a factor of 1.6 on a model of which no loss is known"

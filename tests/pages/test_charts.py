@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from bitsmoe_modifier.pages.charts import Point, floor_is_near, loss_against_size, pareto, stacked_bars
+from bitsmoe_modifier.pages.charts import Curve, Point, floor_is_near, loss_against_size, pareto, stacked_bars
 from bitsmoe_modifier.pages.layers import (
     Series,
     amounts_over_layers,
@@ -31,6 +31,7 @@ POINTS = [
     Point("crowded", METHODS["BitsMoEModifier"], 2.001, 44.8),
     Point("x", OTHER, 3.0, 100.0),
 ]
+CURVE = Curve((1.0, 2.2, 3.0, 4.0, 5.0), (500.0, 60.0, 20.0, 6.0, 3.0))
 ODD = "_a $x^$ \x01 <b> 漢"
 WIDTHS_OF = {"gate": {0: 3, 8: 1}, "up": {"2": 4}, "down": {1: 1, 3: 1}}
 
@@ -47,6 +48,7 @@ DRAWINGS = {
     "loss": lambda: loss_against_size(POINTS, 0.5),
     "one-run": lambda: loss_against_size(POINTS[:1], 60.0),
     "odd-name": lambda: loss_against_size([Point(ODD, OTHER, 2.0, 1e-7), Point("y", OTHER, 2.0, 3e9)], 0.0),
+    "expected": lambda: loss_against_size(POINTS, 0.5, [CURVE, Curve((9.0, 9.5), (1.0, 0.5))]),
     "errors": lambda: loss_against_size([Point("a", OTHER, 2.0, 5.0, 1.0), Point("b", OTHER, 3.0, 1e-3, 2.0)], 1e-3),
     "bars": lambda: bytes_of({"a": {"codes": 3.0, "scales": 1.0}, ODD: {"codes": 0.0}}),
     "no-bars": lambda: bytes_of({"a": {}}),
@@ -68,6 +70,12 @@ def told(root: ET.Element) -> dict[str, ET.Element]:
     """What is drawn, by the text that it shows under the pointer."""
     titles = {element.findtext(f"{SVG}title"): element for element in root.iter() if element is not root}
     return {title: element for title, element in titles.items() if title}
+
+
+def test_the_surveys_curve_is_drawn_between_the_points() -> None:
+    marks = told(ET.fromstring(loss_against_size(POINTS, 0.5, [CURVE])))
+    assert "expected by the survey: 60 at 2.20 bits to 6" in marks
+    assert not any("expected" in text for text in told(ET.fromstring(loss_against_size(POINTS, 0.5))))
 
 
 def place(mark: ET.Element) -> tuple[float, float]:

@@ -55,6 +55,8 @@ def survey_one(model: str, stage: Stage, calibration: str, options: Options) -> 
 
 def curve_lines(prediction: Prediction, sizes: Sequence[float] = _SIZES) -> list[str]:
     """The curve for a terminal: a line and a bar, as long as the logarithm, for every size."""
+    from ..calibration.prediction import UNSEEN_ERROR
+
     shown = [(size, prediction.at(size)) for size in sizes if size <= prediction.bits[-1] + 0.5]
     shown = [(size, kld) for size, kld in shown if np.isfinite(kld) and kld > 0]
     lines = ["bits per expert weight   predicted KL divergence x 1000, nats per token"]
@@ -63,4 +65,4 @@ def curve_lines(prediction: Prediction, sizes: Sequence[float] = _SIZES) -> list
         for size, kld in shown:
             share = (float(np.log(kld)) - lowest) / (highest - lowest or 1.0)
             lines.append(f"{size:>22.2f}   {1000 * kld:>8.3g}  {'#' * (1 + round((_BAR - 1) * share))}")
-    return lines
+    return [*lines, f"to a factor of {UNSEEN_ERROR} on a model of which no loss is known"]

@@ -21,6 +21,7 @@ from ..evaluation.reference import load, record
 from ..evaluation.samples import keep_written, kept_written, read, write
 from ..loading.decoding import misread_experts
 from ..sources.model import load_tokenizer
+from ..sources.provenance import read_prediction
 from ..storage.sizes import bits_per_expert_weight, checkpoint_bytes
 from .workspace import Workspace
 
@@ -134,6 +135,7 @@ def run_stage(job: Job, stage: Stage) -> dict[str, Any]:
         "peak_memory_bytes": made.peak_memory_bytes,
         "evaluate_seconds": time.perf_counter() - started,
         **asdict(summary),
+        "prediction": read_prediction(checkpoint),
         "samples": samples,
         "warnings": warnings,
     }

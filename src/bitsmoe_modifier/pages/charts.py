@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from .drawing import chart, label, new_figure, svg, tip
-from .style import INK, Method
+from .style import INK, METHODS, Method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,14 @@ class Point:
     error: float = 0.0
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Losses (KL divergence × 1000) that a survey expected of sizes (bits per expert weight, rising)."""
+
+    sizes: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
 def pareto(points: Sequence[Point]) -> list[Point]:
     """The points that no other beats in both size and loss, by size."""
     front: list[Point] = []
@@ -40,15 +48,17 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 @chart
-def loss_against_size(points: Sequence[Point], floor: float) -> Markup:
+def loss_against_size(points: Sequence[Point], floor: float, curves: Sequence[Curve] = ()) -> Markup:
     """Every run a point with its standard error, loss on a logarithmic axis, with the Pareto front.
 
     Args:
         points: at least one; losses above 0.
         floor: the noise floor, drawn where `floor_is_near`.
+        curves: what surveys expected; drawn between the least and the largest size of the points.
     """
     figure, (axes,) = new_figure(720, 430)
     front = pareto(points)
+    expected = _draw_curves(axes, points, curves)
     (line,) = axes.plot([p.size for p in front], [p.loss for p in front], "--", color=INK, alpha=0.7, linewidth=1.2)
     handles, names = [], []
     for p in points:
@@ -68,10 +78,24 @@ def loss_against_size(points: Sequence[Point], floor: float) -> Markup:
     logarithmic(axes, [p.loss for p in points])
     axes.set_xlabel("bits per expert weight, everything stored counted")
     axes.set_ylabel("KL divergence × 1000, nats")
-    figure.legend([*handles, line], [*names, "Pareto front"], loc="outside upper left", ncols=len(names) + 1)
+    handles, names = [*handles, line, *expected], [*names, "Pareto front", *["expected by the survey"] * len(expected)]
+    figure.legend(handles, names, loc="outside upper left", ncols=len(names))
     _label(figure, axes, points)
     listed = "; ".join(f"{p.name} {p.size:.2f} bits, {p.loss:.3g}" for p in points)
     return svg(figure, "Loss against size", f"{listed}. On the Pareto front: {', '.join(p.name for p in front)}.")
+
+
+def _draw_curves(axes: "Axes", points: Sequence[Point], curves: Sequence[Curve]) -> list[Any]:
+    """Draw the parts of the curves that lie between the points, and return one for the legend, if any is drawn."""
+    low, high = min(p.size for p in points), max(p.size for p in points)
+    drawn: list[Any] = []
+    for curve in curves:
+        inside = [(size, loss) for size, loss in zip(curve.sizes, curve.losses, strict=True) if low <= size <= high]
+        if len(inside) > 1:
+            sizes, losses = zip(*inside, strict=True)
+            drawn += axes.plot(sizes, losses, "-.", color=METHODS["BitsMoEModifier"].colour, linewidth=1.5)
+            tip(drawn[-1], f"expected by the survey: {losses[0]:.3g} at {sizes[0]:.2f} bits to {losses[-1]:.3g}")
+    return drawn[:1]
 
 
 def floor_is_near(points: Sequence[Point], floor: float) -> bool:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..checkpoints.describe import describe
 from ..evaluation.columns import Mark, summary, table
 from ..rendering import render
-from .charts import Point, floor_is_near, loss_against_size, stacked_bars
+from .charts import Curve, Point, floor_is_near, loss_against_size, stacked_bars
 from .checkpoint import Figure, LayersView, layer_figures, layers_view, stored_figures
 from .samples import EXPLAINED, SampleView, sample_views
 from .style import PHASES, method_of
@@ -162,6 +162,13 @@ def draw(report: dict[str, Any], folder: Path) -> Drawings:
     )
 
 
+def _curves(report: dict[str, Any]) -> list[Curve]:
+    """What the surveys of the runs expected, each once: runs that differ in their size only have the same."""
+    noted = [run["prediction"] for run in _done(report) if run.get("prediction")]
+    curves = [Curve(tuple(one["bits"]), tuple(1000 * kld for kld in one["kld"])) for one in noted]
+    return list(dict.fromkeys(curves))
+
+
 def _points(report: dict[str, Any]) -> list[Point]:
     return [
         Point(
@@ -179,7 +186,7 @@ def _points(report: dict[str, Any]) -> list[Point]:
 def loss_chart(report: dict[str, Any]) -> Markup | None:
     """Loss against size of every run that worked; None without any."""
     points = _points(report)
-    return loss_against_size(points, 1000 * report["noise_floor"]["kld_mean"]) if points else None
+    return loss_against_size(points, 1000 * report["noise_floor"]["kld_mean"], _curves(report)) if points else None
 
 
 def _loss_figures(report: dict[str, Any]) -> list[Figure]:
@@ -192,6 +199,8 @@ def _loss_figures(report: dict[str, Any]) -> list[Figure]:
         "front); the bars through the points are standard errors, where they are larger than the points. Noise floor "
         f"({where}): the unquantized model against itself, {floor:.3g}."
     )
+    if _curves(report):
+        caption += " The dash-dotted line is what the survey expected of every size before anything was rounded."
     return [Figure(chart, caption)]
 
 

@@ -64,6 +64,13 @@ def read_source(checkpoint: Path) -> dict[str, str]:
     return found if isinstance(found, dict) and {"name", "weights"} <= found.keys() else {}
 
 
+def read_prediction(checkpoint: Path) -> dict[str, list[float]] | None:
+    """The KL divergence in nats (``kld``) that the checkpoint's survey expected of sizes (``bits``, rising)."""
+    path = checkpoint / REPORT_NAME
+    found = read_json(path).get("prediction") if path.exists() else None
+    return found if isinstance(found, dict) else None
+
+
 def is_of_the_demo(checkpoint: str) -> bool:
     """Whether a folder's record names the embedded demo model."""
     return Path(checkpoint).is_dir() and read_source(Path(checkpoint)).get("name") == _DEMO
