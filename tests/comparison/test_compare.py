@@ -130,7 +130,7 @@ def test_the_checkpoint_explains_itself(done):
     out, report = done
     text = (out / "arms" / "gptq_w4" / "README.md").read_text()
     assert "num_bits: 4" in text
-    assert f"| **{1000 * report['arms'][0]['kld_mean']:.2f} ± " in text
+    assert f"| {1000 * report['arms'][0]['kld_mean']:.2f} ± " in text
 
 
 def test_the_checkpoints_recipe_can_be_loaded_safely(done):

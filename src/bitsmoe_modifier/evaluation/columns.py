@@ -24,8 +24,9 @@ class _Column:
     error: Callable[[Run], float | None] = lambda run: None
 
     def cells(self, rows: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, Mark]]:
-        """Text of every row, and how it stands among the runs (the unquantized model does not compete)."""
-        competing = [run for run in runs if self.get(run) is not None] if self.better else []
+        """Text of every row, and how it stands among the runs (the unquantized one does not compete, nor one alone)."""
+        contest = self.better != 0 and len(runs) > 1
+        competing = [run for run in runs if self.get(run) is not None] if contest else []
         best = min(competing, key=lambda run: -self.better * (self.get(run) or 0.0), default=None)
         found: list[tuple[str, Mark]] = []
         for row in rows:
@@ -93,11 +94,14 @@ def summary(
         noise: how far the unquantized model is from itself, where that was measured.
 
     Returns:
-        The columns' titles, and rows of cells: text, and how the run stands in its column.
+        The columns' titles, and rows of cells: text, and how the run stands in its column. Figures that nobody has are
+        left out.
     """
     rows = [reference, *([_floor(noise)] if noise else []), *runs]
     tasks = dict.fromkeys(task for row in rows for task in row.get("accuracy", {}))
-    columns = [*_COLUMNS, *map(_accuracy, tasks)]
+    columns = [
+        column for column in (*_COLUMNS, *map(_accuracy, tasks)) if any(column.get(row) is not None for row in rows)
+    ]
     names: list[tuple[str, Mark]] = [(str(row["name"]), "") for row in rows]
     cells = [names, *(column.cells(rows, runs) for column in columns)]
     return ["model", *(column.title for column in columns)], [list(row) for row in zip(*cells, strict=True)]

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ..checkpoints.describe import describe
 from ..checkpoints.quality import kept_quality
-from ..evaluation.columns import summary
+from ..evaluation.columns import Mark, summary
 from ..rendering import render
 from ..sources.provenance import read_source
 from ..storage.shards import checkpoint_files, packed_modules, scan
@@ -65,7 +65,7 @@ class QualityView:
     """What was measured of a checkpoint: the summary's cells (text, mark), how, and the texts."""
 
     heads: list[str]
-    rows: list[list[tuple[str, str]]]
+    rows: list[list[tuple[str, Mark]]]
     how: str
     samples: list[SampleView]
 
@@ -128,11 +128,10 @@ def _quality_view(folder: Path) -> QualityView | None:
     if kept is None:
         return None
     heads, rows = summary(kept["reference"], [kept["run"]])
-    plain = [[(text, "") for text, _ in row] for row in rows]  # one run is no contest
-    how = f"{without_folders(kept['how'])} Measured on {kept['date']} (UTC)."
+    how = f"{without_folders(kept['how']).replace('`', '')} Measured on {kept['date']} (UTC)."
     if LEGEND not in how:
         how += f" {LEGEND}"
-    return QualityView(heads, plain, how, sample_views({folder.resolve().name: kept.get("samples") or []}))
+    return QualityView(heads, rows, how, sample_views({folder.resolve().name: kept.get("samples") or []}))
 
 
 def stored_figures(folders: Mapping[str, Path]) -> list[Figure]:
