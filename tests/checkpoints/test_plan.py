@@ -15,6 +15,8 @@ from bitsmoe_modifier.checkpoints.planning import Plan
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.storage.sizes import checkpoint_bytes
 from helpers import save_tokenizer
+from low_precision import publish_fp8
+from tiny_text import save_tiny
 
 FIELDS = {"bits": 4.0, "group_size": 16, "block_size": 16}
 
@@ -33,6 +35,21 @@ def recipe(tmp_path: Path) -> Path:
         "quant_stage: {quant_modifiers: {BitsMoEModifier: {bits: 4.0, group_size: 16, block_size: 16, scope: layer}}}"
     )
     return path
+
+
+def test_experts_that_stay_in_files_are_not_held(tmp_path: Path) -> None:
+    """Of a source in FP8: only what is beside the experts is in memory, and it is stored as the source has it."""
+    save_tiny(tmp_path / "bf16")
+    shutil.copytree(tmp_path / "bf16", tmp_path / "fp8")
+    publish_fp8(tmp_path / "fp8")
+    plans = [
+        make_plan(read_headers(str(tmp_path / name)), FIELDS, 1024, torch.float32, "cpu") for name in ("bf16", "fp8")
+    ]
+    (shape, dense), (_, low) = plans
+    experts = sum(layer.weights for layer in shape.layers)
+    assert dense.cpu["model"] - low.cpu["model"] == 4 * experts
+    assert low.cpu["layer: weights"] == dense.cpu["layer: weights"] // 8
+    assert low.result_bytes < dense.result_bytes
 
 
 def test_sizes_of_the_model_and_of_the_result(tiny: Path, recipe: Path, tmp_path: Path) -> None:
