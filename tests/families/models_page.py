@@ -215,6 +215,10 @@ def _gating(gating: Gating, gated: bool) -> str:
 def _reason(family: Family) -> str:
     if "one list" in family.refusal:
         return "its checkpoints store the experts for text and for images in one list, of which no part can be packed"
+    if "one matrix" in family.refusal:
+        return "it keeps the rows of all its experts in one matrix, which llm-compressor cannot take apart"
+    if "as it is" in family.refusal:
+        return "its router also chooses experts that hand a token on as it is; packed experts have no such ones"
     if "next token" in family.refusal:
         return "it does not predict the next token of a text, which calibration needs"
     return "its experts class does not follow transformers' common experts interface, so it cannot be linearized"

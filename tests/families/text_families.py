@@ -104,7 +104,7 @@ TEXT_FAMILIES = (
             "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
         },
-        refusal=f"DbrxExperts .* {NOT_COMMON}",
+        refusal="keeps the rows of all its experts in one matrix",
         fast=True,
     ),
     Family("jetmoe", {"kv_channels": 16}, refusal=f"JetMoeParallelExperts .* {NOT_COMMON}"),
@@ -118,7 +118,7 @@ TEXT_FAMILIES = (
             "expert_ffn_hidden_size": 48,
             "zero_expert_num": 2,
         },
-        refusal=f"LongcatFlashExperts .* {NOT_COMMON}",
+        refusal="chooses experts that hand a token on as it is",
     ),
     Family(
         "nemotron_h",

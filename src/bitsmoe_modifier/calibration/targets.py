@@ -24,8 +24,10 @@ from .entries import check_entries, check_patterns
 from .linearizing import experts_modules
 from .stored_experts import stored_matrices
 
-#: why families are refused whose experts could be packed, by model type
+#: why families are refused that are known and have routed experts, by model type
 _REFUSED = {
+    "dbrx": "it keeps the rows of all its experts in one matrix (w1, v1, w2), which llm-compressor cannot take apart",
+    "longcat_flash": "its router also chooses experts that hand a token on as it is; packed experts have no such ones",
     "ernie4_5_vl_moe": "its checkpoints store the experts for text and for images in one list, of which transformers "
     "cannot save a part; text calibrates the first alone",
 }
