@@ -1,5 +1,6 @@
 """benchmarks/real_weights.py on a tiny random dense model of the real one's architecture: made, quantized, measured."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import peers
 import real_weights
 import real_weights_model as making
-from real_weights_results import Results, lines, table
+from real_weights_results import Results, draw, family, lines, table
 
 HIDDEN, UNITS, LAYERS, VOCAB, LENGTH = 128, 640, 3, 600, 24
 
@@ -131,3 +132,34 @@ def test_peers_see_the_inputs_of_each_expert_and_leave_the_model_as_it_was(work,
     assert (line["arm"], line["bits"]) == ("gguf_half", 8.0)
     assert line["wikitext"]["mean"] > 0
     torch.testing.assert_close(layer.down_proj, before, rtol=0, atol=0)
+
+
+def test_reports_of_quality_py_stand_in_the_same_table(tmp_path):
+    figures = {"kld_mean": 0.002, "kld_median": 0.001, "kld_stderr": None, "perplexity": 40.0, "quantize_seconds": 3.0}
+    names = ["gptq_w2", "bitsmoe_2_125", "trellis_bitsmoe_2_0", "no_bases_2_0", "trellis_no_feedback_2_0"]
+    arms = [{"name": name, "measured_bits_per_expert_weight": 2.0, **figures} for name in names]
+    for seed in (0, 1):
+        report = {"model": {"name": "/m/bookmoe"}, "calibration": {"rows": 128, "seed": seed}}
+        report["arms"] = [*arms, {"name": "rtn_w2", "error": "failed"}]
+        folder = tmp_path / f"seed_{seed}"
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps(report))
+    found = list(lines([tmp_path]))
+    assert [line["arm"] for line in found[:5]] == [
+        "gptq_w2",
+        "bitsmoe_2.125",
+        "bitsmoe_2.0:codes=trellis",
+        "bitsmoe_2.0:no_bases",
+        "bitsmoe_2.0:codes=trellis:no_feedback",
+    ]
+    assert {line["seed"] for line in found} == {0, 1}
+    assert "| gptq_w2 | 2.000 | 2 |" in table(found)
+    assert {family(line["arm"]) for line in found} == {
+        "gptq",
+        "bitsmoe",
+        "bitsmoe:codes=trellis",
+        "bitsmoe:no_bases",
+        "bitsmoe:codes=trellis:no_feedback",
+    }
+    draw(found, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 0

@@ -9,7 +9,8 @@ import pytest
 from bitsmoe_modifier.comparison.report import write_report
 from bitsmoe_modifier.evaluation.columns import summary, table
 from bitsmoe_modifier.pages.comparison import markdown
-from bitsmoe_modifier.pages.verdicts import headline, headliner, next_larger, verdict, without_folders
+from bitsmoe_modifier.pages.verdicts import headline, headliner, next_larger, of_model, verdict, without_folders
+from bitsmoe_modifier.sources.demo import demo_asset
 from entries import FAILED, GPTQ, REFERENCE, arm, ours, report
 
 # ------------------------------------------------------------------------------------------------- sentences
@@ -52,6 +53,14 @@ def test_headline_is_the_most_that_is_saved():
     # 1.6 bits against 4.13 save more than 2.5 against 4.13
     arms.append(ours("small", 1.6, 0.0025))
     assert headline(arms).startswith("small (1.60 bits per expert weight) is closer to the original than gptq_w4")
+
+
+def test_the_headline_names_the_model_and_what_the_demo_cannot_show():
+    arms = [*GPTQ, ours("bitsmoe_2_0", 2.0, 0.002)]
+    assert of_model(report(arms)) == f"On bookmoe: {headline(arms)}"
+    said = of_model(report(arms) | {"model": {"name": demo_asset("docmoe")}})
+    assert said.startswith(f"On docmoe: {headline(arms)}")
+    assert "real language-model weights" in said
 
 
 @pytest.mark.parametrize(("kld", "said"), [(0.00299, "as close as gptq_w4"), (0.0031, "misses gptq_w4 (4.13")])
@@ -187,7 +196,7 @@ def test_the_best_of_every_column_is_bold():
 def test_markdown_holds_the_headline_failures_and_warnings():
     warned = GPTQ[0] | {"warnings": ["3 expert projections were set to zero"]}
     text = markdown(report([warned, GPTQ[1], ours("bitsmoe_2_0", 2.0, 0.004), FAILED]), "report.svg")
-    assert text.startswith("# Quantization of bookmoe\n\n**bitsmoe_2_0 (2.00 bits")
+    assert text.startswith("# Quantization of bookmoe\n\n**On bookmoe: bitsmoe_2_0 (2.00 bits")
     assert "- broken: ValueError: no (log: logs/broken.log)" in text
     assert "- gptq_w2: 3 expert projections were set to zero" in text
     assert "![" in text

@@ -46,7 +46,7 @@ def compare(
     from ..comparison.runner import CompareSettings
     from ..comparison.runner import compare as run
     from ..evaluation.columns import table
-    from ..pages.verdicts import headline
+    from ..pages.verdicts import of_model
     from ..sources.demo import demo_asset
 
     o.say_whose_text(model, calibration, "--calibration")
@@ -64,7 +64,7 @@ def compare(
     report = run(settings, context.obj)
     done = [arm for arm in report["arms"] if "error" not in arm]
     figures = table(report["reference"], done, report["noise_floor"])
-    print(f"\n{figures}\n\n{headline(done)}\n\n{Path(out) / 'report.html'}")
+    print(f"\n{figures}\n\n{of_model(report)}\n\n{Path(out) / 'report.html'}")
     if len(done) < len(report["arms"]):
         raise typer.Exit(1)
 

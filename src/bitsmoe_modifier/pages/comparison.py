@@ -23,9 +23,9 @@ from .verdicts import (
     accuracies,
     against_gptq,
     environment_line,
-    headline,
     headliner,
     how_measured,
+    of_model,
     shown_command,
     without_folders,
 )
@@ -112,7 +112,7 @@ def summarize(report: dict[str, Any]) -> Summary:
     heads, rows = summary(reference, done, noise)
     return Summary(
         title=f"Quantization of {Path(report['model']['name']).name}",
-        headline=headline(done),
+        headline=of_model(report),
         terms=TERMS,
         heads=heads,
         rows=rows,

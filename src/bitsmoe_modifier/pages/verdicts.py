@@ -12,6 +12,11 @@ Run = dict[str, Any]
 _HEADER_BITS = 0.005
 #: an absolute path of two parts or more, on any system, and its last part
 _PATH = re.compile(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:;,'\"()]+[/\\])+([^\s/\\:;,'\"()]+)")
+#: What a reader of the demo has to know before he believes that of a model of his.
+_OF_THE_DEMO = (
+    "The demo model is small, its experts are used very unequally, and it was trained for this demo; "
+    "on real language-model weights less is to be gained (docs/quality.md, real weights)."
+)
 
 
 def is_bitsmoe(run: Run) -> bool:
@@ -75,6 +80,13 @@ def _strongest(runs: Sequence[Run]) -> tuple[Run, Run, str] | None:
         return *max(tied, key=lambda pair: _saved(*pair)), "is within the sampling error as close as"
     run = min(ours, key=lambda a: a["kld_mean"] / next_larger(a, theirs)["kld_mean"])
     return run, next_larger(run, theirs), ""
+
+
+def of_model(report: Run) -> str:
+    """The report's `headline` with the model for which it is true; of the demo model, what it cannot show."""
+    model = PurePath(report["model"]["name"])
+    said = f"On {model.name}: {headline([run for run in report['arms'] if 'error' not in run])}"
+    return f"{said} {_OF_THE_DEMO}" if model.parts[-2:] == ("assets", "docmoe") else said
 
 
 def _saved(run: Run, rival: Run) -> float:
