@@ -2,7 +2,8 @@
 
 For every batch: time per layer step and per token, the bytes that the step needs (the chosen experts' codes and steps,
 the bases) over the time as a share of this machine's copy bandwidth, and the same layer in other forms:
-    bf16      grouped matrix product over 16-bit experts
+    fused     16-bit experts in two fused launches whose sizes are tried (fused_moe.py)
+    bf16      grouped matrix product over 16-bit experts, by PyTorch
     plain-4   these kernels, every unit 4 bits wide, no basis: GPTQ 4 bits, group 128, as these kernels would serve it
     plain-2   likewise 2 bits
     decode    plain 2-bit experts, decoded whole and then multiplied
@@ -14,6 +15,8 @@ import argparse
 import platform
 
 import torch
+import triton
+from fused_moe import fused_layer
 from layers import (
     SHAPES,
     Layer,
@@ -33,14 +36,16 @@ from layers import (
 
 from bitsmoe_modifier.storage.packed import PackedExperts
 
-OTHERS = ("bf16", "plain-4", "plain-2", "decode")
+OTHERS = ("fused", "bf16", "plain-4", "plain-2", "decode")
 
 
 def build(
     kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Layer, PackedExperts | None]:
     """One copy of the layer in one of its forms, with its stored tensors where it has our layout."""
-    if kind == "bf16":
+    if kind == "fused" and (device.type == "cuda" or triton.knobs.runtime.interpret):
+        return fused_layer(*random_weights(shape, device, dtype, seed)), None
+    if kind in ("bf16", "fused"):  # the plain path of a CPU has no kernels
         return grouped_layer(*random_weights(shape, device, dtype, seed)), None
     if kind == "decode":
         return dequantizing_layer(shape, device, dtype, seed), None
@@ -50,7 +55,7 @@ def build(
 
 def chosen_bytes(kind: str, shape: Shape, pairs: int) -> int:
     """Bytes of the experts that a step reads, about: they decide how many copies exceed the cache."""
-    bits = {"bf16": 16, "plain-4": 4}.get(kind, 2)
+    bits = {"bf16": 16, "fused": 16, "plain-4": 4}.get(kind, 2)
     return min(shape.experts, pairs) * 3 * shape.hidden * shape.inner * bits // 8
 
 

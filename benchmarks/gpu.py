@@ -1,120 +1,100 @@
 """A GPU's first minutes: `python benchmarks/gpu.py --stage check --deadline 500 --out results`, and other stages.
 
 Every result is one flushed line of JSON in OUT/STAGE.jsonl. A call that was cut off goes on where it stopped; none
-begins a task after DEADLINE seconds. Stages:
+begins a task after DEADLINE seconds. On a GPU all kernels of a stage are compiled first, by as many processes as there
+are cores. Stages, in the order in which to run them:
 
     check    the compiled kernels against the fp32 layer, on poisoned memory: error, equal bits when repeated, and a
-             CUDA graph's replay equal to the eager result
+             CUDA graph's replay equal to the eager result; then the kernels' own tests, compiled
     decode   microseconds per layer and step, and the same layer in other forms (decode.py)
+    tune     steps with other tiles, splits and stages than the rules', and OUT/tuned.json, the table of those that are
+             faster: name it in BITSMOE_TUNED
     prefill  milliseconds per layer at many tokens (prefill.py)
+    profile  the time of every kernel of a step
+    quant    the rounding kernel against PyTorch; a layer against GPTQ where llm-compressor is installed
 
-On a CPU `check` runs in Triton's interpreter (TRITON_INTERPRET=1) on tiny layers, as a test of its own code.
+On a CPU the stages run in Triton's interpreter (TRITON_INTERPRET=1) on tiny layers, as a test of their own code.
 `gpu_report.py` turns the lines into tables. It needs torch, triton and this repository on the path, not llm-compressor.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from bitsmoe_kernels import moe_forward, prepare
-from bitsmoe_kernels.reference import moe_reference
-from layers import GATING, SHAPES, Shape, copy_bandwidth, routing, stored_layer
+from gpu_stages import Task, finish, tasks
+from layers import SHAPES
 
-Task = tuple[str, Callable[[], dict[str, object]]]
-
-#: Layers whose kernels are checked: the recipe's blocks, those of gpt-oss, and small ones.
-CHECKED = {
-    "recipe": Shape(16, 4, 512, 256),
-    "blocks of 64": Shape(8, 2, 256, 128, block=64, group=64),
-    "tiny": SHAPES["tiny"],
-}
+STAGES = ("check", "decode", "tune", "prefill", "profile", "quant")
 
 
-def check(shape: Shape, kind: str, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
-    """One layer, one batch."""
-    packed = stored_layer(shape, kind, device, tokens)
-    x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
-    ids, p = routing(shape, tokens, device, tokens)
-    ids[0, 0] = -1  # an expert of another rank
-    experts = prepare(packed)
-    want = moe_reference(x, ids, p, packed, GATING)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        runs = [moe_forward(x, ids, p, experts, GATING) for _ in range(3)]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    error = float((runs[0].float() - want).norm() / want.norm().clamp_min(1e-30))
-    result: dict[str, object] = {"error": error, "bound": 10 * torch.finfo(dtype).eps}
-    result["repeats_equal"] = all(torch.equal(runs[0], other) for other in runs[1:])
-    if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = moe_forward(x, ids, p, experts, GATING)
-        graph.replay()
-        torch.cuda.synchronize()
-        result["graph_equal"] = torch.equal(y, runs[0])
-    equal = all(value for name, value in result.items() if name.endswith("_equal"))
-    return {**result, "passed": error <= 10 * torch.finfo(dtype).eps and equal}
+def compile_share(stage: str, shapes: list[str], device: str, rank: int, count: int, until: float) -> int:
+    """Run every ``count``-th task of a stage once, for what is compiled by it; how many ran.
+
+    Results are discarded, and so are failures (memory is short while all processes run): the stage itself meets them.
+    ``until``: of `time.time`.
+    """
+    ran = 0
+    with torch.inference_mode():
+        for i, (_, task) in enumerate(tasks(stage, shapes, torch.device(device), 1)):
+            if i % count != rank or time.time() > until:
+                continue
+            try:
+                task()
+                ran += 1
+            except Exception:  # noqa: BLE001
+                continue
+            finally:
+                if device.startswith("cuda"):
+                    torch.cuda.empty_cache()
+    return ran
 
 
-def tasks(stage: str, shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
-    """The stage's tasks, cheapest first."""
-    if stage == "check":
-        dtypes = [torch.bfloat16, torch.float16]
-        on_gpu = device.type == "cuda"
-        for name, shape in CHECKED.items() if on_gpu else [("tiny", SHAPES["tiny"])]:
-            for kind in ("bitsmoe", "plain-2", "plain-4") if on_gpu else ("bitsmoe",):
-                for tokens in (1, 3, 20, 64, 200) if on_gpu else (1, 3):
-                    for dtype in dtypes if on_gpu else dtypes[:1]:
-                        arguments = shape, kind, tokens, dtype, device
-                        title = f"{name}, {kind}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
-                        yield title, lambda arguments=arguments: check(*arguments)
-        return
-    import decode
-    import prefill
+def precompile(stage: str, shapes: list[str], device: torch.device, processes: int, deadline: float) -> Task:
+    """The task that fills Triton's cache."""
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    yield "copy", lambda: {"bytes_per_second": copy_bandwidth(device)}
-    for shape_name in shapes:
-        shape = SHAPES[shape_name]
-        if stage == "prefill":
-            for tokens in (512, 2048, 8192) if device.type == "cuda" else (8,):
-                yield (
-                    f"{shape_name}, {tokens} tokens",
-                    lambda shape=shape, tokens=tokens: {"table": prefill.run(shape, [tokens], device, repeats)},
-                )
-            continue
-        for batch in (1, 2, 4, 8, 16, 32, 64) if device.type == "cuda" else (1,):
-            for kind in ("bitsmoe", *decode.OTHERS):
+    def run() -> dict[str, object]:
+        begin, until = time.monotonic(), time.time() + deadline
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            shares = [
+                pool.submit(compile_share, stage, shapes, str(device), rank, processes, until)
+                for rank in range(processes)
+            ]
+            ran = sum(share.result() for share in shares)
+        return {"processes": processes, "tasks": ran, "seconds_in_all": time.monotonic() - begin}
 
-                def timed(
-                    name: str = shape_name, shape: Shape = shape, batch: int = batch, kind: str = kind
-                ) -> dict[str, object]:
-                    seconds, nbytes = decode.time_of(kind, shape, batch, device, dtype, repeats)
-                    return {"shape": name, "batch": batch, "kind": kind, "seconds": seconds, "bytes": nbytes}
-
-                yield f"{shape_name}, batch {batch}, {kind}", timed
+    return "compile", run
 
 
-def run(stage: str, shapes: list[str], device: torch.device, repeats: int, deadline: float, out: Path) -> int:
+def lines_of(path: Path) -> list[dict[str, object]]:
+    """The whole lines of a file; none where there is no file."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def run(
+    stage: str, shapes: list[str], device: torch.device, repeats: int, deadline: float, out: Path, processes: int
+) -> int:
     """Run what is left of a stage; the number of tasks that failed, of all that ran so far."""
     out.mkdir(parents=True, exist_ok=True)
     path, begin = out / f"{stage}.jsonl", time.monotonic()
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    lines = lines_of(path)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     done = {line["task"] for line in lines if line["device"] == where and "exception" not in line}
     failed = sum(not line.get("passed", True) for line in lines if line["task"] in done and line["device"] == where)
+    cut_off = bool(lines or path.exists()) and not path.read_text().endswith("\n") and path.stat().st_size > 0
+    todo = list(tasks(stage, shapes, device, repeats))
+    if processes and stage not in ("quant", "profile") and any(name not in done for name, _ in todo):
+        todo.insert(0, precompile(stage, shapes, device, processes, deadline))
     with path.open("a") as file:
-        if text and not text.endswith("\n"):
-            file.write("\n")  # a line that was cut off
-        for name, task in tasks(stage, shapes, device, repeats):
+        if cut_off:
+            file.write("\n")
+        for name, task in todo:
             if name in done:
                 continue
             if time.monotonic() - begin > deadline:
@@ -130,22 +110,29 @@ def run(stage: str, shapes: list[str], device: torch.device, repeats: int, deadl
             file.flush()
             os.fsync(file.fileno())
             print(json.dumps(line), flush=True)
+    finish(stage, out, lines_of(path))
     return failed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run, and return 1 where a task failed."""
     parser = argparse.ArgumentParser(description="Check and time the kernels on a GPU, in pieces that may be cut off.")
-    parser.add_argument("--stage", choices=("check", "decode", "prefill"), required=True)
+    parser.add_argument("--stage", choices=STAGES, nargs="+", required=True, help="one after another")
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["qwen3-30b-a3b"])
     parser.add_argument("--deadline", type=float, default=500, help="seconds after which no task begins")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON lines")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, help="that compile first; as many as cores on a GPU, 0: none")
     options = parser.parse_args(argv)
+    device, processes = torch.device(options.device), options.processes
+    if processes is None:
+        processes = (os.cpu_count() or 1) if device.type == "cuda" else 0
+    end, failed = time.monotonic() + options.deadline, 0
     with torch.inference_mode():
-        device = torch.device(options.device)
-        failed = run(options.stage, options.shape, device, options.repeats, options.deadline, options.out)
+        for stage in options.stage:
+            left = end - time.monotonic()
+            failed += run(stage, options.shape, device, options.repeats, left, options.out, processes)
     return 1 if failed else 0
 
 

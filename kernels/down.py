@@ -154,6 +154,7 @@ def _launch(
     widths: list[int],
     sizes: tuple[int, int, int, int],
     total: tuple[torch.Tensor | None, ...] = (None,) * 6,
+    stages: int = 0,
 ) -> None:
     """Run the kernel; ``total``: ids, p, bias, base, y and arrivals where it adds the token's experts up."""
     block_size, group_size, tile, br = sizes
@@ -167,7 +168,8 @@ def _launch(
             z, tiles, pairs, codes, steps, head, order, t, *total, count, tiles.shape[0], head.shape[0],
             TOP_K=top_k, R=t.shape[1], I=z.shape[1], BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=tile, BR=br, SUM=ids is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers, **overlap(cc), **FUSION,
+            STAGES=stages or how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers,
+            **overlap(cc), **FUSION,
         )  # fmt: skip
 
 
@@ -236,6 +238,7 @@ def down_and_combine(
     group_size: int,
     pair_tile: int,
     br: int,
+    stages: int = 0,
 ) -> torch.Tensor:
     """``y = base + sum_j p_j (F[id_j] z_j + bias[id_j])``, ``[T, R']`` of z's dtype: `down` and `combine` in one.
 
@@ -246,13 +249,14 @@ def down_and_combine(
         p: ``[T, k]`` contiguous floats.
         bias: ``[E, R']`` or None.
         base: ``[T, R']`` or None; the others as in `down`.
+        stages: of the pipeline; 0: as `launch.launch_down` has them.
     """
     directions = order.shape[1] * block_size
     y = z.new_empty(ids.shape[0], directions)
     if len(ids):
         t = torch.empty(z.shape[0], directions, dtype=torch.float32, device=z.device)
         sizes, total = (block_size, group_size, pair_tile, br), (ids, p, bias, base, y, arrivals)
-        _launch(z, tiles, pairs, codes, steps, head, order, t, widths, sizes, total)
+        _launch(z, tiles, pairs, codes, steps, head, order, t, widths, sizes, total, stages)
     return y
 
 
@@ -275,6 +279,7 @@ def _(
     group_size: int,
     pair_tile: int,
     br: int,
+    stages: int = 0,
 ) -> torch.Tensor:
     return z.new_empty(ids.shape[0], order.shape[1] * block_size)
 

@@ -31,6 +31,7 @@ from .prepare import PreparedExperts
 from .routing import route, tile_count
 from .trellis_down import trellis_down, trellis_down_and_combine
 from .trellis_gate_up import trellis_gate_up
+from .tuned import RULES, sizes_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Plan:
         swap: the order of z (`launch.swaps`).
         warps: of a program of down with trellis codes.
         ahead: the weights are fetched by the programs that write the tiles (`ahead.py`).
+        stages: of gate_up and of down; 0: as `launch` has them.
     """
 
     tile: int
@@ -60,6 +62,7 @@ class Plan:
     swap: bool
     warps: int
     ahead: bool
+    stages: tuple[int, int] = (0, 0)
 
 
 def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
@@ -67,10 +70,13 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     layout, pairs = experts.layout, tokens * choices
     total = pairs <= DECODE_PAIRS
     prefill = trellis_prefill_tile if layout.codes else prefill_tile
-    tile = (decode_tile if total else prefill)(pairs, layout.num_experts)
+    tuned = sizes_of(experts.sizes, pairs) if total and not layout.codes else RULES
+    tile = tuned.tile or (decode_tile if total else prefill)(pairs, layout.num_experts)
     filled = expected_tiles(pairs, layout.num_experts, tile)
     bn, parts = gate_up_tile(filled, layout.intermediate_size, layout.group_size, layout.units_in)
+    parts = tuned.parts or parts
     br = layout.block_size if layout.codes else down_tile(filled, layout.rank_out, layout.block_size)
+    br = tuned.rows or br
     tiles = tile_count(pairs, layout.num_experts, tile)
     arrivals = (tiles * (layout.intermediate_size // bn) if parts > 1 else 0, tokens * (layout.rank_out // br))
     swap = swaps(tile, br, experts.capability)
@@ -78,7 +84,8 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     sides = experts.side_in, experts.side_out
     payload = sum(side.codes.nbytes + side.steps.nbytes for side in sides)
     ahead = experts.spans is not None and fits_ahead(pairs, layout.num_experts, payload, experts.cache)
-    return Plan(tile, tiles, bn, parts, br, (arrivals[0], arrivals[1] if total else 0), total, swap, warps, ahead)
+    counters, stages = (arrivals[0], arrivals[1] if total else 0), (tuned.stages_in or 0, tuned.stages_out or 0)
+    return Plan(tile, tiles, bn, parts, br, counters, total, swap, warps, ahead, stages)
 
 
 def moe_forward(
@@ -145,13 +152,13 @@ def _products(
     z = gate_up(
         h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.codes, side_in.steps, side_in.head, side_in.order,
         packed.in_bias, list(side_in.widths), side_in.gain, ids.shape[1], *sizes, layout.intermediate_size,
-        step.tile, step.bn, step.parts, step.swap, *gating_arguments(gating),
+        step.tile, step.bn, step.parts, step.swap, *gating_arguments(gating), step.stages[0],
     )  # fmt: skip
     factor = side_out.codes, side_out.steps, side_out.head, side_out.order
     if step.total:
         return down_and_combine(
             z, tiles, pairs, arrivals[step.arrivals[0] :], *factor, ids, p, bias, base,
-            list(side_out.widths), *sizes, step.tile, step.br,
+            list(side_out.widths), *sizes, step.tile, step.br, step.stages[1],
         )  # fmt: skip
     t = down(z, tiles, pairs, *factor, list(side_out.widths), *sizes, step.tile, step.br)
     return combine(t, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)

@@ -271,6 +271,7 @@ def gate_up(
     limit: float | None,
     alpha: float,
     up_shift: float,
+    stages: int = 0,
 ) -> torch.Tensor:
     """z ``[T k, I]`` of h's dtype; rows of pairs whose id is outside ``[0, E)`` are not written.
 
@@ -290,6 +291,7 @@ def gate_up(
         parts: programs that share a tile: 1, 2, 4, 8 or 16.
         swap: z's columns in the order that `down` takes (`launch.swaps`).
         activation: with limit, alpha and up_shift the fields of `Gating`.
+        stages: of the pipeline; 0: as `launch.launch` has them.
     """
     count = pairs.numel()
     z = torch.empty(count, columns, dtype=h.dtype, device=h.device)
@@ -307,7 +309,7 @@ def gate_up(
             TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
             BM=pair_tile, BN=bn, SHARED=shared, SWAP=swap, SPREAD=spread(pair_tile, block_size, how.warps, widths),
             HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, **overlap(cc), **FUSION,
+            STAGES=stages or how.stages, PACK=how.pack, num_warps=how.warps, **overlap(cc), **FUSION,
         )  # fmt: skip
     return z
 

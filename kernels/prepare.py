@@ -8,7 +8,7 @@ that wide; ``order`` maps the payload position of a unit to the directions it ho
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,6 +17,8 @@ from bitsmoe_modifier.storage.chains import chains_of, index_side
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.steps import step_values
+
+from .tuned import Sizes, entries_of
 
 #: Sets of widths that kernels are compiled for: the layers of a model differ in which they use, and a set of their own
 #: for each would compile every kernel several times. Widths that do not occur cost a loop of no rounds.
@@ -70,6 +72,7 @@ class PreparedExperts:
         capability: 10 × major + minor of the layer's GPU; 0 in the interpreter.
         spans: from `line_spans`.
         cache: bytes of weights that a step may fetch ahead (`ahead.py`): a third of the GPU's second cache.
+        sizes: launch sizes that were tried on this GPU, by pairs (`tuned.py`).
     """
 
     layout: ExpertsLayout
@@ -79,6 +82,7 @@ class PreparedExperts:
     capability: int
     spans: torch.Tensor | None = None
     cache: int = 0
+    sizes: dict[int, Sizes] = field(default_factory=dict)
 
 
 def unsupported(
@@ -138,11 +142,12 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
     if layout.codes:
         side_out = replace(side_out, order=_chain_places(packed.widths_out, layout))
     if not packed.codes_in.is_cuda:
-        return PreparedExperts(layout, packed, side_in, side_out, 0)
+        return PreparedExperts(layout, packed, side_in, side_out, 0, sizes=entries_of("", layout))
     gpu = torch.cuda.get_device_properties(packed.codes_in.device)
+    sizes = entries_of(gpu.name, layout)
     spans = None if layout.codes else line_spans(side_in, side_out, layout)
     cache = int(getattr(gpu, "L2_cache_size", 0)) // 3
-    return PreparedExperts(layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache)
+    return PreparedExperts(layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache, sizes)
 
 
 def line_spans(side_in: PreparedSide, side_out: PreparedSide, layout: ExpertsLayout) -> torch.Tensor:

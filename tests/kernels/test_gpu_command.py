@@ -21,22 +21,78 @@ def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_stages_go_on_where_they_stopped(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     out = tmp_path / "results"
+    out.mkdir()
+    lines = out / "check.jsonl"
+    cut_off, failed = '{"task": "tiny, bits', {"task": "another", "device": "CPU", "exception": "X"}
+    lines.write_text(json.dumps(failed) + "\n" + cut_off)
     ended = call("gpu.py", "--stage", "check", "--out", str(out), "--deadline", "-1")
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "goes on there" in ended.stdout
-    lines = out / "check.jsonl"
-    assert lines.read_text() == ""
-    cut_off, failed = '{"task": "tiny, bits', {"task": "another", "device": "CPU", "exception": "X"}
-    lines.write_text(json.dumps(failed) + "\n" + cut_off)
-    ran = call("gpu.py", "--stage", "check", "--out", str(out))
+    every = ["check", "decode", "tune", "prefill", "profile", "quant"]
+    arguments = ("--shape", "tiny", "--repeats", "1", "--processes", "0", "--out", str(out))
+    ran = call("gpu.py", "--stage", *every, *arguments)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
     found = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")]
     assert [line.get("passed") for line in found] == [None, True, True]
     assert all(0 < line["error"] <= line["bound"] for line in found[1:])
-    size = lines.stat().st_size
-    assert call("gpu.py", "--stage", "check", "--out", str(out)).returncode == 0
-    assert lines.stat().st_size == size, "nothing is run twice"
-    assert call("gpu.py", "--stage", "decode", "--shape", "tiny", "--repeats", "1", "--out", str(out)).returncode == 0
-    report = call("gpu_report.py", str(out))
-    assert "2 of 3 checks passed on CPU; failed: another" in report.stdout
-    assert "| tiny | 1 |" in report.stdout
+    sizes = {stage: (out / f"{stage}.jsonl").stat().st_size for stage in every}
+    again = call("gpu.py", "--stage", *every, *arguments)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert sizes == {stage: (out / f"{stage}.jsonl").stat().st_size for stage in every}, "nothing is run twice"
+    report = call("gpu_report.py", str(out)).stdout
+    assert "2 of 3 checks passed on CPU; failed: another" in report
+    for row in ("| tiny | 1 |", "Launch sizes", "`bitsmoe::gate_up`", "| block of columns |", "| 8 |"):
+        assert row in report, report
+
+
+def test_a_table_of_launch_sizes_changes_the_launch_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    program = f"""
+import json, sys, torch
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from bitsmoe_kernels import moe_forward, prepare, tuned
+from bitsmoe_kernels.forward import plan
+from gpu_stages import best_sizes
+from layers import GATING, SHAPES, routing, stored_layer
+
+shape, cpu = SHAPES["tiny"], torch.device("cpu")
+experts = prepare(stored_layer(shape, "bitsmoe", cpu, 0))
+layer, none = tuned.layer_key(experts.layout), dict.fromkeys(("tile", "parts", "rows", "stages_in", "stages_out"))
+lines = [
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": none, "seconds": 10.0}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 2}}, "seconds": 9.0}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 4}}, "seconds": 8.0}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "tile": 16}}, "seconds": 9.9}},
+]
+x, (ids, p) = torch.randn(2, 64), routing(shape, 2, cpu, 0)
+before, sizes = moe_forward(x, ids, p, experts, GATING), plan(2, 2, experts)
+with open({str(tmp_path / "tuned.json")!r}, "w") as file:
+    json.dump(best_sizes(lines), file)
+tuned.table.cache_clear()
+experts = prepare(stored_layer(shape, "bitsmoe", cpu, 0))
+after = plan(2, 2, experts)
+print(sizes.parts, sizes.tile, after.parts, after.tile)
+print(float((moe_forward(x, ids, p, experts, GATING) - before).norm() / before.norm()) < 1e-5)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
+    environment["BITSMOE_TUNED"] = str(tmp_path / "tuned.json")
+    (tmp_path / "tuned.json").write_text("{}")
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    first, second = ran.stdout.splitlines()
+    assert first.split()[1:4] == ["8", "4", "8"]
+    assert second == "True"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"GPU": {"layer": {"8": {"parts": 3}}}}', '{"GPU": {"layer": {"8": {"speed": 1}}}}', "{"]
+)
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, content: str) -> None:
+    pytest.importorskip("triton")
+    from bitsmoe_kernels import tuned
+
+    path = tmp_path / "tuned.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"tuned\.json is no table of launch sizes .*; write it by benchmarks/gpu"):
+        tuned.read(path)

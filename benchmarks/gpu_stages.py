@@ -1,0 +1,308 @@
+"""The stages of gpu.py: what each measures, as tasks by name. A task returns the fields of its line."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import decode
+import prefill
+import torch
+from bitsmoe_kernels import PreparedExperts, moe_forward, prepare, tuned
+from bitsmoe_kernels import rounding as fused_rounding
+from bitsmoe_kernels.forward import plan
+from bitsmoe_kernels.reference import moe_reference
+from layers import GATING, SHAPES, Shape, copies_beyond_cache, copy_bandwidth, routing, seconds_per_call, stored_layer
+
+from bitsmoe_modifier.method import rounding
+
+Line = dict[str, object]
+Task = tuple[str, Callable[[], Line]]
+
+#: Layers whose kernels are checked: the recipe's blocks, those of gpt-oss, and small ones.
+CHECKED = {
+    "recipe": Shape(16, 4, 512, 256),
+    "blocks of 64": Shape(8, 2, 256, 128, block=64, group=64),
+    "tiny": SHAPES["tiny"],
+}
+
+#: What is tried, one at a time beside the rules.
+TRIED: dict[str, tuple[int, ...]] = {
+    "tile": (8, 16),
+    "parts": (1, 2, 4, 8, 16),
+    "rows": (32, 64, 128),
+    "stages_in": (2, 3, 4),
+    "stages_out": (2, 3, 4),
+}
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What layers are timed in; the interpreter and the plain path take float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def batches_of(device: torch.device) -> tuple[int, ...]:
+    """Tokens of the decoding steps that are timed."""
+    return (1, 2, 4, 8, 16, 32, 64) if device.type == "cuda" else (1,)
+
+
+# -------------------------------------------------------------------------------------------------------- check
+
+
+def check(shape: Shape, kind: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Line:
+    """One layer, one batch."""
+    packed = stored_layer(shape, kind, device, tokens)
+    x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+    ids, p = routing(shape, tokens, device, tokens)
+    ids[0, 0] = -1  # an expert of another rank
+    experts = prepare(packed)
+    want = moe_reference(x, ids, p, packed, GATING)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        runs = [moe_forward(x, ids, p, experts, GATING) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    error = float((runs[0].float() - want).norm() / want.norm().clamp_min(1e-30))
+    result: Line = {"error": error, "bound": 10 * torch.finfo(dtype).eps}
+    result["repeats_equal"] = all(torch.equal(runs[0], other) for other in runs[1:])
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = moe_forward(x, ids, p, experts, GATING)
+        graph.replay()
+        torch.cuda.synchronize()
+        result["graph_equal"] = torch.equal(y, runs[0])
+    equal = all(value for name, value in result.items() if name.endswith("_equal"))
+    return {**result, "passed": error <= 10 * torch.finfo(dtype).eps and equal}
+
+
+def run_tests(path: Path, backend: str) -> Line:
+    """One file of the kernels' own tests in a process of its own."""
+    import os
+    import subprocess
+    import sys
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    folder = path.parents[2]
+    environment |= {"BITSMOE_TEST_KERNELS": backend}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    if backend == "interpreted":
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(path)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    last = ran.stdout.strip().splitlines()[-1:]
+    result: Line = {"passed": ran.returncode == 0, "result": last[0] if last else ""}
+    return result if ran.returncode == 0 else {**result, "output": (ran.stdout + ran.stderr)[-4000:]}
+
+
+def checks(device: torch.device) -> Iterator[Task]:
+    """Layers, then the kernels' test files: compiled on a GPU."""
+    dtypes, on_gpu = [torch.bfloat16, torch.float16], device.type == "cuda"
+    for name, shape in CHECKED.items() if on_gpu else [("tiny", SHAPES["tiny"])]:
+        for kind in ("bitsmoe", "plain-2", "plain-4") if on_gpu else ("bitsmoe",):
+            for tokens in (1, 3, 20, 64, 200) if on_gpu else (1, 3):
+                for dtype in dtypes if on_gpu else dtypes[:1]:
+                    arguments = shape, kind, tokens, dtype, device
+                    title = f"{name}, {kind}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+                    yield title, lambda arguments=arguments: check(*arguments)
+    tests = sorted((Path(__file__).parents[1] / "tests/kernels/interp").glob("test_*.py"))
+    if on_gpu and tests and all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
+        for path in tests:
+            yield f"tests compiled, {path.name}", lambda path=path: run_tests(path, "compiled")
+
+
+# ------------------------------------------------------------------------------------------------- decode, prefill
+
+
+def decodes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
+    """Every form of every layer at every batch."""
+    yield "copy", lambda: {"bytes_per_second": copy_bandwidth(device)}
+    for name in shapes:
+        for batch in batches_of(device):
+            for kind in ("bitsmoe", *decode.OTHERS):
+
+                def timed(name: str = name, batch: int = batch, kind: str = kind) -> Line:
+                    arguments = kind, SHAPES[name], batch, device, dtype_of(device), repeats
+                    seconds, nbytes = decode.time_of(*arguments)
+                    return {"shape": name, "batch": batch, "kind": kind, "seconds": seconds, "bytes": nbytes}
+
+                yield f"{name}, batch {batch}, {kind}", timed
+
+
+def prefills(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
+    """Tables of many tokens."""
+    for name in shapes:
+        for tokens in (512, 2048, 8192) if device.type == "cuda" else (8,):
+            yield (
+                f"{name}, {tokens} tokens",
+                lambda name=name, tokens=tokens: {"table": prefill.run(SHAPES[name], [tokens], device, repeats)},
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- tune
+
+
+def kernel_calls(shape: Shape, batch: int, device: torch.device) -> list[Callable[[], torch.Tensor]]:
+    """One step of the packed kernels on each of several copies that exceed the second cache."""
+    calls = []
+    for i in range(copies_beyond_cache(decode.chosen_bytes("bitsmoe", shape, batch * shape.top_k), device)):
+        experts = prepare(stored_layer(shape, "bitsmoe", device, i))
+        g = torch.Generator(device=device).manual_seed(i)
+        x = torch.randn(batch, shape.hidden, generator=g, device=device).to(dtype_of(device))
+        arguments = (x, *routing(shape, batch, device, i), experts, GATING)
+        calls.append(lambda a=arguments: moe_forward(*a))
+    return calls
+
+
+def sample_of(shape: Shape, device: torch.device) -> PreparedExperts:
+    """A layer of few experts that says it has all of them: for what follows from sizes alone."""
+    experts = prepare(stored_layer(replace(shape, experts=shape.top_k), "bitsmoe", device, 0))
+    return replace(experts, layout=replace(experts.layout, num_experts=shape.experts))
+
+
+def candidates(shape: Shape, batch: int, experts: PreparedExperts) -> list[tuned.Sizes]:
+    """The rules, and one size at a time that differs from them."""
+    with tuned.forcing(tuned.RULES):
+        ruled = plan(batch, shape.top_k, experts)
+    known = {"tile": ruled.tile, "parts": ruled.parts, "rows": ruled.br, "stages_in": 3, "stages_out": 3}
+    found = [tuned.RULES]
+    for name, values in TRIED.items():
+        found += [tuned.Sizes(**{name: value}) for value in values if value != known[name]]
+    return [sizes for sizes in found if sizes.fits(experts.layout)]
+
+
+def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
+    """Times of one step with every candidate."""
+    for name in shapes:
+        experts = sample_of(SHAPES[name], device)
+        layer = tuned.layer_key(experts.layout)
+        for batch in batches_of(device):
+            for sizes in candidates(SHAPES[name], batch, experts)[: None if device.type == "cuda" else 3]:
+                text = ", ".join(f"{k} {v}" for k, v in asdict(sizes).items() if v is not None) or "rules"
+                line = {"shape": name, "batch": batch, "layer": layer, "sizes": asdict(sizes)}
+                line["pairs"] = tuned.rounded(batch * SHAPES[name].top_k)
+
+                def timed(line: Line = line, batch: int = batch, sizes: tuned.Sizes = sizes) -> Line:
+                    with tuned.forcing(sizes):
+                        calls = kernel_calls(SHAPES[str(line["shape"])], batch, device)
+                        return {**line, "seconds": seconds_per_call(calls, repeats, device)}
+
+                yield f"{name}, batch {batch}, {text}", timed
+
+
+def best_sizes(lines: list[Line], margin: float = 0.02) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """The table that `bitsmoe_kernels.tuned` reads, from the lines of the stage `tune`.
+
+    A size is taken where it alone saves more than ``margin`` of the time that the rules take; gate_up and down each
+    have sizes of their own, so that what they save adds up.
+    """
+    steps: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        if "sizes" in line:
+            steps.setdefault((line["device"], line["layer"], str(line["pairs"])), []).append(line)
+    found: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    for (gpu, layer, pairs), tried in steps.items():
+        ruled = [line["seconds"] for line in tried if not any(line["sizes"].values())]
+        if not ruled:
+            continue
+        chosen: dict[str, tuple[float, int]] = {}
+        for line in tried:
+            for name, value in line["sizes"].items():
+                if value is not None and line["seconds"] < (1 - margin) * ruled[0]:
+                    chosen[name] = min(chosen.get(name, (line["seconds"], value)), (line["seconds"], value))
+        entry = {name: value for name, (_, value) in chosen.items()}
+        found.setdefault(gpu, {}).setdefault(layer, {})[pairs] = entry
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ profile, quant
+
+
+def profiles(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
+    """Microseconds of every kernel of a step; on a CPU of every operator."""
+    for name in shapes:
+        for batch in batches_of(device):
+
+            def profiled(name: str = name, batch: int = batch) -> Line:
+                calls, activity = kernel_calls(SHAPES[name], batch, device), torch.profiler.ProfilerActivity
+                for call in calls:
+                    call()
+                with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
+                    for _ in range(repeats):
+                        for call in calls:
+                            call()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                times = {}
+                for event in profiler.key_averages():
+                    spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+                    kernel = event.device_type == torch.profiler.DeviceType.CUDA
+                    if spent and (kernel or (device.type != "cuda" and event.key.startswith("bitsmoe::"))):
+                        times[event.key] = spent * 1e-6 / repeats / len(calls)
+                return {"shape": name, "batch": batch, "kernels": times}
+
+            yield f"{name}, batch {batch}", profiled
+
+
+def quants(device: torch.device, repeats: int) -> Iterator[Task]:
+    """The rounding kernel against the same in PyTorch, and a layer against GPTQ where llm-compressor is installed."""
+    on_gpu = device.type == "cuda"
+    # matrices, columns, rows, groups of a block of gate and up of Qwen3-30B-A3B
+    count, columns, rows, groups = (128, 32, 768, 6) if on_gpu else (2, 4, 32, 2)
+
+    def block(seed: int) -> tuple[torch.Tensor, ...]:
+        g = torch.Generator(device=device).manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=g, device=device)
+
+        level = torch.full((count, columns, 1), 3.0, device=device)
+        target, reference = 4 * draw(count, columns, rows) - 2, 4 * draw(count, columns, rows) - 2
+        response, step = 0.1 * draw(count, columns, columns), 0.5 + 0.1 * draw(count, columns, groups)
+        return target, response, reference, step, level, draw(count, rows)
+
+    def timed(kernel: bool) -> Line:
+        target, *rest = block(0)
+        plain = rounding._on_kernels
+        rounding._on_kernels = lambda _: False
+        function = fused_rounding.round_block if kernel else rounding.round_block
+        try:
+            call = lambda: function(target.clone(), *rest)[0]  # noqa: E731 - PyTorch's spends its targets
+            seconds = seconds_per_call([call], repeats, device, graph=False)
+        finally:
+            rounding._on_kernels = plain
+        sizes = f"{count} x {columns} columns of {rows} rows"
+        kind = "kernel" if kernel else "PyTorch"
+        return {"operation": "block of columns", "kind": kind, "sizes": sizes, "seconds": seconds}
+
+    yield "rounding kernel", lambda: timed(True)
+    yield "rounding in PyTorch", lambda: timed(False)
+    if on_gpu and importlib.util.find_spec("llmcompressor"):
+
+        def layer(arm: str) -> Line:
+            import quantization_time
+
+            seconds = quantization_time.time_layer(quantization_time.Shape(), [arm], torch.bfloat16)[arm]
+            return {"operation": "layer", "kind": arm, "sizes": str(quantization_time.Shape()), "seconds": seconds}
+
+        for arm in ("BitsMoE", "GPTQModifier W2, routed tokens only", "GPTQModifier W2"):
+            yield f"layer, {arm}", lambda arm=arm: layer(arm)
+
+
+def tasks(stage: str, shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
+    """The stage's tasks, cheapest first."""
+    if stage == "check":
+        yield from checks(device)
+    elif stage == "quant":
+        yield from quants(device, repeats)
+    else:
+        stages = {"decode": decodes, "tune": tunes, "prefill": prefills, "profile": profiles}
+        yield from stages[stage](shapes, device, repeats)
+
+
+def finish(stage: str, out: Path, lines: list[Line]) -> None:
+    """What a stage leaves besides its lines: the table of launch sizes."""
+    if stage == "tune":
+        (out / "tuned.json").write_text(json.dumps(best_sizes(lines), indent=1) + "\n")
