@@ -59,7 +59,10 @@ def layer_key(layout: ExpertsLayout) -> str:
 
 def rounded(pairs: int) -> int:
     """The power of two that stands for a number of pairs: the next one."""
-    return 1 << max(0, pairs - 1).bit_length()
+    power = 1
+    while power < pairs:
+        power *= 2
+    return power
 
 
 def read(path: Path) -> dict[str, dict[str, dict[int, Sizes]]]:
@@ -103,7 +106,9 @@ def entries_of(gpu: str, layout: ExpertsLayout) -> dict[int, Sizes]:
 
 def sizes_of(entries: dict[int, Sizes], pairs: int) -> Sizes:
     """The entry for a step, or `RULES`; while `forcing`, what is forced."""
-    return _forced[-1] if _forced else entries.get(rounded(pairs), RULES)
+    if _forced:
+        return _forced[-1]
+    return entries.get(rounded(pairs), RULES) if entries else RULES
 
 
 @contextmanager
