@@ -1,9 +1,10 @@
 """One token through one MoE layer on a CPU: `python benchmarks/cpu_decode.py --shape qwen3-30b-a3b --threads 1`.
 
-Milliseconds per layer and token of the packed experts (compiled, and in PyTorch as where no compiler is), of the same
-layer in bf16 and float32 as plain matrix products, and the memory that each reads. The layers' copies together are
-larger than the last cache, as in a model whose other layers run in between; bases are decoded once and kept, as the
-runtime does within BITSMOE_CACHE_MB. A thread's own time is taken where there is one.
+Milliseconds per layer and token of the packed experts (compiled, and in PyTorch as where no compiler is), of trellis
+codes (compiled; without a compiler experts are decoded), of the same layer in bf16 and float32 as plain matrix
+products, and the memory that each reads. The layers' copies together are larger than the last cache, as in a model
+whose other layers run in between; bases are decoded once and kept, as the runtime does within BITSMOE_CACHE_MB. A
+thread's own time is taken where there is one.
 """
 
 import argparse
@@ -63,11 +64,13 @@ def run(shape: Shape, batches: list[int], repeats: int) -> str:
     """The table."""
     packed = stored_layer(shape, "bitsmoe", torch.device("cpu"), 0)
     ours, dense, wide = BitsMoEExperts(packed, Gating()), plain_layer(shape, torch.bfloat16), None
+    trellis = BitsMoEExperts(stored_layer(shape, "trellis", torch.device("cpu"), 0), Gating())
     rows = []
     for tokens in batches:
         times = {"packed, compiled": milliseconds(ours, shape, tokens, torch.bfloat16, repeats)}
         with mock.patch.object(native_product, "native_library", return_value=None):
             times["packed, PyTorch"] = milliseconds(ours, shape, tokens, torch.bfloat16, max(1, repeats // 5))
+        times["trellis codes, compiled"] = milliseconds(trellis, shape, tokens, torch.bfloat16, repeats)
         times["bf16"] = milliseconds(dense, shape, tokens, torch.bfloat16, repeats)
         wide = wide or plain_layer(shape, torch.float32)
         times["float32"] = milliseconds(wide, shape, tokens, torch.float32, repeats)
@@ -81,7 +84,7 @@ def run(shape: Shape, batches: list[int], repeats: int) -> str:
 
 def _bytes(name: str, shape: Shape, packed: PackedExperts, tokens: int) -> float:
     ids, _ = routing(shape, tokens, torch.device("cpu"), 0)
-    if name.startswith("packed"):  # its basis is kept in bf16
+    if name.startswith(("packed", "trellis")):  # its basis is kept in bf16
         return (
             needed_bytes(packed, ids)
             - (packed.basis_in.nbytes if packed.basis_in is not None else 0)

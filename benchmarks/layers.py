@@ -51,12 +51,13 @@ SHAPES = {
 
 
 def stored_layer(shape: Shape, kind: str, device: torch.device, seed: int) -> PackedExperts:
-    """A random layer: "bitsmoe" (mixed widths, 4-bit input basis), "plain-2" or "plain-4" (one width, no bases)."""
-    basis = 4 if kind == "bitsmoe" else 0
-    widths = shape.widths if kind == "bitsmoe" else (int(kind[-1]),)
+    """A random layer: "bitsmoe" or "trellis" (mixed widths, 4-bit input basis), "plain-2" or "plain-4" (no bases)."""
+    mixed, trellis = kind in ("bitsmoe", "trellis"), int(kind == "trellis")
+    basis = 4 if mixed else 0
+    widths = shape.widths if mixed else (int(kind[-1]),)
     layout = ExpertsLayout(
         shape.experts, shape.hidden, shape.inner, shape.hidden, shape.hidden, shape.block, shape.group, basis, 0,
-        min(128, shape.block * 4),
+        min(128, shape.block * 4), codes=trellis, stripes=trellis,
     )  # fmt: skip
     return random_experts(layout, widths, seed, device)
 

@@ -26,6 +26,8 @@ from .native_product import fastest_product, is_compiled
 from .packed_product import PlaneIndex, index_planes
 from .pairs import group_by_expert, in_turn
 from .sorted_rows import routing_of
+from .trellis_product import TileIndex, index_tiles, trellis_product
+from .trellis_product import is_available as trellis_compiled
 
 if TYPE_CHECKING:
     from bitsmoe_kernels import PreparedExperts
@@ -42,6 +44,9 @@ FEW_PAIRS = 16
 
 #: The same per expert reached, where products are compiled: decoding an expert takes as long as some 30 of them.
 FEW_PER_EXPERT = 16
+
+#: The same of trellis codes, whose products take longer.
+FEW_PER_TRELLIS_EXPERT = 8
 
 
 class BitsMoEExperts(nn.Module):
@@ -76,7 +81,7 @@ class BitsMoEExperts(nn.Module):
         self.gating = gating
         self._spec = None if packed.layout.is_meta else ExpertsLayout.from_tensor(packed.layout)
         self._units: tuple[UnitIndex, UnitIndex] | None = None
-        self._planes: dict[str, PlaneIndex] | None = None
+        self._planes: dict[str, PlaneIndex] | dict[str, TileIndex] | None = None
         self._dense_rows: dict[int, int] | None = None
         self._prepared: dict[torch.dtype, PreparedExperts | None] = {}
         self._cache = DecodedCache()
@@ -165,15 +170,16 @@ class BitsMoEExperts(nn.Module):
             )
         return self._units
 
-    def _plane_index(self) -> dict[str, PlaneIndex]:
-        """Planes of both sides by digit size, found once."""
+    def _packed_index(self) -> dict[str, Any]:
+        """Planes of both sides by digit size, or tiles of trellis codes: what their products take, found once."""
         if self._planes is None:
             with torch.inference_mode(False), torch.no_grad():  # they serve later calls under any autograd mode
-                index_in, index_out = self._index()
-                self._planes = {
-                    "in": index_planes(self.widths_in.flatten(0, 1), index_in, self.spec, "in"),
-                    "out": index_planes(self.widths_out, index_out, self.spec, "out"),
-                }
+                widths = {"in": self.widths_in.flatten(0, 1), "out": self.widths_out}
+                if self.spec.codes:
+                    self._planes = {side: index_tiles(w, self.spec, side) for side, w in widths.items()}
+                else:
+                    units = dict(zip(widths, self._index(), strict=True))
+                    self._planes = {side: index_planes(w, units[side], self.spec, side) for side, w in widths.items()}
         return self._planes
 
     def _rows_of_dense(self) -> dict[int, int]:
@@ -337,9 +343,10 @@ class BitsMoEExperts(nn.Module):
 
     def _runs_packed(self, x: torch.Tensor, pairs: int, reached: int) -> bool:
         """Whether so many pairs on so many experts are multiplied from the codes, and no expert is decoded."""
-        # on a GPU the packed sums would depend on the order in which threads finish; trellis codes have no such product
-        if x.is_cuda or self.spec.codes:
+        if x.is_cuda:  # there the packed sums would depend on the order in which threads finish
             return False
+        if self.spec.codes:
+            return pairs <= FEW_PER_TRELLIS_EXPERT * reached and not self._cache.whole and trellis_compiled(x)
         return pairs <= FEW_PAIRS or (
             pairs <= FEW_PER_EXPERT * reached and not self._cache.whole and is_compiled(x, torch.float32)
         )
@@ -353,13 +360,11 @@ class BitsMoEExperts(nn.Module):
 
     def _multiply(self, side: str, experts: list[int], v: torch.Tensor) -> torch.Tensor:
         """The side's factors of the given experts, each times its row of v, at most `CHUNK_BYTES` decoded at a time."""
-        spec, planes = self.spec, self._plane_index()[side]
-        codes, steps = getattr(self, f"codes_{side}"), getattr(self, f"steps_{side}")
+        spec, codes, steps = self.spec, getattr(self, f"codes_{side}"), getattr(self, f"steps_{side}")
+        index, product = self._packed_index()[side], trellis_product if self.spec.codes else fastest_product
         chunk = max(1, CHUNK_BYTES // (spec.intermediate_size * (2 * spec.rank_in + spec.rank_out) * v.itemsize))
         starts = range(0, len(experts), chunk)
-        parts = [
-            fastest_product(codes, steps, planes, spec, side, experts[i : i + chunk], v[i : i + chunk]) for i in starts
-        ]
+        parts = [product(codes, steps, index, spec, side, experts[i : i + chunk], v[i : i + chunk]) for i in starts]
         return torch.cat(parts)
 
     def _run_decoded(self, rows: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
