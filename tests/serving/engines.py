@@ -1,15 +1,14 @@
-"""Running tiny checkpoints in vLLM and in transformers, and comparing what comes out."""
+"""Running tiny checkpoints in vLLM."""
 
 import gc
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-PROMPTS = [[5, 9, 77, 3, 40, 41, 42], [11, 12, 13], [100, 3, 99, 4, 98]]
+PROMPTS = [[5, 9, 77, 3, 40, 41, 42], [11, 12, 13], [90, 3, 99, 4, 98]]
 TOKENS = 6
 
 #: float32 models of two or three layers, whose sums run in another order: some thousand times the dtype's epsilon on
@@ -47,6 +46,9 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
     try:
         llm = LLM(str(folder), **{**defaults, **settings})
         yield llm
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the engine, which would end in the middle of the next
+        raise
     finally:
         del llm
         gc.collect()
@@ -73,22 +75,6 @@ def run(folder: Path, **settings: Any) -> list[Generated]:
     """`generate` with an engine of its own."""
     with engine(folder, **settings) as llm:
         return generate(llm)
-
-
-def check_against_transformers(folder: Path, found: list[Generated]) -> None:
-    """Compare with the same checkpoint in transformers: greedy tokens equal, logprobs within `TOLERANCE`."""
-    from transformers import AutoModelForCausalLM
-
-    import bitsmoe_modifier  # noqa: F401 - registers the loader
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for prompt, generated in zip(PROMPTS, found, strict=True):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompt + generated.tokens])).logits[0].log_softmax(-1)
-        assert generated.tokens == expected[len(prompt) - 1 : -1].argmax(-1).tolist()
-        for place, logprobs in enumerate(generated.logprobs):
-            for token, logprob in logprobs.items():
-                assert abs(logprob - float(expected[place, token])) < TOLERANCE
 
 
 def check_equal(found: list[Generated], expected: list[Generated]) -> None:

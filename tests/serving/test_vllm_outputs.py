@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import wna16
-from engines import check_against_transformers, check_equal, run
+from engines import check_equal, run
+from expected import check, expected
 
 from checkpoints import decoded_checkpoint, packed_checkpoint
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.vllm
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "olmoe"])
 def test_equal_to_transformers(architecture: str, tmp_path: Path) -> None:
     folder = packed_checkpoint(architecture, tmp_path)
-    check_against_transformers(folder, run(folder))
+    check(run(folder), expected(folder))
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
@@ -38,12 +39,12 @@ def test_equal_to_the_decoded_model(architecture: str, tmp_path: Path) -> None:
 )
 def test_every_kind_of_layer(layer: dict[str, object], tmp_path: Path) -> None:
     folder = packed_checkpoint("qwen3_moe", tmp_path, **layer)
-    check_against_transformers(folder, run(folder))
+    check(run(folder), expected(folder))
 
 
 def test_layers_that_stayed_dense(tmp_path: Path) -> None:
     folder = packed_checkpoint("qwen3_moe", tmp_path, names=["model.layers.1.mlp.experts"])
-    check_against_transformers(folder, run(folder))
+    check(run(folder), expected(folder))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
@@ -59,7 +60,7 @@ def test_w4a16_attention_beside_packed_experts(tmp_path: Path, monkeypatch: pyte
     folder = packed_checkpoint("qwen3_moe", tmp_path, w4a16=True)
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
     assert sorted(group["format"] for group in groups.values()) == ["bitsmoe", "pack-quantized"]
-    check_against_transformers(folder, run(folder))
+    check(run(folder), expected(folder))
 
 
 def test_dummy_weights(tmp_path: Path) -> None:

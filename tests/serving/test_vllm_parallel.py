@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from engines import check_against_transformers, run
+from engines import run
+from expected import check, expected
 
 from checkpoints import packed_checkpoint
 
@@ -16,4 +17,4 @@ LAYER = {"dense": (1, 2), "widths": (0, 2, 4, 6)}
 def test_two_ranks_equal_one(experts: bool, tmp_path: Path) -> None:
     folder = packed_checkpoint("qwen3_moe", tmp_path, **LAYER)
     found = run(folder, tensor_parallel_size=2, enable_expert_parallel=experts)
-    check_against_transformers(folder, found)
+    check(found, expected(folder))

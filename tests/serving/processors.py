@@ -1,0 +1,57 @@
+"""Processors of wrappers with vision towers, as their folders have them, at the sizes of the tiny models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+#: model type to the class of its processor
+_QWEN = {"qwen3_vl_moe": "Qwen3VLProcessor"}
+#: an image of so many pixels at most: 4 × 4 patches, of which the tower makes 4 tokens
+SIDE = 16
+
+
+def add_processor(folder: Path) -> None:
+    """Give a wrapper's folder its tokenizer and, where this module knows it, its processor of images."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tiny_text import LETTERS
+
+    config = json.loads((folder / "config.json").read_text())
+    special = {
+        f"<|{name.removesuffix('_token_id').replace('image', 'image_pad').replace('video', 'video_pad')}|>": i
+        for name, i in config.items()
+        if name.endswith("_token_id") and isinstance(i, int) and i >= 100
+    }
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
+    vocabulary.update({f"<word{i}>": i for i in range(len(vocabulary), 128)})
+    by_id = {i: word for word, i in vocabulary.items()}
+    for token, i in special.items():
+        vocabulary.pop(by_id[i])
+        vocabulary[token] = i
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    kind = _QWEN.get(config["model_type"])
+    if kind:
+        _write_qwen(folder, kind, config["vision_config"])
+
+
+def _write_qwen(folder: Path, kind: str, vision: dict[str, Any]) -> None:
+    sizes = {
+        "processor_class": kind,
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
+    }
+    files: dict[str, dict[str, Any]] = {
+        "preprocessor_config.json": {**sizes, "image_processor_type": "Qwen2VLImageProcessorFast"},
+        "video_preprocessor_config.json": {**sizes, "video_processor_type": "Qwen3VLVideoProcessor"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))

@@ -1,0 +1,131 @@
+"""Which families vLLM serves packed: the rows of the test matrix in tests/families at sizes that vLLM can run on a CPU.
+
+`serving_page.py` writes the table in docs/serving.md from these rows, `test_vllm_families.py` tests every one of them.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from building import Family
+from text_families import TEXT_FAMILIES
+from wrapper_families import WRAPPER_FAMILIES
+
+FAMILIES = {family.model_type: family for family in (*WRAPPER_FAMILIES, *TEXT_FAMILIES)}
+
+#: vLLM's CPU attention has kernels for heads of 32 and more
+_HEADS: dict[str, Any] = {"head_dim": 32}
+_TWO_HEADS: dict[str, Any] = {"num_attention_heads": 2}
+#: and its latent attention for these sizes alone
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+def _rope(*sections: int, share: float = 1.0) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [*sections], "partial_rotary_factor": share}
+    return {"rope_parameters": {**rope, "mrope_interleaved": True}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family.
+
+    Attributes:
+        model_type: as in config.json.
+        sizes: fields of its config beyond those in tests/families: sizes that vLLM's kernels have, and fields of
+            published files that vLLM reads and transformers does not.
+        like: what its tokens are compared with: "transformers", or "dense", which is vLLM with the decoded model.
+        note: what is particular about it, or why the build of vLLM for CPUs cannot run it.
+        error: where that cannot, words of its error.
+    """
+
+    model_type: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    like: str = "transformers"
+    note: str = ""
+    error: str = ""
+
+    @property
+    def family(self) -> Family:
+        """The family with these sizes."""
+        family = FAMILIES[self.model_type]
+        sizes = dict(family.sizes)
+        for name, value in self.sizes.items():
+            sizes[name] = {**sizes.get(name, {}), **value} if name.endswith("_config") else value
+        return dataclasses.replace(family, sizes=sizes)
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether it is published with a tower beside the language model."""
+        return "text_config" in self.sizes
+
+
+_BIAS = "vLLM's router on a CPU leaves the bias of the choice out; the test puts plain PyTorch in its place"
+_NO_GATE = "vLLM on a CPU refuses experts without a gate; the test lifts the check, which guards vLLM's own kernels"
+_MLA = "vLLM's own dense model differs from transformers there"
+
+ROWS = (
+    Row("qwen3_moe", _HEADS),
+    Row("qwen2_moe", _TWO_HEADS),
+    Row("qwen3_vl_moe", {"text_config": {**_HEADS, "norm_topk_prob": True, **_rope(4, 6, 6)}}),
+    Row("glm4_moe", _HEADS),
+    Row(
+        "deepseek_v2",
+        {**_LATENT, "topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        like="dense",
+    ),
+    Row("deepseek_v3", {**_LATENT, "topk_method": "noaux_tc"}, like="dense", note=_MLA),
+    Row("gpt_oss", _HEADS),
+    Row("mixtral", _HEADS),
+    Row("olmoe", _TWO_HEADS),
+    Row("llama4_text", {**_HEADS, "num_experts_per_tok": 1}),
+    Row("minimax_m2", {**_HEADS, "rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True}, note=_BIAS),
+    Row("nemotron_h", _HEADS, note=_NO_GATE),
+    Row("exaone_moe", _HEADS),
+    Row("granitemoe_swa", _TWO_HEADS),
+    Row("jamba", _TWO_HEADS, note="vLLM's build for CPUs has no selective scan (Mamba 1)", error="selective_scan_fwd"),
+)
+
+#: families that vLLM has a model class for and no test: whether their tokens are right is not known
+UNTESTED = (
+    "afmoe",
+    "axk1",
+    "cohere2_moe",
+    "deepseek_v32",
+    "deepseek_v4",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "gemma4",
+    "gemma4_text",
+    "glm4_moe_lite",
+    "glm4v_moe",
+    "glm5_next",
+    "glm_moe_dsa",
+    "granitemoe",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling_mm_model",
+    "kimi_linear",
+    "laguna",
+    "lfm2_moe",
+    "llama4",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax_m3_vl",
+    "mistral3",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "step3p7",
+)
