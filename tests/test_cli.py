@@ -31,6 +31,10 @@ def _speak_as_before() -> Iterator[None]:
     messages.configure("text")
 
 
+#: A report's noise floor.
+NOISE = {"how": "bfloat16 against float32", "rows": 1, "kld_mean": 1e-4, "kld_median": 1e-5, "kld_stderr": 1e-5}
+
+
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -194,7 +198,7 @@ def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def fake(settings, command):
         seen.update(settings=settings, command=command)
-        return {"reference": {"name": "unquantized"}, "arms": [{"name": "a", "error": "no"}]}
+        return {"reference": {"name": "unquantized"}, "noise_floor": NOISE, "arms": [{"name": "a", "error": "no"}]}
 
     monkeypatch.setattr(runner, "compare", fake)
     options = "--model m --recipe ab_gptq_bitsmoe --calibration c --eval-text e --out o --arms gptq_w2,gptq_w3"
@@ -232,7 +236,7 @@ def test_the_demo_is_the_default(monkeypatch: pytest.MonkeyPatch):
     from bitsmoe_modifier.comparison import runner
 
     seen = {}
-    report = {"reference": {"name": "unquantized"}, "arms": [{"name": "a", "error": "no"}]}
+    report = {"reference": {"name": "unquantized"}, "noise_floor": NOISE, "arms": [{"name": "a", "error": "no"}]}
     monkeypatch.setattr(runner, "compare", lambda settings, command: seen.update(settings=settings) or report)
     assert main(["compare"]) == 1
     assert seen["settings"] == runner.CompareSettings(

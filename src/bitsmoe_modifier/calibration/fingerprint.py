@@ -14,7 +14,6 @@ from torch import nn
 
 from .. import __version__
 from ..sources.stacks import stored_parameters
-from .stored_experts import stored_matrices
 
 _PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "numpy", "scipy")
 
@@ -81,6 +80,8 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
     Every byte is read once, one module at a time, so offloaded models are welcome.
     """
+    from .stored_experts import stored_matrices  # needs llm-compressor, which records of runs do not
+
     digests: dict[str, Any] = defaultdict(hashlib.sha256)
     for name, module in model.named_modules():
         stored = stored_matrices(module)

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..method.design import LayerDesign, LayerPlan
-from .prediction import decide
 from .recipe import Stage
 
 
@@ -66,5 +65,7 @@ def decide_each(
     Raises:
         RecipeError: as `decide`.
     """
+    from .prediction import decide  # needs llm-compressor, which commands on finished checkpoints do not
+
     bits, own = decide(plans, tokens, budgets[0], max_kld, most)
     return bits, {bits: own} | {other: decide(plans, tokens, other, None, most)[1] for other in budgets[1:]}
