@@ -198,7 +198,12 @@ def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def fake(settings, command):
         seen.update(settings=settings, command=command)
-        return {"reference": {"name": "unquantized"}, "noise_floor": NOISE, "arms": [{"name": "a", "error": "no"}]}
+        return {
+            "model": {"name": "m"},
+            "reference": {"name": "unquantized"},
+            "noise_floor": NOISE,
+            "arms": [{"name": "a", "error": "no"}],
+        }
 
     monkeypatch.setattr(runner, "compare", fake)
     options = "--model m --recipe ab_gptq_bitsmoe --calibration c --eval-text e --out o --arms gptq_w2,gptq_w3"
@@ -236,7 +241,12 @@ def test_the_demo_is_the_default(monkeypatch: pytest.MonkeyPatch):
     from bitsmoe_modifier.comparison import runner
 
     seen = {}
-    report = {"reference": {"name": "unquantized"}, "noise_floor": NOISE, "arms": [{"name": "a", "error": "no"}]}
+    report = {
+        "model": {"name": "m"},
+        "reference": {"name": "unquantized"},
+        "noise_floor": NOISE,
+        "arms": [{"name": "a", "error": "no"}],
+    }
     monkeypatch.setattr(runner, "compare", lambda settings, command: seen.update(settings=settings) or report)
     assert main(["compare"]) == 1
     assert seen["settings"] == runner.CompareSettings(
