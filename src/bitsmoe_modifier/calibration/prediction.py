@@ -14,7 +14,7 @@ from loguru import logger
 
 from ..errors import RecipeError
 from ..method.allocation import hull_curve
-from ..method.design import TRIAL_BITS, LayerDesign, LayerPlan
+from ..method.design import TRIED_FROM, LayerDesign, LayerPlan
 from .capture import naming_layer
 from .survey import share_budget
 
@@ -86,9 +86,9 @@ def predict(plans: Mapping[str, LayerPlan], tokens: int) -> Prediction:
         tokens: calibration tokens that the plans were measured on.
     """
     weights = sum(plan.elements for plan in plans.values())
-    # bases are chosen in one way below `TRIAL_BITS` and in another from there on
+    # bases are chosen in one way below `TRIED_FROM` and in another from there on
     (few, lost_few), (many, lost_many) = (_hull([plan.under(bits) for plan in plans.values()]) for bits in (0, np.inf))
-    below, above = few < TRIAL_BITS * weights, many >= TRIAL_BITS * weights
+    below, above = few < TRIED_FROM * weights, many >= TRIED_FROM * weights
     spent, cost = np.append(few[below], many[above]), np.append(lost_few[below], lost_many[above])
     cost = np.maximum.accumulate(cost[::-1])[::-1]  # where the two meet, more bits must not seem to lose more
     return Prediction(spent / weights, corrected(np.maximum(cost, 0.0) / (2 * tokens)))

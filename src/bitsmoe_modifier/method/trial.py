@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from .design import TRIAL_BITS, LayerDesign, LayerPlan, SideDesign, SidePlan, moved
+from .design import LayerDesign, LayerPlan, SideDesign, SidePlan, moved
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .sides import LayerTask, expert_gate_up, round_input, round_output
@@ -22,6 +22,8 @@ from .statistics import RoutedTokens
 #: Experts that are rounded for a trial: so many, or as many as have so many weights, which is most of a small layer.
 #: Losses differ more between experts than between bases, and a few experts can be what decides.
 _TRIAL_EXPERTS, _TRIAL_WEIGHTS = 8, 1 << 22
+#: Bits per weight, everything counted, at which bases are tried.
+_TRIAL_BITS = 2.0
 #: Shrinkage of their moments where it is not set.
 _TRIAL_SHRINKAGE = 0.1
 #: What a basis must win by, of the input and of the output. Held-out rows are of the calibration text, the candidates'
@@ -40,7 +42,7 @@ def settled(
     """The plan with what a trial found (`LayerPlan.tried`): the candidates with which a sample of the experts loses
     least on held-out rows.
 
-    Tried at `TRIAL_BITS`, whatever the budget, because one plan serves many; the input's candidates first. The first
+    Tried at `_TRIAL_BITS`, whatever the budget, because one plan serves many; the input's candidates first. The first
     process decides for all. Without error feedback the cost tables are right, and nothing is tried.
 
     Args:
@@ -92,14 +94,14 @@ class Trials:
     def loss(self, plan: LayerPlan, at: tuple[int, int]) -> float:
         """Of the whole layer, as the cost tables foretell it and the sample corrects them."""
         if at not in self.known:
-            self.known[at] = self._measure(replace(plan, tried=at).under(TRIAL_BITS))
+            self.known[at] = self._measure(replace(plan, tried=at).under(_TRIAL_BITS))
         return self.known[at]
 
     def _measure(self, one: LayerPlan) -> float:
         experts, tokens = self.layer
         one = replace(one, settings=replace(one.settings, solver="lagrangian"))  # the same whatever solves the rest
         try:
-            design = one.choose(max(TRIAL_BITS, one.settings.widths[0] + 0.5) * experts.elements)
+            design = one.choose(max(_TRIAL_BITS, one.settings.widths[0] + 0.5) * experts.elements)
         except RecipeError:  # its bases alone take more than the budget
             return float("inf")
         foretold = predicted_losses(one, design)
