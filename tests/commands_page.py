@@ -19,7 +19,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 _BLOCK = re.compile(r"(?<=```console\n)\$ bitsmoe ([^\n]*)\n(.*?)(?=```)", flags=re.DOTALL)
 #: what differs from machine to machine and from run to run: the rest of such a line, and seconds at the end of one
 _OWN = re.compile(
-    r"^(  (?:made with|on|from|time) +|  (?:gate|up|down) +bit-widths +).*$|(?<=, )[\d.]+(?= s$)", flags=re.MULTILINE
+    r"^(  (?:made with|on|from|time|tokens) +|  (?:gate|up|down) +bit-widths +).*$|(?<=, )[\d.]+(?= s$)",
+    flags=re.MULTILINE,
 )
 #: the columns of a summary that are times and memory
 _MEASURED = ("quantize, s", "peak memory, MB")
