@@ -6,9 +6,6 @@ from wrapper_families import SMALL_SAM, rope
 
 NORMALIZED = "normalizes the output of each expert"
 SOFTCAPPED = "combines gate and up in a way this version does not know"
-#: families of both versions for which the newer one adds in another order: how far apart the logits may be, of the
-#: largest of them
-ROUNDED = dict.fromkeys(("granitemoehybrid", "llama4_text", "nemotron_h"), 1e-6)
 #: those that it computes otherwise, packed or not, and why
 CHANGED = {"inkling_mm_model": "5.17 normalizes the embeddings twice"}
 #: those whose forward pass fails there, packed or not, by an attribute that is not there

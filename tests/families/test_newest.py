@@ -16,7 +16,7 @@ from building import Family, model_of
 from comparing import insert
 from compressed_tensors.quantization import QuantizationConfig
 from models_page import current_newest_rows, newest_rows
-from newest_families import BROKEN, CHANGED, NEWEST_FAMILIES, ROUNDED
+from newest_families import BROKEN, CHANGED, NEWEST_FAMILIES
 from safetensors.torch import load_file
 from text_families import TEXT_FAMILIES
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -31,6 +31,9 @@ from helpers import experts_names, load, logits, pack_randomly, packed_modules
 
 #: folder of what `make_packed.py` wrote
 PACKED = Path(os.environ.get("BITSMOE_FAMILIES", Path(__file__).parents[2] / "build" / "families"))
+#: how far apart float32 logits of two versions of transformers may be, of the largest of them: eight roundings. Each
+#: version adds in an order of its own, and for which families that shows depends on the processor.
+ROUNDING = 1e-6
 BOTH = [family for family in (*WRAPPER_FAMILIES, *TEXT_FAMILIES) if not family.refusal]
 
 pytestmark = pytest.mark.skipif(
@@ -59,7 +62,7 @@ def test_what_another_version_packed_gives_the_same_logits(family: Family) -> No
         made = logits(dense_twin(model))
         limit = 1e-4
     else:
-        limit = ROUNDED.get(family.model_type, 0.0)
+        limit = ROUNDING
     torch.testing.assert_close(computed, made, rtol=0, atol=limit * float(made.abs().max()))
 
 
