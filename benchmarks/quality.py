@@ -3,7 +3,7 @@
     python benchmarks/quality.py --out DIR                      the embedded demo model
     python benchmarks/quality.py --testbed DIR --out DIR        bookmoe and its texts
     python benchmarks/quality.py --model M --calibration C --eval-text T --out DIR      any other
-    python benchmarks/quality.py --ablate --budgets 2.125 …     one stage per ablation of the method
+    python benchmarks/quality.py --ablate --budgets 2.125 …     one stage per ablation of the method, or of some of them
     python benchmarks/quality.py --codes scalar,trellis …       both families of codes side by side
 
 Every arm is a stage of a generated recipe and runs through `bitsmoe compare`: own process, same rows, checkpoint saved
@@ -14,7 +14,7 @@ it with a plot to DIR. Rerunning continues where an interrupted run stopped.
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_bases": {"input_basis": "none", "output_basis": "none"},
     "both_bases": {"input_basis": "spectral", "output_basis": "spectral"},
     "input_basis_only": {"input_basis": "spectral", "output_basis": "none"},
+    "output_basis_only": {"input_basis": "none", "output_basis": "spectral"},
     "bases_16_bit": {"basis_bits": 16},
     "bases_8_bit": {"basis_bits": 8},
     "no_feedback": {"error_feedback": False},
@@ -65,20 +66,31 @@ def _scheme(bits: int, group: int) -> dict[str, Any]:
     return {"targets": [_EXPERTS], "weights": weights}
 
 
+#: What each method of --baselines is run at.
+BASELINES: dict[str, tuple[Callable[[int, int], dict[str, Any]], tuple[int, ...]]] = {
+    "gptq": (gptq, (2, 3, 4)),
+    "rtn": (rtn, (2, 3, 4)),
+    "autoround": (autoround, (2,)),
+}
+
+
 def recipe(
-    budgets: list[float], baselines: bool, ablate: bool, group: int = 128, codes: Sequence[str] = ("scalar",)
+    budgets: list[float],
+    baselines: Sequence[str],
+    changes: Sequence[str] | None,
+    group: int = 128,
+    codes: Sequence[str] = ("scalar",),
 ) -> dict[str, Any]:
-    """The stages of the benchmark, by arm name."""
+    """The stages of the benchmark, by arm name; changes: names of `ABLATIONS`, None for the default recipe alone."""
     arms: dict[str, dict[str, Any]] = {}
-    if baselines:
-        arms.update({f"gptq_w{bits}": gptq(bits, group) for bits in (2, 3, 4)})
-        arms.update({f"rtn_w{bits}": rtn(bits, group) for bits in (2, 3, 4)})
-        arms["autoround_w2"] = autoround(2, group)
+    for method in baselines:
+        made, widths = BASELINES[method]
+        arms.update({f"{method}_w{bits}": made(bits, group) for bits in widths})
     for budget in budgets:
         label = str(budget).replace(".", "_")
         for family in codes:
             prefix = "" if family == "scalar" else f"{family}_"
-            for name, change in ABLATIONS.items() if ablate else [("bitsmoe", {})]:
+            for name, change in [("bitsmoe", {})] if changes is None else [(c, ABLATIONS[c]) for c in changes]:
                 arms[f"{prefix}{name}_{label}"] = {"BitsMoEModifier": {"bits": budget, "codes": family, **change}}
     return {f"{name}_stage": {"quant_modifiers": modifiers} for name, modifiers in arms.items()}
 
@@ -199,12 +211,28 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=256, help="evaluation rows of 256 tokens; 0: all")
     parser.add_argument("--task-items", type=int, default=0, help="multiple-choice items; 0: none are measured")
     parser.add_argument("--group", type=int, default=128, help="weights per scale of GPTQ and round-to-nearest")
+    parser.add_argument("--baselines", default=",".join(BASELINES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--no-baselines", action="store_true", help="BitsMoE only")
     parser.add_argument("--codes", default="scalar", help="families of codes, comma-separated: scalar, trellis")
-    parser.add_argument("--ablate", action="store_true", help="one stage per ablation and budget")
+    parser.add_argument(
+        "--ablate",
+        nargs="?",
+        const=",".join(ABLATIONS),
+        metavar="NAME,…",
+        help=f"one stage per ablation and budget; default: all of {', '.join(ABLATIONS)}",
+    )
     args = parser.parse_args()
     budgets, codes = [float(b) for b in args.budgets.split(",")], args.codes.split(",")
-    stages = recipe(budgets, not args.no_baselines, args.ablate, args.group, codes)
+    baselines = [] if args.no_baselines else args.baselines.split(",")
+    known = {
+        "--baselines": (baselines, BASELINES),
+        "--ablate": (args.ablate.split(",") if args.ablate else [], ABLATIONS),
+    }
+    for option, (names, all_names) in known.items():
+        if unknown := set(names) - set(all_names):
+            parser.error(f"{option}: {', '.join(sorted(unknown))}; there are {', '.join(all_names)}")
+    changes = args.ablate.split(",") if args.ablate else None
+    stages = recipe(budgets, baselines, changes, args.group, codes)
     bed = args.testbed
     settings = CompareSettings(
         model=args.model or (str(bed / "bookmoe") if bed else demo_asset("docmoe")),

@@ -15,7 +15,8 @@ With --testbed DIR in the place of the two texts, `prepare` takes those of the p
 --start writes a whole model; then every arm costs five times as much.
 
 Arms (--arms, comma-separated) are gptq_w2, rtn_w2, autoround_w2 (any number of bits) and bitsmoe_2.0 (any budget), to
-which fields of the modifier and ablations of quality.py may be added: bitsmoe_2.125:codes=trellis:no_bases. A seed
+which fields of the modifier and ablations of quality.py may be added: bitsmoe_2.125:codes=trellis:no_bases, or
+:grid_prices, with which the integer program is told what scalar codes lose whatever the codes are. A seed
 chooses which calibration rows are taken and starts torch's random numbers. Each arm is quantized in this process,
 saved, loaded again, and measured on its calibration rows, on rows of the same text that no arm is calibrated with, and
 on the evaluation text. One line of JSON per arm goes to OUT/results.jsonl; what stands there already is not run again.
@@ -43,11 +44,14 @@ from real_weights_results import Results, draw, lines, table
 from safetensors.torch import load_file, save_file
 
 from bitsmoe_modifier.evaluation.metrics import TokenMetrics, summarize, token_metrics
+from bitsmoe_modifier.method import candidates
 
 #: Tokens over which predictions are compared; the head is cut to them, for every arm alike.
 COMPARED = 8192
 #: Calibration rows that are evaluated, and by how many rows seeds lie apart in the pool.
 SEEN_ROWS, SEED_STRIDE = 4, 48
+#: Option of an arm that changes no field (`grid_prices`).
+GRID_PRICES = "grid_prices"
 ARMS = "gptq_w2,gptq_w3,gptq_w4,rtn_w2,bitsmoe_1.6,bitsmoe_2.0,bitsmoe_2.125,bitsmoe_2.5,bitsmoe_3.0"
 
 
@@ -63,6 +67,8 @@ def recipe(arm: str) -> str:
     elif kind == "bitsmoe":
         fields: dict[str, Any] = {"bits": float(bits)}
         for option in options:
+            if option == GRID_PRICES:
+                continue
             key, equals, value = option.partition("=")
             fields.update({key: yaml.safe_load(value)} if equals else ABLATIONS[key])
         modifiers = {"BitsMoEModifier": fields}
@@ -209,6 +215,18 @@ def revision() -> str:
     return found.stdout.strip()
 
 
+@contextmanager
+def grid_prices(wanted: bool) -> Iterator[None]:
+    """Cost tables measure the grid of scalar codes inside, if that is wanted."""
+    own = candidates.side_costs
+    if wanted:
+        candidates.side_costs = lambda *args: own(*args[:-1], None)
+    try:
+        yield
+    finally:
+        candidates.side_costs = own
+
+
 def run_arm(arm: str, folder: Path, taken: torch.Tensor, seed: int, judge: Judge) -> dict[str, Any]:
     """Quantize a model by an arm, save, load and measure it."""
     from llmcompressor.core import reset_session
@@ -223,7 +241,8 @@ def run_arm(arm: str, folder: Path, taken: torch.Tensor, seed: int, judge: Judge
     settings = QuantizeSettings(dtype=torch.float32, seed=seed, batch_size=1 if arm.startswith("autoround") else 16)
     with calibratable(folder, taken) as (path, ids):
         checkpoint = path.parent / "quantized"
-        made = quantize(path, recipe(arm), ids, checkpoint, settings)
+        with grid_prices(GRID_PRICES in arm.split(":")):
+            made = quantize(path, recipe(arm), ids, checkpoint, settings)
         noted = json.loads((checkpoint / REPORT_NAME).read_text())["layers"]
         bits = bits_per_expert_weight(checkpoint)
         found: dict[str, Any] = {"bits": bits.total, "bits_apart": asdict(bits), **judge(load(checkpoint))}
