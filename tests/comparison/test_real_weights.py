@@ -10,9 +10,12 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import peers
+import quality
 import real_weights
 import real_weights_model as making
 from real_weights_results import Results, draw, family, lines, table
+
+from bitsmoe_modifier.method import candidates
 
 HIDDEN, UNITS, LAYERS, VOCAB, LENGTH = 128, 640, 3, 600, 24
 
@@ -89,6 +92,29 @@ def test_a_wrong_arm_ends_the_run_before_anything_is_computed(tmp_path):
         real_weights.run(tmp_path, ["awq_w4"], [8], [0], tmp_path)
     with pytest.raises(KeyError, match="no_such"):
         real_weights.recipe("bitsmoe_2.0:no_such")
+
+
+def test_prices_of_the_grid_are_an_option_that_changes_no_field_and_ends_with_the_arm(monkeypatch):
+    assert real_weights.recipe("bitsmoe_2.0:codes=trellis:grid_prices") == real_weights.recipe(
+        "bitsmoe_2.0:codes=trellis"
+    )
+    seen = []
+    monkeypatch.setattr(candidates, "side_costs", lambda *args: seen.append(args[-1]))
+    for wanted in (True, False):
+        with real_weights.grid_prices(wanted):
+            candidates.side_costs("factors", "group")
+    candidates.side_costs("factors", "chain")
+    assert seen == [None, "group", "chain"]
+
+
+def test_stages_are_those_of_the_named_baselines_and_ablations():
+    stages = quality.recipe([2.0], ["gptq"], ["full", "no_bases"], codes=("scalar", "trellis"))
+    assert list(stages) == [
+        *(f"gptq_w{bits}_stage" for bits in (2, 3, 4)),
+        *(f"{family}{name}_2_0_stage" for family in ("", "trellis_") for name in ("full", "no_bases")),
+    ]
+    fields = stages["trellis_no_bases_2_0_stage"]["quant_modifiers"]["BitsMoEModifier"]
+    assert fields == {"bits": 2.0, "codes": "trellis", "input_basis": "none", "output_basis": "none"}
 
 
 def test_missing_wheels_are_named_with_the_command_that_gets_them(tmp_path):
