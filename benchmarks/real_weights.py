@@ -65,7 +65,7 @@ def recipe(arm: str) -> str:
         if kind == "gptq":
             modifiers["GPTQModifier"]["batched_quantization"] = 64  # the same figures in half the time
     elif kind == "bitsmoe":
-        fields: dict[str, Any] = {"bits": float(bits)}
+        fields: dict[str, Any] = {"bits": float(bits), "codes": "scalar"}
         for option in options:
             if option == GRID_PRICES:
                 continue

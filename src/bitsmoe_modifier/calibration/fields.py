@@ -18,7 +18,7 @@ class BitsMoEFields(Modifier):
     requires_calibration_data: bool = True
 
     bits: float = Field(default=2.0, gt=0, le=8)
-    codes: Literal["scalar", "trellis"] = "scalar"
+    codes: Literal["auto", "scalar", "trellis"] = "auto"
     max_kld: float | None = Field(default=None, gt=0)
     bit_widths: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 6])
     block_size: int | None = None

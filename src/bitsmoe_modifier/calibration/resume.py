@@ -183,7 +183,7 @@ class ResumeFolder:
         kept = put_together(json.loads(metadata["notes"]), tensors, _KINDS)
         return (
             {name: metric for name, metric, _ in kept},
-            {name: replace(plan, settings=settings.for_length(plan.shape[2])) for name, _, plan in kept},
+            {name: replace(plan, settings=settings.for_sizes(*plan.shape[1:])) for name, _, plan in kept},
         )
 
     def _write(self, file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

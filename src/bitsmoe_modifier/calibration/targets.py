@@ -172,7 +172,7 @@ def check_sizes(
     Raises:
         RecipeError: naming the field and values that would do.
     """
-    settings = settings.for_length(width)
+    settings = settings.for_sizes(hidden, width)
     if width % settings.group_size:
         fitting = [g for g in range(8, 257, 8) if width % g == 0]
         advice = f"set group_size to one of {fitting}" if fitting else "add the layer to `ignore`"
@@ -202,7 +202,7 @@ def check_sizes(
 
 def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> float:
     """Bits per weight at the narrowest bit-width: forced bases, scales and bit-widths of every unit, codes."""
-    settings = settings.for_length(width)
+    settings = settings.for_sizes(hidden, width)
     basis_group = settings.resolve_basis_group(hidden)
     forced = sum(choice == "spectral" for choice in (settings.input_basis, settings.output_basis))
     per_entry = settings.basis_bits + (0 if settings.basis_bits == 16 else 16 / basis_group)

@@ -190,7 +190,7 @@ def _operations(shape: LayerShape, model: ModelShape, settings: QuantizerSetting
 def _encoded(shape: LayerShape, settings: QuantizerSettings) -> float:
     """Weights that the encoder of trellis codes goes through for one layer: once to round them and once for every
     refinement, and those of the sample that prices each bit-width in each basis."""
-    if settings.codes != "trellis":
+    if settings.for_sizes(shape.hidden, shape.width).codes != "trellis":
         return 0.0
     passes = 1 + (settings.refine_passes if settings.error_feedback else 0)
     sides = ((2 * shape.weights / 3, settings.input_basis), (shape.weights / 3, settings.output_basis))

@@ -104,10 +104,10 @@ Batch = Annotated[
     int, typer.Option("--batch", metavar="N", help="Sequences at a time, for --fit.", rich_help_panel=_SIZE)
 ]
 Codes = Annotated[
-    Literal["scalar", "trellis"] | None,
+    Literal["auto", "scalar", "trellis"] | None,
     typer.Option(
         "--codes",
-        help="Family of codes: trellis loses a third less at the same bytes, takes longer, and needs a C++ compiler.",
+        help="Family of codes: scalar codes are found faster and lose more; auto takes trellis where it can.",
         show_default="the recipe's",
     ),
 ]

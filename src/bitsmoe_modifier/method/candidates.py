@@ -50,7 +50,7 @@ def plan_layer(
     Raises:
         CalibrationError: NaN or infinity in weights or activations, naming the expert.
     """
-    settings = settings.for_length(experts.down.shape[2])
+    settings = settings.for_sizes(*experts.down.shape[1:])
     ranks = ranks or Ranks.alone()
     experts.check_finite()
     statistics = collect_statistics(

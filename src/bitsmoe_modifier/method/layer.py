@@ -14,7 +14,7 @@ from .numerics import all_finite
 PART_ELEMENTS = 1 << 26
 
 BasisChoice = Literal["auto", "spectral", "none"]
-CodesChoice = Literal["scalar", "trellis"]
+CodesChoice = Literal["auto", "scalar", "trellis"]
 
 
 #: in the place of a group size: the one that fits a layer (`QuantizerSettings.resolve_group_size`)
@@ -26,7 +26,7 @@ class QuantizerSettings:
     """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users."""
 
     bits: float = 2.0
-    codes: CodesChoice = "scalar"
+    codes: CodesChoice = "auto"
     widths: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
     block_size: int | None = None
     group_size: int = AUTO_GROUP_SIZE
@@ -59,9 +59,12 @@ class QuantizerSettings:
             return self.group_size
         return next((g for g in (128, 64, 32, 16, *range(120, 0, -8)) if length % g == 0), 128)
 
-    def for_length(self, length: int) -> "QuantizerSettings":
-        """The settings of a layer of expert size I, with its group size."""
-        return replace(self, group_size=self.resolve_group_size(length))
+    def for_sizes(self, hidden: int, length: int) -> "QuantizerSettings":
+        """The settings of a layer of hidden size H and expert size I, with its group size and its family of codes."""
+        group_size = self.resolve_group_size(length)
+        whole = not any(size % 16 for size in (group_size, self.resolve_block_size(hidden)))  # quanta of trellis codes
+        codes = self.codes if self.codes != "auto" else "trellis" if whole else "scalar"
+        return replace(self, group_size=group_size, codes=codes)
 
     def resolve_basis_group(self, columns: int) -> int:
         """Elements of a basis row per step: the largest of 128, 64, … 8 that divides ``columns``."""

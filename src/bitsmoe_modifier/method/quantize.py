@@ -83,7 +83,7 @@ def quantize_layer(
     """
     ranks = ranks or Ranks.alone()
     experts.check_finite()
-    h, settings = project(tokens.x, design.inputs.basis), settings.for_length(experts.down.shape[2])
+    h, settings = project(tokens.x, design.inputs.basis), settings.for_sizes(*experts.down.shape[1:])
     held = tokens.held_out()
     fitted = None if held is None else tokens.fitted()
     layer = LayerTask(experts, tokens, fitted, held, design, settings, metric, ranks, h)

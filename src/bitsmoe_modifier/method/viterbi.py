@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..devices import kernels_wanted
+from ..devices import kernels_usable, kernels_wanted
 from ..storage.trellis import WINDOW_BITS, window_values
 from . import native_viterbi
 
@@ -84,6 +84,11 @@ def encode(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences) -> to
         return encode_plain(target, gain, sequences)
     places = sequences.begin, sequences.place, sequences.width
     return native_viterbi.encode(library, target.cpu(), gain.cpu(), *places, PRELUDE).to(target.device)
+
+
+def encoder_found() -> bool:
+    """Whether `encode` is fast on this machine: its kernel can run, or a compiler is there."""
+    return kernels_usable() or native_viterbi.library() is not None
 
 
 def encode_plain(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences) -> torch.Tensor:
