@@ -116,7 +116,7 @@ def test_trellis_codes_take_the_encoders_time(tiny: Path, capsys: pytest.Capture
         shape, plan = make_plan(headers, {**FIELDS, **fields}, 512, torch.float32, "cpu")
         return sum(layer.weights for layer in shape.layers), plan
 
-    weights, scalar = planned()
+    weights, scalar = planned(codes="scalar")
     assert scalar.encoded == 0
     once, twice = (planned(codes="trellis", refine_passes=passes)[1] for passes in (0, 1))
     assert twice.encoded - once.encoded == weights

@@ -112,7 +112,8 @@ def make_layer(
 
 
 def settings(**changes: object) -> QuantizerSettings:
-    return QuantizerSettings(**{"bits": 3.0, "block_size": 16, "group_size": 16, **changes})
+    """Of scalar codes, whose oracles are here; trellis codes have theirs in test_trellis.py."""
+    return QuantizerSettings(**{"bits": 3.0, "codes": "scalar", "block_size": 16, "group_size": 16, **changes})
 
 
 def unit_bits(layer: Layer, packed: PackedExperts) -> int:
