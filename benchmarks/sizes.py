@@ -42,14 +42,17 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--eval-text")
     parser.add_argument("--bits", default="1.6,2.0,2.5")
+    parser.add_argument("--codes", help="family of codes; by default the recipe's")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--eval-rows", type=int, default=128)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--no-times", action="store_true", help="leave out the run with one budget")
+    parser.add_argument("--only-times", action="store_true", help="leave out predicted and measured loss")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model = option("--model", args.model)
     calibration = [*model, *option("--calibration", args.calibration), "--samples", str(args.samples)]
+    calibration += option("--codes", args.codes)
     budgets = args.bits.split(",")
     kept = ["--resume-dir", str(args.out / "kept")]
     if not args.no_times:
@@ -62,6 +65,8 @@ def main() -> None:
             )
     else:
         run("quantize", *calibration, "--bits", args.bits, *kept, "--out", str(args.out / "sizes"))
+    if args.only_times:
+        return
     curve = args.out / "curve.json"
     run("plan", "--survey", *calibration, *kept, "--json", str(curve))
     predicted = json.loads(curve.read_text())

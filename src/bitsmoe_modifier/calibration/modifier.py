@@ -276,10 +276,12 @@ class BitsMoEModifier(BitsMoEFields):
         metric = self._metrics.get(name)
         metric = None if metric is None else metric.to(tokens.x.device)
         plan = None if self._designs else moved(self._plan(name, experts, tokens, metric), "cpu")
+        unseen = None  # hardly another at another size, and measuring it takes a third of a small layer's time
         for bits in budgets(self.bits, self.sweep):
             design = self._designs[bits][name] if plan is None else self._chosen(plan, bits)
             here, settings = moved(design, tokens.x.device), replace(self.settings, bits=bits)
-            packed, report = quantize_layer(experts, tokens, here, settings, metric, self._ranks)
+            packed, report = quantize_layer(experts, tokens, here, settings, metric, self._ranks, unseen)
+            unseen = report.unseen_times
             if self._ranks.first:
                 log_layer(name, report)
             yield packed, report

@@ -145,7 +145,7 @@ def _quantize(
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
         _cast(model, settings.dtype)
-    made_of = fingerprint(model, {"recipe": _without_places(recipe)}, [rows_digest([{"input_ids": rows}])])
+    made_of = fingerprint(model, {"recipe": without_places(recipe)}, [rows_digest([{"input_ids": rows}])])
     loaded = time.perf_counter()
     oneshot(
         model=model,
@@ -200,7 +200,7 @@ def _quantize(
     return record
 
 
-def _without_places(recipe: str) -> Any:
+def without_places(recipe: str) -> Any:
     """The recipe's content for the record, without folders of this machine."""
     content = yaml.safe_load(recipe)
     for stage in content.values() if isinstance(content, dict) else ():

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .. import messages
 from . import options as o
 from .app import command
 
@@ -140,3 +141,8 @@ def evaluate(
         from ..storage.records import write_text
 
         write_text(Path(json_file), json.dumps(figures, indent=2))
+    failed = [str(sentence) for sentence in figures.get("warnings", ())]
+    for sentence in failed:
+        messages.say("error", f"bitsmoe eval: {sentence}")
+    if failed:
+        raise typer.Exit(1)

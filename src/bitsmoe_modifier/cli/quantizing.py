@@ -101,6 +101,7 @@ def quantize(
     from ..comparison.single import Options, quantize_each
     from ..errors import BitsMoEError
     from ..sources.demo import demo_asset
+    from ..storage.folders import resolved
     from ..storage.sizes import ExpertBits
 
     if fast and best:
@@ -119,9 +120,10 @@ def quantize(
         calibration or demo_asset("docmoe_calibration.txt"),
         o.settings(Options, call, preflight=not no_preflight),
     )
-    for folder, one in zip(folders, made, strict=False):
+    asked = {str(resolved(folder)): folder for folder in folders}
+    for one in made:
         print(
-            f"{folder}: {one['measured_bits_per_expert_weight']:.4f} bits per expert weight "
+            f"{asked[one['folder']]}: {one['measured_bits_per_expert_weight']:.4f} bits per expert weight "
             f"({ExpertBits(**one['bits_apart'])}), "
             f"{one['checkpoint_bytes'] / 1e6:.2f} MB, {one['quantize_seconds']:.0f} s"
         )

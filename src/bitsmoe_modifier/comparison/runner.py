@@ -6,13 +6,15 @@ import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, messages
+from ..aftermath import attempted
 from ..calibration.recipe import Stage, find_recipe, read_stages, select
 from ..checkpoints.card import write_card
 from ..errors import BitsMoEError, RecipeError, check_at_least
@@ -132,6 +134,7 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
         seed=settings.seed,
         tasks=tuple(settings.tasks),
         task_items=settings.task_items or None,
+        versions={name: installed(name) for name in _PACKAGES},
     )
     status = Status(len(stages) + 1)
     try:
@@ -164,7 +167,10 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
             how = f"{' '.join(how_measured(report)[:2])} {LEGEND}"
             run = {key: value for key, value in arm.items() if key != "samples"}
             quality = {"reference": report["reference"], "run": run, "how": how, "samples": arm.get("samples", [])}
-            write_card(workspace.checkpoint(stage.name), model.name, stage.text, quality)
+            folder = workspace.checkpoint(stage.name)
+            card = partial(write_card, folder, model.name, stage.text, quality)
+            for sentence in attempted(f"{folder}: its figures could not be written into README.md", card, None)[1]:
+                messages.say("error", sentence)
     return report
 
 
@@ -173,7 +179,6 @@ class _Runner:
 
     def __init__(self, context: Any, workspace: Workspace, job: Job, status: Status, verbose: bool) -> None:
         self.context, self.workspace, self.job, self.status, self.verbose = context, workspace, job, status, verbose
-        self.versions = {name: installed(name) for name in _PACKAGES}
         self.dense_accuracy: Accuracy = {}
 
     def _call(self, name: str, function: Any, *arguments: Any) -> Any:
@@ -186,7 +191,7 @@ class _Runner:
         checked = self._call("recipe", check_inputs, stages, self.job, tokens)
         if isinstance(checked, Failure):
             raise RecipeError(checked.message)
-        key = {"versions": self.versions}
+        key = {"versions": self.job.versions}
         kept = self.workspace.finished("_reference", key) if self.workspace.reference.exists() else None
         self.status.begin("unquantized model")
         made = kept or self._call("reference", run_reference, self.job)
@@ -196,7 +201,7 @@ class _Runner:
         self.workspace.keep("_reference", key, made)
         figures = made["reference"]
         self.dense_accuracy, _, warnings = self.accuracy("_reference", key, self.job.model, reuse=kept is not None)
-        for warning in warnings:
+        for warning in (*made.get("warnings", ()), *warnings):
             self.status.note(f"unquantized: {warning}")
         said = f"unquantized: perplexity {figures['perplexity']:.2f}{_accuracies(self.dense_accuracy)}"
         self.status.end(said + (" (as before)" if kept else ""))
@@ -226,7 +231,7 @@ class _Runner:
             "nominal_bits": stage.nominal_bits,
             "checkpoint": str(Path("arms", stage.name)),
         }
-        key = {"versions": self.versions, "stage": stage.text}
+        key = {"versions": self.job.versions, "stage": stage.text}
         present = self.workspace.checkpoint(stage.name).exists()
         kept = self.workspace.finished(stage.name, key) if present else None
         self.status.begin(stage.name)

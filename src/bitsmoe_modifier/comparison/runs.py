@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..aftermath import attempted
 from ..calibration.oneshot import QuantizeSettings, quantize
 from ..calibration.recipe import Stage, check_stage
 from ..checkpoints.card import write_card
@@ -18,7 +20,7 @@ from ..evaluation.accuracy import check_tasks, measure_tasks
 from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
 from ..evaluation.metrics import Summary
 from ..evaluation.reference import load, record
-from ..evaluation.samples import keep_written, kept_written, read, write
+from ..evaluation.samples import Written, keep_written, kept_written, read, write
 from ..loading.decoding import misread_experts
 from ..sources.model import load_tokenizer
 from ..sources.provenance import read_prediction
@@ -27,6 +29,8 @@ from .workspace import Workspace
 
 #: rows of the noise floor: it is a second run of the dense model, in a dtype that a CPU may be slow at
 _NOISE_ROWS = 32
+#: what failed, for the report
+_CARD, _TEXTS = "the checkpoint's README.md could not be written", "the texts of the report could not be written"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Job:
         pipeline, calibrate_all_experts, seed: see `QuantizeSettings`.
         tasks: of lm-eval (see `accuracy`).
         task_items: items per task at most; None: all.
+        versions: of the packages that results depend on.
     """
 
     model: Path
@@ -56,6 +61,7 @@ class Job:
     seed: int
     tasks: tuple[str, ...] = ()
     task_items: int | None = None
+    versions: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def check_inputs(stages: list[Stage], job: Job, tokens: int | None) -> None:
@@ -75,7 +81,7 @@ def run_reference(job: Job) -> dict[str, Any]:
     """Record the dense model's predictions, and measure how far it is from itself.
 
     Returns:
-        ``reference``: its figures; ``noise_floor``: those of a second run, with a ``how``.
+        ``reference``: its figures; ``noise_floor``: those of a second run, with a ``how``; ``warnings``.
     """
     device = use_device(job.device)
     workspace = Workspace(job.out)
@@ -87,7 +93,9 @@ def run_reference(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_model(str(job.model), job.dtype, device)
     record(model, rows, job.batch_size, temporary)
-    keep_written(write(model, load_tokenizer(job.model)), temporary)
+    none: list[Written] = []
+    texts, trouble = attempted(_TEXTS, lambda: write(model, load_tokenizer(job.model)), none)
+    keep_written(texts, temporary)
     temporary.rename(workspace.reference)
     seconds = time.perf_counter() - started
     reference = load(workspace.reference).to(device)
@@ -104,11 +112,14 @@ def run_reference(job: Job) -> dict[str, Any]:
     return {
         "reference": {**asdict(own), "evaluate_seconds": seconds},
         "noise_floor": {"how": how, "rows": len(few), **asdict(again)},
+        "warnings": trouble,
     }
 
 
 def run_stage(job: Job, stage: Stage) -> dict[str, Any]:
     """Quantize the dense model by one stage, save the checkpoint, load it again and measure it.
+
+    Where an earlier run has quantized it and failed to measure it, it is only measured.
 
     Returns:
         The entry of the report.
@@ -116,37 +127,65 @@ def run_stage(job: Job, stage: Stage) -> dict[str, Any]:
     device = use_device(job.device)
     workspace = Workspace(job.out)
     checkpoint = workspace.checkpoint(stage.name)
-    shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run with another recipe
-    batch = stage.calibration_batch(job.batch_size)
-    settings = QuantizeSettings(
-        batch, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed, model_name=job.model_name
-    )
-    made = quantize(job.model, stage.text, workspace.rows("calibration"), checkpoint, settings)
-    write_card(checkpoint, job.model_name, stage.text)
+    name, key = f"{stage.name}.quantized", {"versions": job.versions, "stage": stage.text}
+    made = workspace.finished(name, key) if checkpoint.exists() else None
+    if made is None:
+        made = _quantized(job, stage, workspace)
+        workspace.keep(name, key, made)
     misread = misread_experts(checkpoint)
-    warnings = [*made.warnings, *([f"{misread}; measured on weights decoded here"] if misread else [])]
+    warnings = [*made["warnings"], *([f"{misread}; measured on weights decoded here"] if misread else [])]
     started = time.perf_counter()
-    summary, samples = measure(job, checkpoint, device)
+    summary, samples, trouble = measure(job, checkpoint, device)
     return {
-        **sizes_of(checkpoint),
-        "load_seconds": made.load_seconds,
-        "quantize_seconds": made.seconds,
-        "save_seconds": made.save_seconds,
-        "peak_memory_bytes": made.peak_memory_bytes,
+        **made,
         "evaluate_seconds": time.perf_counter() - started,
         **asdict(summary),
         "prediction": read_prediction(checkpoint),
         "samples": samples,
-        "warnings": warnings,
+        "warnings": [*warnings, *trouble],
     }
 
 
-def measure(job: Job, checkpoint: Path, device: torch.device) -> tuple[Summary, list[dict[str, Any]]]:
-    """Load a checkpoint and compare it with the recorded reference: its figures, and its texts (`samples.read`)."""
+def _quantized(job: Job, stage: Stage, workspace: Workspace) -> dict[str, Any]:
+    """Quantize by one stage; what another recipe made under its name before is there until the new one is finished.
+
+    Returns:
+        Sizes, times, memory and warnings, as in the report.
+    """
+    checkpoint = workspace.checkpoint(stage.name)
+    new = checkpoint.with_name(f".{stage.name}.next")
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    batch = stage.calibration_batch(job.batch_size)
+    settings = QuantizeSettings(
+        batch, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed, model_name=job.model_name
+    )
+    record = quantize(job.model, stage.text, workspace.rows("calibration"), new, settings)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    new.rename(checkpoint)
+    _, trouble = attempted(_CARD, lambda: write_card(checkpoint, job.model_name, stage.text), None)
+    return {
+        **sizes_of(checkpoint),
+        "load_seconds": record.load_seconds,
+        "quantize_seconds": record.seconds,
+        "save_seconds": record.save_seconds,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "warnings": [*record.warnings, *trouble],
+    }
+
+
+def measure(job: Job, checkpoint: Path, device: torch.device) -> tuple[Summary, list[dict[str, Any]], list[str]]:
+    """Load a checkpoint and compare it with the recorded reference.
+
+    Returns:
+        Its figures, its texts (`samples.read`), and what went wrong with those.
+    """
     workspace = Workspace(job.out)
     model = load_model(str(checkpoint), job.dtype, device)
     figures = evaluate(model, workspace.rows("evaluation"), load(workspace.reference), job.batch_size)
-    return figures, read(model, load_tokenizer(checkpoint), kept_written(workspace.reference))
+    none: list[dict[str, Any]] = []
+    written = kept_written(workspace.reference)
+    texts, trouble = attempted(_TEXTS, lambda: read(model, load_tokenizer(checkpoint), written), none)
+    return figures, texts, trouble
 
 
 def run_tasks(job: Job, checkpoint: Path) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
 
 from .. import messages
+from ..aftermath import attempted
 from ..batches import with_smaller_batches
 from ..calibration.oneshot import Offload, QuantizeRecord, QuantizeSettings, quantize
 from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, with_fields
@@ -25,7 +26,7 @@ from ..errors import BitsMoEError, check_at_least
 from ..evaluation.accuracy import Accuracy, check_tasks, compare_accuracy, measure_tasks
 from ..evaluation.evaluate import evaluate, evaluate_reference, load_model
 from ..evaluation.reference import record
-from ..evaluation.samples import read, write
+from ..evaluation.samples import Written, read, write
 from ..extras import require
 from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
@@ -33,9 +34,12 @@ from ..pages.verdicts import LEGEND, place
 from ..sources.model import find_model, load_tokenizer, open_dense
 from ..sources.provenance import check_predictions, check_source, source_of
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
-from ..storage.folders import OutputFolder, check_new_folder, existing_parent, resolved
+from ..storage.folders import OutputFolder, check_new_folder, existing_parent, is_occupied, resolved
+from .kept import SharedWork, is_finished
 from .runner import DTYPES, resolve_device, resolve_dtype
 from .runs import sizes_of, stored_dtype, use_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,12 @@ def quantize_each(
     Args:
         model, calibration: as the command line takes them.
         stages: each with its checkpoint folder.
-        options: the rest. Without ``resume_dir``, a survey that several stages share waits in a temporary folder.
+        options: the rest. Without ``resume_dir``, a survey that several stages share waits in a temporary folder. With
+            it, sizes that an earlier run of the same command has finished are left as they are.
 
     Returns:
-        Sizes, time, memory and warnings of each, named as in report.json; none on all processes but the first.
+        Folder, sizes, time, memory and warnings of each that was made, named as in report.json; none on all processes
+        but the first.
 
     Raises:
         BitsMoEError: when the inputs cannot be used, before any long work.
@@ -110,9 +116,16 @@ def quantize_each(
     with ExitStack() as held:
         outputs = [OutputFolder(out) for _, out in stages]
         if not int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
-            outputs = [held.enter_context(output) for output in outputs]
+            for output in outputs:
+                if not _may_be_finished(output, stages, options):
+                    held.enter_context(output)
             held.enter_context(reserved(options.resume_dir))
         return _quantize_each(model, [stage for stage, _ in stages], outputs, calibration, options)
+
+
+def _may_be_finished(output: OutputFolder, stages: Sequence[Any], options: Options) -> bool:
+    """Whether a folder may hold a size that an earlier run of the same command has finished."""
+    return options.resume_dir is not None and len(stages) > 1 and is_occupied(output.path)
 
 
 def _quantize_each(
@@ -149,22 +162,24 @@ def _quantize_each(
             ranks.compute(lambda: check_machine(stages, dense.folder, outputs[0].path, *run, waiting))
         if offload is not None:
             settings = replace(settings, dtype=None, offload=offload)
-        kept = options.resume_dir
-        if kept is None and len(stages) > 1:
-            kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(outputs[0].path)))
+        shared = None
+        if options.resume_dir is None and len(stages) > 1:
+            shared = held.enter_context(SharedWork(existing_parent(outputs[0].path)))
         batch, sweep = options.batch_size, sweep_of(stages)
         lead = stages[sweep.index(leading(sweep))] if sweep else None
 
         def attempt(size: int, stage: Stage, output: OutputFolder) -> QuantizeRecord:
-            nonlocal batch, kept
-            if size < batch and kept is not None:  # surveys and layers belong to their batches
+            nonlocal batch
+            if size < batch:
                 if options.resume_dir is not None:
                     raise BitsMoEError(f"run again with --batch-size {size} and another --resume-dir")
-                kept = held.enter_context(tempfile.TemporaryDirectory(dir=existing_parent(output.path)))
+                if shared is not None:
+                    shared.renew()
             batch = size
             follows = bool(sweep) and stage is not lead  # its layers are made already
             pipeline = "datafree" if follows else settings.pipeline
             now = replace(settings, batch_size=stage.calibration_batch(size), pipeline=pipeline)
+            kept = options.resume_dir if shared is None else str(shared.folder)
             recipe = with_fields(stage, resume_dir=kept, sweep=sweep or None).text
             with _pointing_at(options.resume_dir, output):
                 return quantize(dense.folder, recipe, rows, output, now)
@@ -172,6 +187,11 @@ def _quantize_each(
         made: dict[int, dict[str, Any]] = {}
         for place in sorted(range(len(stages)), key=lambda place: stages[place] is not lead):
             stage, output = stages[place], outputs[place]
+            if _may_be_finished(output, stages, options):
+                if is_finished(output.path, dense.folder, with_fields(stage, sweep=sweep or None), rows):
+                    messages.say("note", f"{output.asked} was finished by an earlier run of this command, and stays")
+                    continue
+                check_new_folder(output.path)  # says that it holds something else
             run_stage = partial(attempt, stage=stage, output=output)
             record, batch = with_smaller_batches(run_stage, batch, f"{stage.name}: calibration")
             if ranks.first:
@@ -181,17 +201,16 @@ def _quantize_each(
 
 def _finished(out: Path, model: str, stage: Stage, made: QuantizeRecord) -> dict[str, Any]:
     """Write the card of a saved checkpoint, and say what it took."""
-    try:
-        write_card(out, model, stage.text)
-    except OSError as error:  # the checkpoint is there
-        messages.say("warning", f"{out}: its README.md could not be written ({error})")
+    what = f"{out} is written, but its README.md could not be"
+    _, trouble = attempted(what, lambda: write_card(out, model, stage.text), None)
     return {
+        "folder": str(out),
         **sizes_of(out),
         "load_seconds": made.load_seconds,
         "quantize_seconds": made.seconds,
         "save_seconds": made.save_seconds,
         "peak_memory_bytes": made.peak_memory_bytes,
-        "warnings": list(made.warnings),
+        "warnings": [*made.warnings, *trouble],
     }
 
 
@@ -246,7 +265,7 @@ def evaluate_one(
         any_model: measure against ``model`` even if the checkpoint was made from another one.
 
     Returns:
-        ``reference`` and ``checkpoint``: their figures, named as in report.json.
+        ``reference`` and ``checkpoint``: their figures, named as in report.json; ``warnings``: what failed beside them.
 
     Raises:
         BitsMoEError: when the inputs cannot be used, or the checkpoint was made from another model.
@@ -268,43 +287,51 @@ def evaluate_one(
     import bitsmoe_modifier  # noqa: F401 - registers the loader
 
     check_tasks(options.tasks)
-    accuracy = []
+    trouble: list[str] = []
+
+    def also(what: str, do: Callable[[], T], otherwise: T) -> T:
+        """What the figures do not depend on, and are not lost by."""
+        done, said = attempted(what, do, otherwise)
+        trouble.extend(said)
+        return done
+
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = load_model(str(dense.folder), dtype, device)
+        loaded: Any = load_model(str(dense.folder), dtype, device)
         reference, batch = with_smaller_batches(
             lambda size: record(loaded, rows, size, Path(scratch)), options.batch_size, "evaluation"
         )
-        accuracy.append(_accuracy(loaded, dense.folder, options))
-        written = write(loaded, tokenizer)
+        tasks = "the tasks failed on the unquantized model"
+        expected: Accuracy = also(tasks, lambda: _accuracy(loaded, dense.folder, options), {})
+        texts = "the models' texts could not be written"
+        written: list[Written] = also(texts, lambda: write(loaded, tokenizer), [])
         own = evaluate_reference(rows, reference.to(device), options.batch_size)
+        loaded = None  # not both in memory
         loaded = load_model(str(folder), dtype, device)
         figures, _ = with_smaller_batches(lambda size: evaluate(loaded, rows, reference, size), batch, "evaluation")
-        accuracy.append(_accuracy(loaded, folder, options))
-        samples = read(loaded, load_tokenizer(folder), written)
+        measured: Accuracy = also("the tasks failed", lambda: _accuracy(loaded, folder, options), {})
+        samples: list[dict[str, Any]] = also(texts, lambda: read(loaded, load_tokenizer(folder), written), [])
     found = {
         "reference": {
             "name": "unquantized",
             "measured_bits_per_expert_weight": dense.expert_bits,
             "checkpoint_bytes": dense.checkpoint_bytes,
             **asdict(own),
-            "accuracy": compare_accuracy(accuracy[0], {}),
+            "accuracy": compare_accuracy(expected, {}),
         },
         "checkpoint": {
             "name": folder.name,
             **sizes,
             **asdict(figures),
-            "accuracy": compare_accuracy(accuracy[1], accuracy[0]),
+            "accuracy": compare_accuracy(measured, expected),
         },
     }
     if Path(checkpoint).is_dir():  # not a copy of the hub's in its cache
         where = f"{len(rows)} rows of {options.seq_len} tokens of {place(text.source)}, computed in {dtype}"
         how = f"Measured by `bitsmoe eval` on {where}. {LEGEND}"
-        try:
-            figures_of = {"reference": found["reference"], "run": found["checkpoint"]}
-            note_quality(folder, {**figures_of, "how": how, "samples": samples})
-        except OSError as error:
-            messages.say("warning", f"{folder}: its README.md could not be written ({error})")
-    return found
+        figures_of = {"reference": found["reference"], "run": found["checkpoint"]}
+        quality = {**figures_of, "how": how, "samples": samples}
+        also(f"the figures could not be written into {folder}", lambda: note_quality(folder, quality), False)
+    return {**found, "warnings": trouble}
 
 
 def _accuracy(model: Any, folder: Path, options: Options) -> Accuracy:

@@ -56,6 +56,11 @@ class LayerReport:
     warnings: tuple[str, ...] = field(default=())
     energy: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
+    @property
+    def unseen_times(self) -> float:
+        """How many times ``relative_output_error`` the ``unseen_output_error`` is."""
+        return self.unseen_output_error / self.relative_output_error if self.relative_output_error > 0 else 1.0
+
 
 def quantize_layer(
     experts: DenseExperts,
@@ -64,6 +69,7 @@ def quantize_layer(
     settings: QuantizerSettings,
     metric: torch.Tensor | None = None,
     ranks: Ranks | None = None,
+    unseen: float | None = None,
 ) -> tuple[PackedExperts, LayerReport]:
     """Round and pack one layer by its design (method.md section 5).
 
@@ -74,6 +80,8 @@ def quantize_layer(
         settings: how to quantize.
         metric: ``[H, H]`` loss curvature in the layer's output, None for squared output error.
         ranks: the processes that divide the experts among them, all with the same arguments; None for this one alone.
+        unseen: how many times more the layer loses on other text, where that is known from another size; None: measured
+            (`trial.optimism`).
 
     Returns:
         (stored tensors on the CPU, what was done), the same on all processes.
@@ -94,11 +102,11 @@ def quantize_layer(
     for side in (inputs, outputs):
         side.gather(ranks, len(tokens.counts))
     said = dict.fromkeys(design.warnings) | dict.fromkeys(chain.from_iterable(ranks.everyones(warnings)))
-    return ranks.compute(lambda: _finished(layer, inputs, outputs, tuple(said)))
+    return ranks.compute(lambda: _finished(layer, inputs, outputs, tuple(said), unseen))
 
 
 def _finished(
-    layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide, warnings: tuple[str, ...]
+    layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide, warnings: tuple[str, ...], unseen: float | None
 ) -> tuple[PackedExperts, LayerReport]:
     """Pack the rounded sides and report on them."""
     tokens, design = layer.tokens, layer.design
@@ -117,7 +125,7 @@ def _finished(
         allocation_gap=design.allocation_gap,
         solver=design.solver,
         relative_output_error=error,
-        unseen_output_error=error * optimism(layer, inputs.shrinkage),
+        unseen_output_error=error * (optimism(layer, inputs.shrinkage) if unseen is None else unseen),
         shrinkage=(inputs.shrinkage, outputs.shrinkage),
         dense_experts=design.dense_ids,
         warnings=(*warnings, *stored_trouble(packed, tokens.counts, error if layer.metric is None else None)),
