@@ -17,6 +17,7 @@ BASE = (
     "logs",
     "devices",
     "batches",
+    "aftermath",
     "native",
     "rendering",
     "_after_import",

@@ -47,6 +47,18 @@
       if (a.left < b.right && b.left < a.right) note("overlap", a.t.node.data, b.t.node.data.trim().slice(0, 40));
     }
   }
+  // No dashed line of a drawing (a front, a curve) goes through a text; those of the grid are whole, and pale.
+  for (const path of document.querySelectorAll("svg path")) {
+    const style = getComputedStyle(path);
+    if (style.strokeDasharray === "none" || style.stroke === "none" || path.closest("defs")) continue;
+    const place = path.getScreenCTM(), length = path.getTotalLength(), svg = path.closest("svg");
+    const own = marks.filter(m => m.t.svg === svg);
+    for (let at = 0; at <= length; at += 2) {
+      const p = path.getPointAtLength(at).matrixTransform(place);
+      const hit = own.find(m => m.left + 1 < p.x && p.x < m.right - 1 && m.top < p.y && p.y < m.bottom);
+      if (hit) { note("crossed", hit.t.node.data, "by a line"); break; }
+    }
+  }
   // No text is cut off by its drawing.
   for (const t of texts) {
     if (!t.svg) continue;

@@ -56,7 +56,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     record = {"source": {"name": "org/base", "weights": "0"}, "layers": noted, "made_of": made_of}
     (deep / "bitsmoe_report.json").write_text(json.dumps(record))
     timed = {"load_seconds": 2.0, "save_seconds": 3.0, "evaluate_seconds": 9.0, "top1_stderr": 0.001}
+    sizes = [1 + i / 32 for i in range(140)]  # what a survey expects, close to what is measured
+    curve = {"bits": sizes, "kld": [0.0068 * 2.2 ** (2 * (1.6 - bits)) for bits in sizes]}
     runs = [one | timed | {"samples": SAMPLES} for one in (*GPTQ, ours("bitsmoe_1_6", 1.6, 0.0055, kld_stderr=5e-4))]
+    for bits, kld in ((1.25, 0.0098), (2.125, 0.0024), (3.0, 0.0007)):
+        runs.append(ours(f"bitsmoe_{str(bits).replace('.', '_')}", bits, kld, prediction=curve) | timed)
     first = ours("bitsmoe_2_0", 2.0, 0.004, checkpoint="arms/bitsmoe_2_0", samples=SAMPLES, **timed)
     long = (
         "model.layers.17.mlp.experts: 12 experts got no calibration tokens and use the layer's average (0, 17, 18, …)"
@@ -157,6 +161,8 @@ def test_the_look_finds_what_it_looks_for(browser, tmp_path):
         "contrast": "<p style='color:#999'>pale</p>",
         "overlap": "<p>one</p><p style='margin-top:-2.5em'>two</p>",
         "small": "<p style='font-size:7px'>tiny</p>",
+        "crossed": "<svg width='200' height='40'><text x='20' y='25' font-size='14' fill='#000'>name</text>"
+        "<path d='M0 20 H200' stroke='#000' stroke-dasharray='4 4'/></svg>",
         "cut": "<svg width='40' height='20'><text x='30' y='15' font-size='12' fill='#000'>out of it</text></svg>",
     }
     for fault, body in faults.items():

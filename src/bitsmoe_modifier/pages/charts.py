@@ -80,17 +80,23 @@ def loss_against_size(points: Sequence[Point], floor: float, curves: Sequence[Cu
     axes.set_ylabel("KL divergence × 1000, nats")
     handles, names = [*handles, line, *expected], [*names, "Pareto front", *["expected by the survey"] * len(expected)]
     figure.legend(handles, names, loc="outside upper left", ncols=len(names))
-    _label(figure, axes, points)
+    lines = [[(p.size, p.loss) for p in front], *(_between(points, curve) for curve in curves)]
+    _label(figure, axes, points, lines)
     listed = "; ".join(f"{p.name} {p.size:.2f} bits, {p.loss:.3g}" for p in points)
     return svg(figure, "Loss against size", f"{listed}. On the Pareto front: {', '.join(p.name for p in front)}.")
 
 
+def _between(points: Sequence[Point], curve: Curve) -> list[tuple[float, float]]:
+    """(size, loss) of a curve between the least and the largest size of the points."""
+    low, high = min(p.size for p in points), max(p.size for p in points)
+    return [(size, loss) for size, loss in zip(curve.sizes, curve.losses, strict=True) if low <= size <= high]
+
+
 def _draw_curves(axes: "Axes", points: Sequence[Point], curves: Sequence[Curve]) -> list[Any]:
     """Draw the parts of the curves that lie between the points, and return one for the legend, if any is drawn."""
-    low, high = min(p.size for p in points), max(p.size for p in points)
     drawn: list[Any] = []
     for curve in curves:
-        inside = [(size, loss) for size, loss in zip(curve.sizes, curve.losses, strict=True) if low <= size <= high]
+        inside = _between(points, curve)
         if len(inside) > 1:
             sizes, losses = zip(*inside, strict=True)
             drawn += axes.plot(sizes, losses, "-.", color=METHODS["BitsMoEModifier"].colour, linewidth=1.5)
@@ -118,14 +124,21 @@ def logarithmic(axes: "Axes", values: Sequence[float]) -> None:
     axes.grid()
 
 
-def _label(figure: "Figure", axes: "Axes", points: Sequence[Point]) -> None:
-    """Write every point's name where it covers nothing: right, left, above, below, then further out."""
+Box = tuple[float, float, float, float]
+
+
+def _label(
+    figure: "Figure", axes: "Axes", points: Sequence[Point], lines: Sequence[Sequence[tuple[float, float]]]
+) -> None:
+    """Write every point's name where it covers nothing, or least: right, left, above, below, then further out.
+
+    Args:
+        lines: (size, loss) of what is drawn besides the points.
+    """
     figure.draw_without_rendering()  # the layout, so that points have their places
     places = axes.transData.transform([(p.size, p.loss) for p in points])
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
-    ends = axes.transData.transform([(p.size, p.loss) for p in pareto(points)])
-    for start, end in pairwise(ends):  # the line of the Pareto front, in pieces
-        taken += [(x, y, x + 1, y + 1) for x, y in (start + (end - start) * i / 60 for i in range(61))]
+    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+    crossed = [piece for line in lines if len(line) > 1 for piece in _pieces(axes.transData.transform(line))]
     left_end, _, right_end, _ = axes.get_window_extent().extents
     for (x, y), p in zip(places, points, strict=True):
         text = axes.annotate(label(p.name), (p.size, p.loss), (9, -4), textcoords="offset points")
@@ -133,20 +146,32 @@ def _label(figure: "Figure", axes: "Axes", points: Sequence[Point]) -> None:
         box = text.get_window_extent()
         wide, high = box.width, box.height
         offsets = [(9.0, -4.0), (-9 - wide, -4.0)]
-        for away in (14, 28, 42):
+        for away in (14, 28, 42, 56):
             offsets += [(side, up - 4) for up in (away, -away) for side in (-wide / 2, 9.0, -9 - wide)]
         boxes = [(x + dx, y + dy - 3, x + dx + wide, y + dy - 3 + high) for dx, dy in offsets]
-        free = [
-            place
-            for place, box in enumerate(boxes)
-            if left_end <= box[0] and box[2] <= right_end and not any(_overlap(box, other) for other in taken)
-        ]
-        chosen = free[0] if free else 0
+
+        def covered(box: Box) -> tuple[int, int]:
+            """How many points, names and edges it lies on, and how many pieces of lines."""
+            outside = box[0] < left_end or box[2] > right_end
+            return outside + sum(_overlap(box, other) for other in taken), sum(_overlap(box, one) for one in crossed)
+
+        chosen = min(range(len(boxes)), key=lambda place: (*covered(boxes[place]), place))
         taken.append(boxes[chosen])
         text.set_position(offsets[chosen])
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _pieces(line: Any) -> list[Box]:
+    """A line of pixels, ``[n, 2]``, in boxes of a few pixels."""
+    boxes: list[Box] = []
+    for start, end in pairwise(line):
+        count = 1 + int(max(abs(end - start)) / 3)
+        boxes += [
+            (x - 1, y - 1, x + 1, y + 1) for x, y in (start + (end - start) * i / count for i in range(count + 1))
+        ]
+    return boxes
+
+
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
