@@ -17,7 +17,8 @@ from bitsmoe_modifier.storage.factors import decode_basis
 
 from .ahead import begin, fetch, payloads
 from .digits import digit_values, product, swapped
-from .launch import BASIS_TOKENS, FUSION, basis_stages, capability, on, overlap
+from .launch import BASIS_TOKENS, Launch, basis_stages, capability
+from .launcher import run
 from .routing import route, route_arguments, route_expert, routed_tensors
 
 
@@ -120,14 +121,18 @@ def _launch(
     counts = (0, 0, 0, 0) if routed is None else (len(routed[1]), experts, len(routed[0]), len(routed[2]))
     bm = 8 if tokens <= 8 else 16
     chunk = 64 if bits == 16 else group
-    with on(x.device):
-        basis_kernel[(triton.cdiv(n, 16) + experts, triton.cdiv(tokens, bm))](
-            x, weight, step, y, tokens, ids, tiles, pairs, arrivals, *counts, *ahead,
-            N=n, K=k, BITS=bits, BM=bm, BN=16, BK=chunk, SLICES=4, STAGES=basis_stages(bits, chunk, bm),
-            PACK=4 if capability(x.device) else 0, ROUTE=routed is not None, TILE=tile,
-            **route_arguments(counts[0], counts[1]), **payloads(ahead),
-            num_warps=4, **overlap(capability(x.device)), **FUSION,
-        )  # fmt: skip
+    how = Launch(warps=4, stages=basis_stages(bits, chunk, bm), pack=4 if capability(x.device) else 0)
+    run(
+        basis_kernel,
+        (triton.cdiv(n, 16) + experts, triton.cdiv(tokens, bm)),
+        (x, weight, step, y, tokens, ids, tiles, pairs, arrivals, *counts, *ahead),
+        how,
+        x.device,
+        {
+            "N": n, "K": k, "BITS": bits, "BM": bm, "BN": 16, "BK": chunk, "SLICES": 4, "ROUTE": routed is not None,
+            "TILE": tile, **route_arguments(counts[0], counts[1]), **payloads(ahead),
+        },
+    )  # fmt: skip
 
 
 @torch.library.custom_op("bitsmoe::basis", mutates_args=())
@@ -141,10 +146,14 @@ def basis(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor | None, bits
         if step is None:
             return x @ weight.to(x.dtype).T
         decoded = torch.empty(n, k, dtype=x.dtype, device=x.device)
-        with on(x.device):
-            decode_kernel[(triton.cdiv(n, 16), k // group)](
-                weight, step, decoded, n, K=k, BITS=bits, BK=group, BN=16, num_warps=2, **FUSION
-            )
+        run(
+            decode_kernel,
+            (triton.cdiv(n, 16), k // group),
+            (weight, step, decoded, n),
+            Launch(warps=2, stages=1, pack=0),
+            x.device,
+            {"K": k, "BITS": bits, "BK": group, "BN": 16},
+        )
         return x @ decoded.T
     y = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     if tokens:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .ahead import begin
-from .launch import FUSION, capability, on, overlap
+from .launch import Launch
+from .launcher import run
 
 
 @triton.jit
@@ -81,12 +82,17 @@ def combine(
     y = torch.empty(tokens, size, dtype=dtype, device=ids.device)
     if tokens:
         block = min(512, triton.next_power_of_2(size))
-        with on(ids.device):
-            combine_kernel[(tokens, triton.cdiv(size, block))](
-                t, ids, p, bias, base, y, num_experts, TOP_K=k, N=size, BLOCK=block,
-                HAS_T=t is not None, HAS_BIAS=bias is not None, HAS_BASE=base is not None, num_warps=4,
-                **overlap(capability(ids.device)), **FUSION,
-            )  # fmt: skip
+        run(
+            combine_kernel,
+            (tokens, triton.cdiv(size, block)),
+            (t, ids, p, bias, base, y, num_experts),
+            Launch(warps=4, stages=1, pack=0),
+            ids.device,
+            {
+                "TOP_K": k, "N": size, "BLOCK": block, "HAS_T": t is not None, "HAS_BIAS": bias is not None,
+                "HAS_BASE": base is not None,
+            },
+        )  # fmt: skip
     return y
 
 

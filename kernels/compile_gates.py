@@ -28,16 +28,15 @@ import triton
 
 from .basis import basis_kernel
 from .combine import combine_kernel
-from .down import down_kernel
-from .gate_up import gate_up_kernel
-from .launch import NO_FUSION, Launch, basis_stages, launch, launch_down, spread
+from .launch import NO_FUSION, Launch, basis_stages
 from .machine_code import SHARED, Case, compile_case
 from .prepare import BASIS_GROUPS, BLOCKS, GROUPS, WIDTH_SETS
+from .products import down_launch, gate_up_launch
 from .rounding import constants_of, round_block_kernel
 from .routing import route_arguments, route_kernel
-from .trellis_gates import trellis_cases
+from .trellis_gates import trellis_cases, trellis_shapes
 
-TARGETS = (80, 89, 90, 100, 120)
+TARGETS = (80, 86, 89, 90, 100, 120)
 
 #: Instructions per weight that the loop may spend, by width: a plane costs about 1.5 plus the share of the activations.
 #: The 16-byte rows of 1-bit planes (1 and 3 bits) cost more: their digits pass through shared memory.
@@ -65,12 +64,11 @@ def _gate_up(
 ) -> Case:  # fmt: skip
     group = group or block
     rows = min(128, group)
-    how = launch(tile, rows, cc)
+    kernel, how, share = gate_up_launch(tile, rows, block, widths, cc, trellis=False)
     constants = {
         **_GATE, "TOP_K": 8, "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths,
         "BM": tile, "BN": rows, "SHARED": shared, "SWAP": how.pack != 2,
-        "SPREAD": spread(tile, block, how.warps, widths),
-        "STAGES": how.stages, "PACK": how.pack,
+        "SPREAD": share,
     }  # fmt: skip
     if not shared:
         constants |= {"part_ptr": None, "arrivals_ptr": None}
@@ -79,9 +77,7 @@ def _gate_up(
         "gain": "fp32", "inverse_gain": "fp32",
     }  # fmt: skip
     name = _name("gate_up", widths, tile, dtype, block, group) + (", shared" if shared else "")
-    return Case(
-        name, gate_up_kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16
-    )
+    return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16)
 
 
 def _down(
@@ -91,11 +87,10 @@ def _down(
     group = group or block
     total = tile <= 16 if total is None else total
     rows = min(block, rows)
-    how = launch_down(tile, rows, cc)
+    kernel, how, _ = down_launch(tile, rows, group, 0, cc, trellis=False)
     constants = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
         "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "BR": rows,
-        "STAGES": how.stages, "PACK": how.pack,
     }  # fmt: skip
     if not total:
         constants |= dict.fromkeys(("ids_ptr", "p_ptr", "y_ptr", "arrivals_ptr"))
@@ -105,7 +100,7 @@ def _down(
     }  # fmt: skip
     name = _name("down", widths, tile, dtype, block, group) + (f", {rows} rows" if rows < min(block, 128) else "")
     name += "" if total or tile > 16 else ", not summed"
-    return Case(name, down_kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16)
+    return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16)
 
 
 def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int, group: int) -> str:
@@ -137,8 +132,8 @@ def _basis(bits: int, dtype: str = "bf16", tokens: int = 8, group: int = 128, ro
     how = Launch(warps=4, stages=basis_stages(bits, chunk, tokens), pack=4)
     constants: dict[str, object] = {
         "N": _R, "K": 4 * _R,  # a row as long as the layer's has so few rounds that their loop may be unrolled
-        "BITS": bits, "BM": tokens, "BN": 16, "BK": chunk, "SLICES": 4, "STAGES": how.stages,
-        "PACK": 4, "ROUTE": routing, "TILE": 8, **route_arguments(8 * tokens, 128),
+        "BITS": bits, "BM": tokens, "BN": 16, "BK": chunk, "SLICES": 4, "ROUTE": routing, "TILE": 8,
+        **route_arguments(8 * tokens, 128),
     }  # fmt: skip
     if bits == 16:
         constants["step_ptr"] = None
@@ -216,47 +211,48 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
 
 
 def shapes(cc: int) -> Iterator[Case]:
-    """Every block, group and tile that `prepare.unsupported` accepts, with all widths: their resources only."""
+    """Every block, group and tile that `prepare.unsupported` accepts, with all widths: their resources only. Those
+    that need most come first."""
     widths = WIDTH_SETS[-1]
     found: list[Case] = []
-    for block in BLOCKS:
-        for group in GROUPS:
+    for block in BLOCKS[::-1]:
+        for group in GROUPS[::-1]:
             for tile in (8, 16, 64):
                 found.append(_gate_up(cc, widths, tile, block=block, group=group))
                 found.append(_down(cc, widths, tile, block=block, group=group))
             found.append(_gate_up(cc, widths, 8, shared=True, block=block, group=group))
             if block > 32:
                 found.append(_down(cc, widths, 8, block=block, group=group, rows=32))
-    found += [_basis(bits, tokens=t, group=g) for bits in (4, 8) for t in (8, 16) for g in BASIS_GROUPS]
-    for case in found:
+            found += trellis_shapes(cc, widths, block, group, _R, _I)
+    basis = [_basis(bits, tokens=t, group=g) for bits in (4, 8) for t in (8, 16) for g in BASIS_GROUPS[::-1]]
+    for case in basis + found:
         yield replace(case, weights=0, budget=0, programs=1, flies=False)
 
 
 # ------------------------------------------------------------------------------------------------------ command
 
 
-def table(targets: tuple[int, ...], every: bool = True, all_shapes: bool = False) -> tuple[str, list[str]]:
-    """(the table in Markdown, the gates missed)."""
-    lines = [
-        "| target | kernel | warps | registers | stack | shared KiB | programs per SM | in flight | start "
-        "| per weight | budget |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    missed = []
+HEADER = (
+    "| target | kernel | warps | registers | stack | shared KiB | programs per SM | in flight | start "
+    "| per weight | budget |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def rows(targets: tuple[int, ...], every: bool = True, all_shapes: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """(a row of the table in Markdown, the gates that it misses), as they are compiled."""
     for cc in targets:
         for case in shapes(cc) if all_shapes else cases(cc, every):
             if SHARED[cc] <= 100:  # the shared memory of small GPUs holds two of the mixed kernels
                 case = replace(case, programs=min(case.programs, 2))
             report = compile_case(case, cc)
-            missed += [f"sm_{cc} {case.name}: {failure}" for failure in report.failures(case)]
             spent, budget = (f"{report.per_weight:.2f}", f"{case.budget}") if case.weights else ("", "")
             cells = (
                 f"sm_{cc}", case.name, case.how.warps, report.registers, report.stack, f"{report.shared / 1024:.1f}",
                 report.resident, "" if report.flying is None else f"{report.flying:g}",
                 "" if report.start is None else report.start, spent, budget,
             )  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines), missed
+            missed = [f"sm_{cc} {case.name}: {failure}" for failure in report.failures(case)]
+            yield "| " + " | ".join(map(str, cells)) + " |", missed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,9 +264,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: these kernels would be interpreted, not compiled")
-    text, missed = table(tuple(options.cc), not options.quick, options.shapes)
-    print(f"Triton {triton.__version__}\n\n{text}\n")
-    print("\n".join(f"MISSED {line}" for line in missed) or "all gates passed")
+    print(f"Triton {triton.__version__}\n\n{HEADER}", flush=True)
+    missed = []
+    for row, failures in rows(tuple(options.cc), not options.quick, options.shapes):
+        print(row, flush=True)  # the whole table takes an hour: what a killed run has found is not lost
+        missed += failures
+    print("\n" + ("\n".join(f"MISSED {line}" for line in missed) or "all gates passed"))
     return 1 if missed else 0
 
 

@@ -14,8 +14,6 @@ from .activation import gating_arguments
 from .ahead import fits_ahead
 from .basis import basis, basis_and_route
 from .combine import combine
-from .down import down, down_and_combine
-from .gate_up import gate_up
 from .launch import (
     DECODE_PAIRS,
     decode_tile,
@@ -28,9 +26,8 @@ from .launch import (
     trellis_prefill_tile,
 )
 from .prepare import PreparedExperts
+from .products import down, gate_up
 from .routing import route, tile_count
-from .trellis_down import trellis_down, trellis_down_and_combine
-from .trellis_gate_up import trellis_gate_up
 from .tuned import RULES, sizes_of
 
 
@@ -123,8 +120,7 @@ def moe_forward(
     base = _dense_experts(x, ids, p, experts, gating)
     # biases and dense experts live in the hidden channels, beside the output basis
     bias, first = (packed.out_bias, base) if packed.basis_out is None else (None, None)
-    products = _trellis_products if layout.codes else _products
-    y = products(h, (tiles, pairs, arrivals), ids, p, bias, first, experts, gating, step, x.dtype)
+    y = _products(h, (tiles, pairs, arrivals), ids, p, bias, first, experts, gating, step, x.dtype)
     if packed.basis_out is None:
         return y
     y = basis(y, packed.basis_out, packed.basis_out_step, layout.basis_out_bits, group)
@@ -147,50 +143,22 @@ def _products(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """``base + sum_j p_j (F[id_j] z_j + bias[id_j])``, ``[T, R']`` of ``dtype``; routing from `route`."""
-    layout, packed, side_in, side_out = experts.layout, experts.packed, experts.side_in, experts.side_out
-    sizes, (tiles, pairs, arrivals) = (layout.block_size, layout.group_size), routing
+    layout, side_in, side_out = experts.layout, experts.side_in, experts.side_out
+    (tiles, pairs, arrivals), trellis = routing, bool(layout.codes)
+    sizes = trellis, layout.block_size, layout.group_size
     z = gate_up(
-        h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.codes, side_in.steps, side_in.head, side_in.order,
-        packed.in_bias, list(side_in.widths), side_in.gain, ids.shape[1], *sizes, layout.intermediate_size,
-        step.tile, step.bn, step.parts, step.swap, *gating_arguments(gating), step.stages[0],
+        h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.factor, experts.packed.in_bias, list(side_in.widths),
+        side_in.gain, trellis, ids.shape[1], *sizes[1:], layout.intermediate_size, step.tile, step.bn, step.parts,
+        step.swap, *gating_arguments(gating), step.stages[0],
     )  # fmt: skip
-    factor = side_out.codes, side_out.steps, side_out.head, side_out.order
-    if step.total:
-        return down_and_combine(
-            z, tiles, pairs, arrivals[step.arrivals[0] :], *factor, ids, p, bias, base,
-            list(side_out.widths), *sizes, step.tile, step.br, step.stages[1],
-        )  # fmt: skip
-    t = down(z, tiles, pairs, *factor, list(side_out.widths), *sizes, step.tile, step.br)
-    return combine(t, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
-
-
-def _trellis_products(
-    h: torch.Tensor,
-    routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ids: torch.Tensor,
-    p: torch.Tensor,
-    bias: torch.Tensor | None,
-    base: torch.Tensor | None,
-    experts: PreparedExperts,
-    gating: Gating,
-    step: Plan,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`_products` for trellis codes."""
-    layout, packed, side_in, side_out = experts.layout, experts.packed, experts.side_in, experts.side_out
-    sizes, (tiles, pairs, arrivals) = (layout.block_size, layout.group_size), routing
-    z = trellis_gate_up(
-        h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.codes, side_in.steps, side_in.head, side_in.order,
-        packed.in_bias, list(side_in.widths), side_in.gain, ids.shape[1], *sizes, layout.intermediate_size,
-        step.tile, step.parts, *gating_arguments(gating),
+    total = (ids, p, bias, base) if step.total else (None,) * 4
+    y = down(
+        z, tiles, pairs, arrivals[step.arrivals[0] :], side_out.factor, *total, list(side_out.widths), *sizes,
+        step.tile, step.br, step.warps, dtype, step.stages[1],
     )  # fmt: skip
-    factor = side_out.codes, side_out.steps, side_out.order
-    last = list(side_out.widths), *sizes, step.tile, step.warps, dtype
     if step.total:
-        counters = arrivals[step.arrivals[0] :]
-        return trellis_down_and_combine(z, tiles, pairs, counters, *factor, ids, p, bias, base, *last)
-    t = trellis_down(z, tiles, pairs, *factor, *last)
-    return combine(t, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
+        return y
+    return combine(y, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
 
 
 def _dense_experts(

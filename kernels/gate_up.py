@@ -30,7 +30,6 @@ from .digits import (
     slices_before,
     swapped,
 )
-from .launch import FUSION, capability, launch, on, overlap, spread
 from .routing import pair_tile
 
 
@@ -244,80 +243,6 @@ def gate_up_kernel(
                 gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,
                 I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT,
             )  # fmt: skip
-
-
-@torch.library.custom_op("bitsmoe::gate_up", mutates_args=("arrivals",))
-def gate_up(
-    h: torch.Tensor,
-    tiles: torch.Tensor,
-    pairs: torch.Tensor,
-    arrivals: torch.Tensor,
-    codes: torch.Tensor,
-    steps: torch.Tensor,
-    head: torch.Tensor,
-    order: torch.Tensor,
-    bias: torch.Tensor | None,
-    widths: list[int],
-    gain: float,
-    top_k: int,
-    block_size: int,
-    group_size: int,
-    columns: int,
-    pair_tile: int,
-    bn: int,
-    parts: int,
-    swap: bool,
-    activation: str,
-    limit: float | None,
-    alpha: float,
-    up_shift: float,
-    stages: int = 0,
-) -> torch.Tensor:
-    """z ``[T k, I]`` of h's dtype; rows of pairs whose id is outside ``[0, E)`` are not written.
-
-    Args:
-        h: ``[T, R]`` contiguous.
-        tiles: from `routing.route`, likewise pairs.
-        pairs: see ``tiles``.
-        arrivals: int32 zeros, ``tiles * I / bn`` where parts > 1; not zeros afterwards.
-        codes: as in `PreparedSide`, likewise steps, head, order, widths and gain.
-        bias: ``[E, 2 I]`` or None.
-        top_k: k.
-        block_size: directions of a unit.
-        group_size: columns that share a step.
-        columns: I.
-        pair_tile: BM: the ``tile`` given to `route`.
-        bn: columns of a program, likewise parts (`launch.gate_up_tile`).
-        parts: programs that share a tile: 1, 2, 4, 8 or 16.
-        swap: z's columns in the order that `down` takes (`launch.swaps`).
-        activation: with limit, alpha and up_shift the fields of `Gating`.
-        stages: of the pipeline; 0: as `launch.launch` has them.
-    """
-    count = pairs.numel()
-    z = torch.empty(count, columns, dtype=h.dtype, device=h.device)
-    if not count:
-        return z
-    shared = parts > 1
-    part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=h.device) if shared else None
-    cc = capability(h.device)
-    how = launch(pair_tile, bn, cc)
-    gain = 1.0 if h.dtype == torch.bfloat16 else gain
-    with on(h.device):
-        gate_up_kernel[(tiles.shape[0], columns // bn, parts)](
-            h, tiles, pairs, codes, steps, head, order, bias, z, part, arrivals if shared else None,
-            count, parts, gain, 1 / gain,
-            TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
-            BM=pair_tile, BN=bn, SHARED=shared, SWAP=swap, SPREAD=spread(pair_tile, block_size, how.warps, widths),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
-            STAGES=stages or how.stages, PACK=how.pack, num_warps=how.warps, **overlap(cc), **FUSION,
-        )  # fmt: skip
-    return z
-
-
-@gate_up.register_fake
-def _(h: torch.Tensor, tiles: torch.Tensor, pairs: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-    columns = named["columns"] if "columns" in named else rest[11]
-    return h.new_empty(pairs.shape[0], columns)
 
 
 def gate_up_reference(

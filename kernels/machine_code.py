@@ -16,13 +16,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .ahead import FETCHED_PAIRS
-from .launch import FUSION, Launch, overlap
+from .launch import FUSION, Launch
+from .launcher import options
 
 #: Instructions before the first copy.
 START_BUDGET = 400
 
 #: KiB of shared memory per multiprocessor; 1 of a program's is the system's.
-SHARED = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+#: Threads per multiprocessor.
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 _REGISTERS = 65536
 _ACCESSES = ("LDG", "STG", "ATOM", "RED", "CCTL", "UBLKCP")
 
@@ -101,16 +104,14 @@ def compile_case(case: Case, cc: int) -> Report:
     """
     names = case.kernel.arg_names
     apart = {} if case.constants.get("AHEAD") else _APART
-    known = {"PAIRS": FETCHED_PAIRS, **apart, "OVERLAP": overlap(cc)["OVERLAP"], **case.constants}
+    given, chosen = options(case.kernel, case.how, cc, case.fusion)
+    known = {"PAIRS": FETCHED_PAIRS, **apart, **case.constants, **given}
     fixed = {name: known[name] for name in names if name in known}
     signature = {n: "constexpr" if n in fixed else case.signature[n] for n in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     constants = {(names.index(n),): value for n, value in fixed.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.how.warps, "num_stages": case.how.stages, "maxnreg": case.how.registers}
-    options |= case.fusion
-    options |= {name: value for name, value in overlap(cc).items() if name != "OVERLAP" and "OVERLAP" in fixed}
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=chosen)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(compiled.asm["cubin"])
@@ -122,7 +123,7 @@ def compile_case(case: Case, cc: int) -> Report:
     registers, stack, local = map(int, found.groups())
     shared = compiled.metadata.shared
     threads = 32 * case.how.warps
-    resident = min(_REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)
+    resident = min(_REGISTERS // (-(-registers // 8) * 8 * threads), THREADS[cc] // threads)
     if shared:
         resident = min(resident, SHARED[cc] * 1024 // (shared + 1024))
     loop = main_loop(code)

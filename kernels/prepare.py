@@ -42,8 +42,7 @@ class PreparedSide:
         steps: 1-D, in stored order: bf16, which holds every step of a byte exactly, or fp16 of format version 1. A byte
             would be a load of its own in the kernels, for 3 % of a 2-bit weight.
         head: int32 ``[matrices, 2 + len(widths)]``: start in quanta, start in rows of ``block_size`` steps, then for
-        each
-            of ``widths`` the number of units at least that wide.
+            each of ``widths`` the number of units at least that wide.
         order: int32 ``[matrices, units]``: the unit at each payload position (widest first). On the output side of
             trellis codes ``[matrices, units, 6]``: besides the unit its width, the quantum where its chain begins, the
             chain's units, its number among them, and the row of its first group's steps; units of width 0 come last.
@@ -58,6 +57,11 @@ class PreparedSide:
     order: torch.Tensor
     widths: tuple[int, ...]
     gain: float
+
+    @property
+    def factor(self) -> list[torch.Tensor]:
+        """What `products.gate_up` and `products.down` take of it."""
+        return [self.codes, self.steps, self.head, self.order]
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
         return PreparedExperts(layout, packed, side_in, side_out, 0, sizes=entries_of("", layout))
     gpu = torch.cuda.get_device_properties(packed.codes_in.device)
     sizes = entries_of(gpu.name, layout)
-    spans = None if layout.codes else line_spans(side_in, side_out, layout)
+    spans = line_spans(side_in, side_out, layout)
     cache = int(getattr(gpu, "L2_cache_size", 0)) // 3
     return PreparedExperts(layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache, sizes)
 

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from bitsmoe_modifier.storage.steps import GREATEST_STEP, LEAST_STEP
 
-from .launch import NO_FUSION, on
+from .launch import NO_FUSION, Launch
+from .launcher import run
 
 #: Rows of a program where steps are kept.
 _ROWS = 128
@@ -144,13 +145,18 @@ def round_block(
     constants = constants_of(columns, rows // groups if refit else None, codes is not None, target.dtype)
     weight = step if row_weight is None else row_weight
     before = reference if codes is None else codes
-    with on(target.device):
-        round_block_kernel[(groups if refit else triton.cdiv(rows, _ROWS), count)](
-            target, response, reference, step, level, weight, before, found, new_step, change,
-            columns, rows, groups,
+    run(
+        round_block_kernel,
+        (groups if refit else triton.cdiv(rows, _ROWS), count),
+        (
+            target, response, reference, step, level, weight, before, found, new_step, change, columns, rows, groups,
             *target.stride()[:2], *response.stride()[:2], *reference.stride()[:2], *step.stride()[:2],
             *level.stride()[:2], level.stride(2) if level.shape[2] > 1 else 0, weight.stride(0), *before.stride()[:2],
             *found.stride()[:2], *new_step.stride()[:2],
-            **constants, num_warps=4, **NO_FUSION,
-        )  # fmt: skip
+        ),
+        Launch(warps=4, stages=1, pack=0),
+        target.device,
+        constants,
+        NO_FUSION,
+    )  # fmt: skip
     return found, new_step, change

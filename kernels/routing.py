@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .ahead import begin, fetch, payloads
-from .launch import FUSION, capability, on, overlap, power_of_two
+from .launch import Launch, power_of_two
+from .launcher import run
 
 
 @triton.jit
@@ -135,12 +136,14 @@ def route(
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
     ahead = spans, codes_in, steps_in, codes_out, steps_out
     if len(pairs):
-        with on(ids.device):
-            route_kernel[(experts,)](
-                ids, tiles, pairs, zeros, len(pairs), experts, len(tiles), arrivals, *ahead,
-                BM=tile, **route_arguments(len(pairs), experts), **payloads(ahead),
-                num_warps=4, **overlap(capability(ids.device)), **FUSION,
-            )  # fmt: skip
+        run(
+            route_kernel,
+            (experts,),
+            (ids, tiles, pairs, zeros, len(pairs), experts, len(tiles), arrivals, *ahead),
+            Launch(warps=4, stages=1, pack=0),
+            ids.device,
+            {"BM": tile, **route_arguments(len(pairs), experts), **payloads(ahead)},
+        )
     return tiles, pairs, zeros
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from bitsmoe_modifier.method.viterbi import Sequences
 from bitsmoe_modifier.storage.trellis import window_values
 
-from .launch import FUSION, on
+from .launch import Launch
+from .launcher import run
 
 #: Bytes of branches that one launch remembers at most.
 _SCRATCH = 1 << 28
@@ -98,11 +99,14 @@ def encode(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences, prelu
         batch = min(len(begin), max(1, _SCRATCH // (steps * states)))
         branches = torch.empty(batch * steps * states, dtype=torch.uint8, device=device)
         for some, lengths in zip(begin.split(batch), length.split(batch), strict=True):
-            with on(device):
-                encode_kernel[(len(some),)](
-                    u, g, some, lengths, values, branches, found, steps,
-                    B=width, PRELUDE=preludes[width], num_warps=1, **FUSION,
-                )  # fmt: skip
+            run(
+                encode_kernel,
+                (len(some),),
+                (u, g, some, lengths, values, branches, found, steps),
+                Launch(warps=1, stages=1, pack=0),
+                device,
+                {"B": width, "PRELUDE": preludes[width]},
+            )
     windows = torch.zeros(target.numel(), dtype=torch.uint8, device=device)
     windows[parts.place] = found
     return windows.view(target.shape)

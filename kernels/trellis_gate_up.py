@@ -20,17 +20,11 @@ from .ahead import begin
 from .arrival import arrive
 from .digits import product
 from .gate_up import gate_up_reference
-from .launch import FUSION, capability, launch_trellis, on, overlap
 from .routing import pair_tile
 from .trellis_codes import slices, tile_values
 
 #: What z is multiplied by.
 Z_SCALE = tl.constexpr(1 / 16)
-
-
-def z_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of z, for activations of ``dtype``: float32 is the interpreter's."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 @triton.jit
@@ -168,74 +162,6 @@ def trellis_gate_up_kernel(
                 gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,
                 I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT,
             )  # fmt: skip
-
-
-@torch.library.custom_op("bitsmoe::trellis_gate_up", mutates_args=("arrivals",))
-def trellis_gate_up(
-    h: torch.Tensor,
-    tiles: torch.Tensor,
-    pairs: torch.Tensor,
-    arrivals: torch.Tensor,
-    codes: torch.Tensor,
-    steps: torch.Tensor,
-    head: torch.Tensor,
-    order: torch.Tensor,
-    bias: torch.Tensor | None,
-    widths: list[int],
-    gain: float,
-    top_k: int,
-    block_size: int,
-    group_size: int,
-    columns: int,
-    pair_tile: int,
-    parts: int,
-    activation: str,
-    limit: float | None,
-    alpha: float,
-    up_shift: float,
-) -> torch.Tensor:
-    """A sixteenth of z, ``[T k, I]`` float16 (`z_dtype`); rows of pairs outside ``[0, E)`` are not written.
-
-    Args:
-        h: ``[T, R]`` contiguous.
-        tiles: from `routing.route`, likewise pairs.
-        pairs: see ``tiles``.
-        arrivals: int32 zeros, ``tiles * I / group_size`` where parts > 1; not zeros afterwards.
-        codes: as in `PreparedSide`, likewise steps, head, order, widths and gain.
-        bias: ``[E, 2 I]`` or None.
-        top_k: k.
-        block_size: directions of a unit.
-        group_size: columns that share a step.
-        columns: I.
-        pair_tile: BM: the ``tile`` given to `route`.
-        parts: programs that share a tile: 1, 2, 4, 8 or 16.
-        activation: with limit, alpha and up_shift the fields of `Gating`.
-    """
-    count = pairs.numel()
-    z = torch.empty(count, columns, dtype=z_dtype(h.dtype), device=h.device)
-    if not count:
-        return z
-    shared = parts > 1
-    part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=h.device) if shared else None
-    cc = capability(h.device)
-    how = launch_trellis(pair_tile, block_size, cc)
-    with on(h.device):
-        trellis_gate_up_kernel[(tiles.shape[0], columns // group_size, parts)](
-            h, tiles, pairs, codes.view(torch.uint16), steps, head, order, bias, z, part,
-            arrivals if shared else None, count, parts, gain, 1 / gain,
-            TOP_K=top_k, R=h.shape[1], I=columns, BS=block_size, GS=group_size, WIDTHS=tuple(widths),
-            BM=pair_tile, SHARED=shared, SPREAD=how.warps,
-            HAS_BIAS=bias is not None, ACTIVATION=activation, LIMIT=limit, ALPHA=alpha, SHIFT=up_shift,
-            STAGES=how.stages, PACK=how.pack, num_warps=how.warps, maxnreg=how.registers,
-            **overlap(cc), **FUSION,
-        )  # fmt: skip
-    return z
-
-
-@trellis_gate_up.register_fake
-def _(h: torch.Tensor, tiles: torch.Tensor, pairs: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-    columns = named["columns"] if "columns" in named else rest[11]
-    return h.new_empty(pairs.shape[0], columns, dtype=z_dtype(h.dtype))
 
 
 def trellis_gate_up_reference(

@@ -6,11 +6,10 @@ import triton
 
 from bitsmoe_modifier.method.viterbi import PRELUDE
 
-from .launch import Launch, launch_trellis, launch_trellis_down
+from .launch import Launch
 from .machine_code import Case
-from .trellis_down import trellis_down_kernel
+from .products import down_launch, gate_up_launch
 from .trellis_encoder import encode_kernel
-from .trellis_gate_up import trellis_gate_up_kernel
 
 #: Instructions per weight that the loop over the weights may spend, by width: 3.7 decode it.
 BUDGET = {1: 4.5, 2: 4.5, 3: 4.9, 4: 4.9, 6: 5.0, 8: 5.0}
@@ -27,23 +26,24 @@ def _case(
     name: str, kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object], how: Launch
 ) -> Case:
     """A case of gate_up or down with its budget, and the programs wanted on a multiprocessor."""
-    widths, tile, block = constants["WIDTHS"], constants["BM"], constants["BS"]
-    assert isinstance(widths, tuple) and isinstance(tile, int) and isinstance(block, int)  # noqa: S101, PT018 - types
-    one, wide = len(widths) == 1, 1.0 if block == 128 else 1.6  # short rows share the activations among fewer weights
+    widths, tile, block, group = (constants[name] for name in ("WIDTHS", "BM", "BS", "GS"))
+    assert isinstance(widths, tuple) and isinstance(tile, int)  # noqa: S101, PT018 - types
+    assert isinstance(block, int) and isinstance(group, int)  # noqa: S101, PT018 - types
+    one, wide = len(widths) == 1, 1.0 if block == group == 128 else 1.6  # short rows share activations among few
     return Case(
         name, kernel, signature, constants, how,
-        weights=block * block / (32 * how.warps) if one else 0,
+        weights=block * group / (32 * how.warps) if one else 0,
         budget=(wide * BUDGET[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
         programs=3 if tile <= 8 and how.warps == 2 else 2 if tile <= 16 and how.warps <= 4 else 1,
-        stack=16 if len(widths) > 3 or block < 128 else 0,
+        stack=16 if len(widths) > 3 or block < 128 or group < 128 else 0,
         flies=tile <= 16,
         stores=4 if one else None,
     )  # fmt: skip
 
 
-def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int, more: str) -> str:
+def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int, group: int, more: str) -> str:
     bits = ",".join(map(str, widths))
-    where = f", blocks of {block}" if block != 128 else ""
+    where = (f", blocks of {block}" if block != 128 else "") + (f", groups of {group}" if group != block else "")
     return f"trellis {operation} {bits} bit, {tile} pairs, {dtype}{where}{more}"
 
 
@@ -56,20 +56,22 @@ def gate_up_case(
     dtype: str = "bf16",
     shared: bool = False,
     block: int = 128,
+    group: int | None = None,
 ) -> Case:
-    """One case."""
-    how = launch_trellis(tile, block, cc)
+    """One case; group: as the block unless given."""
+    group = group or block
+    kernel, how, share = gate_up_launch(tile, group, block, widths, cc, trellis=True)
     constants: dict[str, object] = {
         "bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": None, "ALPHA": 1.0, "SHIFT": 0.0,
-        "TOP_K": 8, "R": r, "I": i, "BS": block, "GS": block, "WIDTHS": widths, "BM": tile, "SHARED": shared,
-        "SPREAD": how.warps, "STAGES": how.stages, "PACK": how.pack,
+        "TOP_K": 8, "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "SHARED": shared,
+        "SPREAD": share,
     }  # fmt: skip
     if not shared:
         constants |= {"part_ptr": None, "arrivals_ptr": None}
     signature = _INPUTS | {"head_ptr": "*i32", "order_ptr": "*i32", "h_ptr": f"*{dtype}", "part_ptr": "*fp32"}
     signature |= {"gain": "fp32", "inverse_gain": "fp32"}
-    name = _name("gate_up", widths, tile, dtype, block, ", shared" if shared else "")
-    return _case(name, trellis_gate_up_kernel, signature, constants, how)
+    name = _name("gate_up", widths, tile, dtype, block, group, ", shared" if shared else "")
+    return _case(name, kernel, signature, constants, how)
 
 
 def down_case(
@@ -80,22 +82,22 @@ def down_case(
     i: int,
     dtype: str = "bf16",
     block: int = 128,
-    warps: int | None = None,
+    warps: int = 0,
+    group: int | None = None,
 ) -> Case:
-    """One case."""
-    total = tile <= 16
-    how = launch_trellis_down(tile, block, cc, warps)
+    """One case; warps: 0 leaves them to the rules; group: as the block unless given."""
+    group, total = group or block, tile <= 16
+    kernel, how, share = down_launch(tile, block, group, warps, cc, trellis=True)
     constants: dict[str, object] = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
-        "R": r, "I": i, "BS": block, "GS": block, "WIDTHS": widths, "BM": tile, "SPREAD": how.warps,
-        "JOINED": block < 128, "STAGES": how.stages, "PACK": how.pack,
+        "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "SPREAD": share, "JOINED": block < 128,
     }  # fmt: skip
     if not total:
         constants |= dict.fromkeys(("ids_ptr", "p_ptr", "y_ptr", "arrivals_ptr"))
     signature = _INPUTS | {"places_ptr": "*i32", "t_ptr": "*fp32" if total else f"*{dtype}", "ids_ptr": "*i64"}
     signature |= {"p_ptr": "*fp32", "y_ptr": f"*{dtype}"}
-    name = _name("down", widths, tile, dtype, block, f", {how.warps} warps" if warps else "")
-    return _case(name, trellis_down_kernel, signature, constants, how)
+    name = _name("down", widths, tile, dtype, block, group, f", {how.warps} warps" if warps else "")
+    return _case(name, kernel, signature, constants, how)
 
 
 def encoder_case(width: int) -> Case:
@@ -136,3 +138,13 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
         yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), 8, r, i)
         yield gate_up_case(cc, mixed, 8, r, i, block=64)
         yield down_case(cc, mixed, 8, r, i, block=64)
+
+
+def trellis_shapes(cc: int, widths: tuple[int, ...], block: int, group: int, r: int, i: int) -> Iterator[Case]:
+    """Every tile and number of warps that a block and a group may be launched with; arguments as of `trellis_cases`."""
+    for tile in (8, 16, 32):
+        yield gate_up_case(cc, widths, tile, r, i, block=block, group=group)
+        yield down_case(cc, widths, tile, r, i, block=block, group=group)
+    yield gate_up_case(cc, widths, 8, r, i, shared=True, block=block, group=group)
+    if group >= 64:
+        yield down_case(cc, widths, 8, r, i, block=block, warps=8, group=group)

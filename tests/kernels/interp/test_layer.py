@@ -230,16 +230,14 @@ def test_operators_describe_their_results():
         ops.basis_and_route.default, (torch.randn(1, 32).to(dtype), weight, None, 16, 32, *routing), test_utils=tests
     )
     tiles, pairs, arrivals = ops.route(ids, 2, 8, 10)
-    arguments = (side_in.codes, side_in.steps, side_in.head, side_in.order, None, [2], side_in.gain, 2, 16, 32, 32, 8)
-    gate = ("silu", None, 1.0, 0.0)
     h = torch.randn(1, 32).to(dtype)
-    torch.library.opcheck(
-        ops.gate_up.default, (h, tiles, pairs, arrivals, *arguments, 32, 4, True, *gate), test_utils=tests
-    )
-    factor, last = (side_out.codes, side_out.steps, side_out.head, side_out.order), ([2], 16, 32, 8, 16)
+    sizes, gate = (2, 16, 32, 32, 8, 32, 4, True), ("silu", None, 1.0, 0.0)
+    arguments = (h, tiles, pairs, arrivals, side_in.factor, None, [2], side_in.gain, False, *sizes, *gate)
+    torch.library.opcheck(ops.gate_up.default, arguments, test_utils=tests)
     z, weights = torch.randn(2, 32).to(dtype), torch.rand(1, 2)
-    torch.library.opcheck(ops.down.default, (z, tiles, pairs, *factor, *last), test_utils=tests)
-    total = (z, tiles, pairs, torch.zeros_like(arrivals), *factor, ids, weights, None, None, *last)
-    torch.library.opcheck(ops.down_and_combine.default, total, test_utils=tests)
+    last = ([2], False, 16, 32, 8, 16, 0, dtype)
+    for total in ((None, None, None, None), (ids, weights, None, None)):
+        arguments = (z, tiles, pairs, torch.zeros_like(arrivals), side_out.factor, *total, *last)
+        torch.library.opcheck(ops.down.default, arguments, test_utils=tests)
     rows = (torch.randn(2, 32), ids, torch.rand(1, 2), None, None, 2, 32, torch.float16)
     torch.library.opcheck(ops.combine.default, rows, test_utils=tests)

@@ -16,10 +16,11 @@ from bitsmoe_kernels.activation import gating_arguments
 from bitsmoe_kernels.ahead import FETCHED_PAIRS, fetch, fits_ahead
 from bitsmoe_kernels.basis import basis, basis_and_route, basis_reference
 from bitsmoe_kernels.combine import combine, combine_reference
-from bitsmoe_kernels.down import down, down_and_combine, down_reference
-from bitsmoe_kernels.gate_up import gate_up, gate_up_reference
+from bitsmoe_kernels.down import down_reference
+from bitsmoe_kernels.gate_up import gate_up_reference
 from bitsmoe_kernels.launch import capability, down_tile, swaps
 from bitsmoe_kernels.prepare import line_spans
+from bitsmoe_kernels.products import down, gate_up
 from bitsmoe_kernels.reference import decode_expert_factors
 from bitsmoe_kernels.routing import route, tiles_reference
 from bitsmoe_kernels.synthetic import random_experts
@@ -116,8 +117,8 @@ def check_gate_up(layout, packed, ids, h, gating, parts, tile, swap=True):
     counters = len(ids) * ids.shape[1] * layout.intermediate_size // bn
     tiles, pairs, arrivals = route(ids, layout.num_experts, tile, counters)
     got = gate_up(
-        h, tiles, pairs, arrivals, side.codes, side.steps, side.head, side.order, packed.in_bias, list(side.widths),
-        side.gain, ids.shape[1], layout.block_size, layout.group_size, layout.intermediate_size, tile, bn, parts, swap,
+        h, tiles, pairs, arrivals, side.factor, packed.in_bias, list(side.widths), side.gain, False, ids.shape[1],
+        layout.block_size, layout.group_size, layout.intermediate_size, tile, bn, parts, swap,
         *gating_arguments(gating),
     )  # fmt: skip
     got = swapped(got) if swap else got
@@ -168,16 +169,15 @@ def test_each_width_in_blocks_of_128(width):
 
 
 def check_down(layout, packed, ids, z, tile):
-    """`down` element by element, and `down_and_combine` with a bias and a base."""
+    """`down` element by element, and with the sum over a token's experts, a bias and a base."""
     _, f = decode_expert_factors(packed)
     side = prepare(packed).side_out
     br = down_tile(ids.numel(), layout.rank_out, layout.block_size)
     tokens, k = ids.shape
     tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.rank_out // br)
-    factor = side.codes, side.steps, side.head, side.order
-    last = list(side.widths), layout.block_size, layout.group_size, tile, br
+    last = list(side.widths), False, layout.block_size, layout.group_size, tile, br, 0, z.dtype
     given = swapped(z) if swaps(tile, br, capability(z.device)) else z
-    got = down(given, tiles, pairs, *factor, *last)
+    got = down(given, tiles, pairs, arrivals[:0], side.factor, None, None, None, None, *last)
     want = down_reference(z, ids, f)
     assert got.dtype == z.dtype
     bounds = torch.zeros_like(want)
@@ -189,7 +189,7 @@ def check_down(layout, packed, ids, z, tile):
     weights = torch.rand(tokens, k, generator=g).to(z.device)
     bias = torch.randn(layout.num_experts, layout.rank_out, generator=g).to(z.device, z.dtype)
     base = torch.randn(tokens, layout.rank_out, generator=g).to(z.device)
-    y = down_and_combine(given, tiles, pairs, arrivals, *factor, ids, weights, bias, base, *last)
+    y = down(given, tiles, pairs, arrivals, side.factor, ids, weights, bias, base, *last)
     assert y.dtype == z.dtype
     total = combine_reference(want, ids, weights, bias, base, layout.num_experts, layout.rank_out)
     bound = combine_reference(bounds, ids, weights, None, None, layout.num_experts, layout.rank_out)
@@ -256,10 +256,15 @@ def mark_kernel(ids, spans, codes_in, steps_in, codes_out, steps_out, P, E, PAIR
     fetch(ids, spans, codes_in, steps_in, codes_out, steps_out, tl.program_id(0), tl.num_programs(0), P, E, PAIRS, True)
 
 
+@pytest.mark.parametrize("codes", [0, 1], ids=["scalar", "trellis"])
 @pytest.mark.parametrize("programs", [1, 5])
-def test_what_is_fetched_ahead_is_what_the_chosen_experts_hold(programs):
-    layout, packed = layer_of((4, 128, 192, 64, 64), (0, 1, 4, 8), 5)
+def test_what_is_fetched_ahead_is_what_the_chosen_experts_hold(programs, codes):
+    layout, packed = layer_of((4, 128, 192, 64, 64), (0, 1, 4, 8), 5, codes=codes, stripes=codes)
     prepared, ids = prepare(packed), torch.tensor([[2, -1], [0, 4], [2, 2]])
+    if codes:  # an expert's first chain and its steps lie where its head says
+        first = prepared.side_out.order[:, 0][prepared.side_out.order[:, 0, 1] > 0]
+        held = prepared.side_out.head[:, :2][prepared.side_out.order[:, 0, 1] > 0]
+        assert torch.equal(first[:, [2, 5]], held)
     sides = prepared.side_in, prepared.side_out
     payloads = [payload for side in sides for payload in (side.codes, side.steps)]
     marks = [torch.zeros(-(-payload.nbytes // 128) * 128, dtype=torch.uint8) for payload in payloads]

@@ -13,11 +13,12 @@ from bitsmoe_kernels import prepare
 from bitsmoe_kernels.activation import gating_arguments
 from bitsmoe_kernels.combine import combine_reference
 from bitsmoe_kernels.launch import interpreting
+from bitsmoe_kernels.products import down, gate_up
 from bitsmoe_kernels.reference import decode_expert_factors
 from bitsmoe_kernels.routing import route
 from bitsmoe_kernels.trellis_codes import tile_values
-from bitsmoe_kernels.trellis_down import trellis_down, trellis_down_and_combine, trellis_down_reference
-from bitsmoe_kernels.trellis_gate_up import trellis_gate_up, trellis_gate_up_reference
+from bitsmoe_kernels.trellis_down import trellis_down_reference
+from bitsmoe_kernels.trellis_gate_up import trellis_gate_up_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_backend import seeded
@@ -76,9 +77,9 @@ def check_gate_up(layout, packed, ids, h, gating, parts, tile):
     a, _ = decode_expert_factors(packed)
     side, k = prepare(packed).side_in, ids.shape[1]
     tiles, pairs, arrivals = route(ids, layout.num_experts, tile, len(ids) * k * layout.groups)
-    got = trellis_gate_up(
-        h, tiles, pairs, arrivals, side.codes, side.steps, side.head, side.order, packed.in_bias, list(side.widths),
-        side.gain, k, layout.block_size, layout.group_size, layout.intermediate_size, tile, parts,
+    got = gate_up(
+        h, tiles, pairs, arrivals, side.factor, packed.in_bias, list(side.widths), side.gain, True, k,
+        layout.block_size, layout.group_size, layout.intermediate_size, tile, layout.group_size, parts, False,
         *gating_arguments(gating),
     )  # fmt: skip
     want = trellis_gate_up_reference(h, ids, a, packed.in_bias, gating)
@@ -126,13 +127,14 @@ def test_each_width_in_blocks_of_128(width):
 
 
 def check_down(layout, packed, ids, z, tile, warps):
-    """`trellis_down` element by element, and `trellis_down_and_combine` with a bias and a base."""
+    """`down` element by element, and with the sum over a token's experts, a bias and a base."""
     _, f = decode_expert_factors(packed)
     side, (tokens, k) = prepare(packed).side_out, ids.shape
     tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.units_out)
-    factor = side.codes, side.steps, side.order
-    last = list(side.widths), layout.block_size, layout.group_size, tile, warps, torch.float32
-    got = trellis_down(z / 16, tiles, pairs, *factor, *last)  # exact: a power of two
+    sizes = layout.block_size, layout.group_size, tile, layout.block_size
+    last = list(side.widths), True, *sizes, warps, torch.float32
+    given = z / 16  # exact: a power of two
+    got = down(given, tiles, pairs, arrivals[:0], side.factor, None, None, None, None, *last)
     want = trellis_down_reference(z / 16, ids, f)
     bounds = torch.zeros_like(want)
     for p, e in enumerate(ids.flatten().tolist()):
@@ -143,7 +145,7 @@ def check_down(layout, packed, ids, z, tile, warps):
     weights = torch.rand(tokens, k, generator=g)
     bias = torch.randn(layout.num_experts, layout.rank_out, generator=g)
     base = torch.randn(tokens, layout.rank_out, generator=g)
-    y = trellis_down_and_combine(z / 16, tiles, pairs, arrivals, *factor, ids, weights, bias, base, *last)
+    y = down(given, tiles, pairs, arrivals, side.factor, ids, weights, bias, base, *last)
     total = combine_reference(want, ids, weights, bias, base, layout.num_experts, layout.rank_out)
     bound = combine_reference(bounds, ids, weights, None, None, layout.num_experts, layout.rank_out)
     sizes = combine_reference(want.abs(), ids, weights, bias.abs(), base.abs(), layout.num_experts, layout.rank_out)
@@ -169,9 +171,9 @@ def test_z_beyond_the_range_is_infinite_and_not_wrong():
     side = prepare(packed).side_in
     tiles, pairs, arrivals = route(torch.tensor([[0]]), 1, 8, 0)
     h = torch.zeros(1, 32, dtype=torch.bfloat16)
-    z = trellis_gate_up(
-        h, tiles, pairs, arrivals, side.codes, side.steps, side.head, side.order, packed.in_bias, [2], side.gain, 1, 16,
-        32, 32, 8, 1, *gating_arguments(Gating()),
+    z = gate_up(
+        h, tiles, pairs, arrivals, side.factor, packed.in_bias, [2], side.gain, True, 1, 16, 32, 32, 8, 32, 1, False,
+        *gating_arguments(Gating()),
     )  # fmt: skip
     assert torch.isinf(z).all()  # 9 million
 
@@ -182,26 +184,11 @@ def test_operators_describe_their_results():
     side_in, side_out, ids = experts.side_in, experts.side_out, torch.tensor([[0, 1]])
     tiles, pairs, arrivals = route(ids, 2, 8, 4)
     ops, h = torch.ops.bitsmoe, torch.randn(1, 32).to(torch.bfloat16)
-    arguments = (
-        side_in.codes,
-        side_in.steps,
-        side_in.head,
-        side_in.order,
-        None,
-        [2],
-        side_in.gain,
-        2,
-        16,
-        32,
-        32,
-        8,
-        4,
-    )
-    torch.library.opcheck(
-        ops.trellis_gate_up.default, (h, tiles, pairs, arrivals, *arguments, "silu", None, 1.0, 0.0), test_utils=tests
-    )
+    sizes, gate = (2, 16, 32, 32, 8, 32, 4, False), ("silu", None, 1.0, 0.0)
+    arguments = (h, tiles, pairs, arrivals, side_in.factor, None, [2], side_in.gain, True, *sizes, *gate)
+    torch.library.opcheck(ops.gate_up.default, arguments, test_utils=tests)
     z, weights = torch.randn(2, 32).half(), torch.rand(1, 2)
-    factor, last = (side_out.codes, side_out.steps, side_out.order), ([2], 16, 32, 8, 2, torch.bfloat16)
-    torch.library.opcheck(ops.trellis_down.default, (z, tiles, pairs, *factor, *last), test_utils=tests)
-    total = (z, tiles, pairs, torch.zeros_like(arrivals), *factor, ids, weights, None, None, *last)
-    torch.library.opcheck(ops.trellis_down_and_combine.default, total, test_utils=tests)
+    last = ([2], True, 16, 32, 8, 16, 2, torch.bfloat16)
+    for total in ((None, None, None, None), (ids, weights, None, None)):
+        arguments = (z, tiles, pairs, torch.zeros_like(arrivals), side_out.factor, *total, *last)
+        torch.library.opcheck(ops.down.default, arguments, test_utils=tests)
