@@ -70,7 +70,9 @@ def test_a_trial_rounds_by_the_fitted_rows_alone() -> None:
     for factor in (1.0, 3.0):
         changed = torch.where(tokens.held[:, None], x * factor, x)
         other = RoutedTokens.from_router(changed, ids, p, 4, rows=8)
-        found.append(trial_losses(experts, other.fitted(), other.held_out(), design, settings, None, [1, 3]))
+        found.append(
+            trial_losses(experts, other.fitted(), other.held_out(), design, settings, None, [1, 3], ("held", "fitted"))
+        )
     assert torch.equal(found[0][1], found[1][1])
     assert bool((found[1][0] > 2 * found[0][0]).all())
 

@@ -6,7 +6,9 @@ basis has made them white; and the weak directions of a basis carry more energy 
 much of either, neither theory nor the calibration rows say well enough at two bits (docs/quality.md).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -108,7 +110,7 @@ class Trials:
         self.ids = self.ids or trial_experts(foretold, self.held, one.dense_ids, _sample_size(experts))
         if not self.ids:
             return float("inf")
-        found = trial_losses(experts, tokens, self.held, design, self.settings, self.metric, self.ids)
+        found = trial_losses(experts, tokens, self.held, design, self.settings, self.metric, self.ids, ("held",))
         return float(foretold.sum() * (found[0] / foretold[self.ids].clamp_min(1e-300)).mean())
 
 
@@ -148,6 +150,7 @@ def trial_losses(
     settings: QuantizerSettings,
     metric: torch.Tensor | None,
     ids: list[int],
+    judges: Sequence[Literal["held", "fitted"]],
 ) -> torch.Tensor:
     """Squared output error (under the metric) of some experts, rounded by the fitted tokens as the layer would be.
 
@@ -155,22 +158,24 @@ def trial_losses(
         experts, settings, metric: as in `quantize_layer`; design: of all experts.
         tokens: the fitted ones; held: the others.
         ids: which experts.
+        judges: the tokens that the errors are of. Most are fitted, and their errors take as long as rounding.
 
     Returns:
-        float64 ``[2, len(ids)]`` on the CPU: on the held-out tokens, and on the fitted ones.
+        float64 ``[len(judges), len(ids)]`` on the CPU.
     """
     device = tokens.x.device
     at = torch.tensor(ids, device=device)
     bias = None if experts.in_bias is None else experts.in_bias[at]
     some = replace(experts, gate_up=experts.gate_up[at], down=experts.down[at], in_bias=bias, out_bias=None)
-    fitted, judging = _compact(tokens.of(ids), held.of(ids))
+    fitted, held = _compact(tokens.of(ids), held.of(ids))
     part = moved(_of_experts(design, ids), device)
     h = project(fitted.x, part.inputs.basis)
     layer = LayerTask(some, fitted, None, None, part, settings, metric, Ranks.alone(), h)
     inputs = round_input(layer)
     outputs = round_output(layer, inputs)
-    losses = torch.zeros(2, len(ids), dtype=torch.float64)
-    for loss, seen in zip(losses, (judging, fitted), strict=True):
+    losses = torch.zeros(len(judges), len(ids), dtype=torch.float64)
+    for loss, judge in zip(losses, judges, strict=True):
+        seen = {"held": held, "fitted": fitted}[judge]
         for expert, pairs in enumerate(seen.pairs(range(len(ids)))):
             token = seen.token[pairs]
             error = some.activations(expert, h[token], expert_gate_up(inputs, expert))
@@ -199,7 +204,8 @@ def optimism(layer: LayerTask, shrinkage: float) -> float:
     if not ids:
         return 1.0
     settings = replace(layer.settings, shrinkage=shrinkage, codes="scalar")
-    lost = trial_losses(layer.experts, fitted, held, design, settings, layer.metric, ids).sum(1)
+    judges: tuple[Literal["held", "fitted"], ...] = ("held", "fitted")
+    lost = trial_losses(layer.experts, fitted, held, design, settings, layer.metric, ids, judges).sum(1)
     mass = [sum(float(one.weight[pairs].sum()) for pairs in one.pairs(ids)) for one in (held, fitted)]
     if not float(lost[1]) > 0 or not min(mass) > 0:
         return 1.0
