@@ -14,6 +14,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 from tqdm import tqdm
 
+from ..devices import kernels_usable
 from ..errors import CalibrationError, RecipeError
 from ..loading.format import attach, make_scheme
 from ..method.candidates import plan_layer
@@ -40,6 +41,7 @@ from .capture import (
 from .fields import BitsMoEFields
 from .fingerprint import fingerprint, rows_digest
 from .fusing import fuse_dense_experts
+from .gpu_check import check_product, check_rounding
 from .mtp import plan_mtp, quantize_mtp
 from .mtp_layers import MtpLayer
 from .padding import Padding
@@ -130,6 +132,7 @@ class BitsMoEModifier(BitsMoEFields):
     _resume: SharedFolder = PrivateAttr(default_factory=lambda: SharedFolder(Ranks.alone(), None))
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
+    _checked: bool = PrivateAttr(default=False)
     _mtp: list[tuple[MtpLayer, int]] = PrivateAttr(default_factory=list)
 
     @property
@@ -146,6 +149,8 @@ class BitsMoEModifier(BitsMoEFields):
             raise RecipeError(
                 f"the model could not be saved afterwards: {problem}; mend model.config and model.generation_config"
             )
+        if kernels_usable():
+            check_rounding(torch.device("cuda", torch.cuda.current_device()))
         if self.codes == "auto" and not encoder_found():
             logger.warning("scalar codes, which lose more: to find trellis codes takes a C++ compiler or a CUDA GPU")
             self.codes = "scalar"
@@ -298,7 +303,10 @@ class BitsMoEModifier(BitsMoEFields):
         replacement.report = report
         attach(replacement, self._scheme)
         if isinstance(leaf._parameters, OffloadCache):
-            offload_module(replacement, **get_cache_init_kwargs(leaf))
+            offload_module(replacement, **get_cache_init_kwargs(leaf))  # which no kernel runs
+        elif inputs and not self._checked:
+            self._checked = True
+            check_product(replacement, inputs[0])
         return replacement
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -1,0 +1,113 @@
+"""The Triton kernels against plain PyTorch on the GPU of a run, before the run relies on them.
+
+What passes in an interpreter and compiles for a GPU may still fail, or compute otherwise, on one that nobody had yet. A
+quantization takes hours, this look some seconds; where a kernel is not to be trusted, the run goes on without any.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from loguru import logger
+
+from ..devices import kernels_usable, kernels_wanted
+from ..method import rounding
+from ..method.trellis import NORMAL_STEP
+from ..method.viterbi import PRELUDE, Sequences, encode_plain
+from ..runtime.experts import BitsMoEExperts
+from ..storage.planes import WIDTHS
+from ..storage.steps import storable_steps
+from ..storage.trellis import CODES, sequence_order, trellis_values
+
+#: How far a kernel's loss may lie from PyTorch's, relative: sums have another order, and what lies next to a tie falls
+#: on either side.
+_LOSS = 1e-2
+#: How far products of bfloat16 may lie apart, of their own size.
+_PRODUCT = 5e-2
+_SEQUENCES, _LENGTH, _COLUMNS = 8, 128, 16
+#: Tokens of the first layer that is packed, which both paths are given.
+_TOKENS = 64
+
+
+def check_rounding(device: torch.device | str) -> bool:
+    """Whether the kernels that quantize are trusted on a GPU; where not, a warning says why and none is used from here.
+
+    Random weights are rounded and encoded by both; what they lose must be the same.
+    """
+    checks: dict[str, Callable[[torch.device | str], float]] = {"rounding": _rounded, "trellis encoder": _encoded}
+    return all(_trusted(name, partial(check, device), _LOSS) for name, check in checks.items())
+
+
+def check_product(experts: BitsMoEExperts, inputs: Sequence[torch.Tensor]) -> bool:
+    """The same of the kernels that multiply by packed experts, which the calibration rows go through from here on.
+
+    Args:
+        experts: a layer, placed.
+        inputs: its inputs, expert ids and their weights for some tokens; the first ones are taken.
+    """
+    some = [one[:_TOKENS] for one in inputs]
+    if not kernels_wanted(some[0]):
+        return True
+
+    def difference() -> float:
+        found, plain = (product(*some).float() for product in (experts, experts.forward_plain))
+        return float((found - plain).norm() / plain.norm().clamp_min(1e-30))
+
+    return _trusted("product", difference, _PRODUCT)
+
+
+def _trusted(name: str, difference: Callable[[], float], limit: float) -> bool:
+    if not kernels_usable():  # an earlier check found out
+        return False
+    try:
+        found = difference()
+        trouble = "" if found <= limit else f"it differs from PyTorch by {found:.3g}, {limit} is allowed"
+    except Exception as error:  # noqa: BLE001  whatever a compiler or a driver has to say: the run can do without
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble:
+        os.environ["BITSMOE_FORCE_PLAIN"] = "1"
+        logger.warning(
+            f"no Triton kernel is used, plain PyTorch is, which is slower: on this GPU the {name} kernel is not to be "
+            f"trusted ({trouble}); `python benchmarks/gpu.py --stage check` says more"
+        )
+    return not trouble
+
+
+def _rounded(device: torch.device | str) -> float:
+    """Relative difference of what rounding a block of columns loses."""
+    from bitsmoe_kernels.rounding import round_block
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = len(WIDTHS), _COLUMNS, _LENGTH
+    weights, response = (
+        torch.randn(*size, generator=generator, device="cpu") for size in (shape, (*shape[:2], _COLUMNS))
+    )
+    level = 2.0 ** torch.tensor(WIDTHS, device="cpu")[:, None, None].expand(-1, _COLUMNS, 1) - 1
+    step = storable_steps(2.0 / (level + 1))
+    importance = torch.rand(shape[0], _LENGTH, generator=generator, device="cpu")
+    block = weights.clone(), 0.1 * response, weights, step, level, importance
+    found = round_block(*(one.to(device) for one in block))[2].cpu()
+    plain = rounding.round_block(*block)[2]
+    return _apart(found, plain)
+
+
+def _encoded(device: torch.device | str) -> float:
+    """The largest relative difference, over bit-widths, of what encoding sequences loses."""
+    from bitsmoe_kernels.trellis_encoder import encode
+
+    generator, apart = torch.Generator("cpu").manual_seed(0), []
+    for width in CODES:
+        target = torch.randn(_SEQUENCES, _LENGTH, generator=generator, device="cpu") / NORMAL_STEP[width]
+        gain = torch.ones_like(target)
+        order = sequence_order(_LENGTH, "cpu")
+        rows = Sequences.rows(torch.full((_SEQUENCES,), width, device="cpu"), order)
+        windows = encode(target.to(device), gain.to(device), rows, PRELUDE).cpu(), encode_plain(target, gain, rows)
+        apart.append(_apart(*(target - trellis_values(one, width) for one in windows)))
+    return max(apart)
+
+
+def _apart(found: torch.Tensor, plain: torch.Tensor) -> float:
+    """Relative difference of two losses, summed squares; NaN where there is one."""
+    one, two = (float(errors.double().square().sum()) for errors in (found, plain))
+    return abs(one - two) / two
