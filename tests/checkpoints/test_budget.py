@@ -68,6 +68,21 @@ def test_size_is_hit_within_one_percent(tmp_path: Path) -> None:
     assert abs(checkpoint_bytes(out) / size - 1) < 0.01
 
 
+def test_memory_is_filled_by_the_folder_that_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weight files, with the cache and the workspace that the command names, take what a GPU has to within 1 %."""
+    quick = tmp_path / "quick.yaml"
+    quick.write_text(f"q_stage: {{q_modifiers: {{BitsMoEModifier: {{scope: layer, {QUICK}}}}}}}")
+    model, out = demo_asset("docmoe"), tmp_path / "out"
+    fields = {"bits": 2.0, "scope": "layer"}
+    beside = bits_for_memory(model, 1, 10**10, 1024, 2, fields)
+    memory = round((1_700_000 + beside.cache + beside.workspace) / 0.92)
+    arguments = ["--recipe", str(quick), "--samples", "16", "--seq-len", "64", "--context", "1k", "--batch", "2"]
+    assert main(["quantize", "--fit", str(memory), "--out", str(out), *arguments]) == 0
+    assert "KV cache of 2 × 1024 tokens" in capsys.readouterr().err
+    assert abs((checkpoint_bytes(out) + beside.cache + beside.workspace) / (0.92 * memory) - 1) < 0.01
+    assert abs(checkpoint_bytes(out) / 1_700_000 - 1) < 0.01, "the weights alone, too, which are little here"
+
+
 def test_layers_left_dense_are_counted() -> None:
     model = demo_asset("docmoe")
     ignore = {"ignore": [r"re:.*layers\.0\..*"]}

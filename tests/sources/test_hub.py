@@ -2,8 +2,11 @@
 
 import fnmatch
 import json
+import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,65 @@ def test_without_a_network_it_says_so(
         monkeypatch.setattr(huggingface_hub, name, _unreachable)
     with pytest.raises(BitsMoEError, match=r"org/model is neither .* the hub cannot be reached .*; give the folder"):
         ask("org/model")
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[int, str], None]]:
+    """A hub on this machine that answers everything by a status and the hub's own code for an error."""
+    answer = [200, ""]
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(answer[0]))
+            self.send_header("X-Error-Code", str(answer[1]))
+            self.send_header("X-Error-Message", "Access to model org/model is restricted.")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    yield lambda status, code: answer.__setitem__(slice(None), [status, code])
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (
+            403,
+            "GatedRepo",
+            "its owner wants an agreement first. Ask for access on its page of the hub, then log in by `hf",
+        ),
+        (401, "RepoNotFound", "a model that the hub shows you: check the name; if it is private, log in by `hf"),
+        (404, "RepoNotFound", "a model that the hub shows you: check the name"),
+    ],
+)
+@pytest.mark.parametrize("ask", [find_model, read_headers], ids=["find_model", "plan"])
+def test_what_the_hub_refuses(
+    ask: Callable[[str], object], status: int, code: str, said: str, answering: Callable[[int, str], None]
+) -> None:
+    answering(status, code)
+    with pytest.raises(BitsMoEError, match=re.escape(said)):
+        ask("org/model")
+
+
+def test_a_hub_that_is_down(answering: Callable[[int, str], None]) -> None:
+    answering(503, "")
+    with pytest.raises(BitsMoEError, match=r"the hub cannot be reached \(HfHubHTTPError: Server error '503"):
+        find_model("org/model")
 
 
 @pytest.fixture

@@ -385,4 +385,4 @@ def _refusal(problem: str, remedy: str) -> BitsMoEError:
 
 
 def _gb(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+    return f"{n / 1e6:.1f} MB" if 0 < n < 1e8 else f"{n / 1e9:.1f} GB"

@@ -64,9 +64,21 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *http
 
 
+#: how the hub's library calls it when the hub does not answer, and nothing of the model is here
+_UNREACHABLE = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+
+
 def reason(error: Exception) -> str:
-    """The end of a sentence "… a model that": why the hub did not give it, in one line."""
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"):
+    """The end of a sentence "… a model that": why the hub did not give it, and what to do, in one line."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = str(error).strip().partition("\n")[0].removeprefix("Got: ") or type(error).__name__
+    if "GatedRepoError" in kinds:
+        return (
+            "you may download: its owner wants an agreement first. Ask for access on its page of the hub, then log in "
+            "by `hf auth login`"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return "the hub shows you: check the name; if it is private, log in by `hf auth login`"
+    if kinds & {*_UNREACHABLE}:
         return f"could be asked for: the hub cannot be reached ({said}); give the folder of a downloaded model"
     return f"can be downloaded: {said}"
