@@ -40,8 +40,8 @@ def native_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL | N
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         _LOGGER.warning(
-            "%s is not compiled, PyTorch runs in its place, slower: no C++ compiler found; install one (apt-get install "
-            "g++), or name it by CXX",
+            "%s is not compiled, PyTorch runs in its place, slower: no C++ compiler found; install one (apt-get "
+            "install g++), or name it by CXX",
             source.name,
         )
         return None

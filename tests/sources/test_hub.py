@@ -99,7 +99,7 @@ def test_without_a_network_it_says_so(
     ask: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("snapshot_download", "get_safetensors_metadata"):
+    for name in ("snapshot_download", "get_safetensors_metadata", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, _unreachable)
     with pytest.raises(BitsMoEError, match=r"org/model is neither .* the hub cannot be reached .*; give the folder"):
         ask("org/model")

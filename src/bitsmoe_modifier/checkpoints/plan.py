@@ -66,8 +66,8 @@ def read_headers(model: str) -> Headers:
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
+        config = read_json(Path(hf_hub_download(model, "config.json")))  # first: it says why a model cannot be had
         found = get_safetensors_metadata(model)
-        config = read_json(Path(hf_hub_download(model, "config.json")))
     except NotASafetensorsRepoError as error:
         raise BitsMoEError(f"{model} is neither a folder nor a hub model with safetensors files: {error}") from error
     except hub_errors() as error:
