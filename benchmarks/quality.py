@@ -79,7 +79,7 @@ def recipe(
     baselines: Sequence[str],
     changes: Sequence[str] | None,
     group: int = 128,
-    codes: Sequence[str] = ("scalar",),
+    codes: Sequence[str] = ("trellis",),
 ) -> dict[str, Any]:
     """The stages of the benchmark, by arm name; changes: names of `ABLATIONS`, None for the default recipe alone."""
     arms: dict[str, dict[str, Any]] = {}
@@ -89,9 +89,8 @@ def recipe(
     for budget in budgets:
         label = str(budget).replace(".", "_")
         for family in codes:
-            prefix = "" if family == "scalar" else f"{family}_"
             for name, change in [("bitsmoe", {})] if changes is None else [(c, ABLATIONS[c]) for c in changes]:
-                arms[f"{prefix}{name}_{label}"] = {"BitsMoEModifier": {"bits": budget, "codes": family, **change}}
+                arms[f"{family}_{name}_{label}"] = {"BitsMoEModifier": {"bits": budget, "codes": family, **change}}
     return {f"{name}_stage": {"quant_modifiers": modifiers} for name, modifiers in arms.items()}
 
 
@@ -213,7 +212,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128, help="weights per scale of GPTQ and round-to-nearest")
     parser.add_argument("--baselines", default=",".join(BASELINES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--no-baselines", action="store_true", help="BitsMoE only")
-    parser.add_argument("--codes", default="scalar", help="families of codes, comma-separated: scalar, trellis")
+    parser.add_argument("--codes", default="trellis", help="families of codes, comma-separated (default: trellis)")
     parser.add_argument(
         "--ablate",
         nargs="?",

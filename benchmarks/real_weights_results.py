@@ -74,9 +74,8 @@ def _arm_of_stage(stage: str) -> str:
     if "_w" in stage and stage.rpartition("_w")[2].isdigit():
         return stage
     name, whole, decimals = stage.rsplit("_", 2)
-    options = [":codes=trellis"] if name.startswith("trellis_") else []
-    change = name.removeprefix("trellis_")
-    options += [] if change in ("bitsmoe", "full") else [f":{change}"]
+    family, _, change = name.partition("_")
+    options = [f":codes={family}"] + ([] if change in ("bitsmoe", "full") else [f":{change}"])
     return f"bitsmoe_{whole}.{decimals}" + "".join(options)
 
 

@@ -111,7 +111,7 @@ def test_stages_are_those_of_the_named_baselines_and_ablations():
     stages = quality.recipe([2.0], ["gptq"], ["full", "no_bases"], codes=("scalar", "trellis"))
     assert list(stages) == [
         *(f"gptq_w{bits}_stage" for bits in (2, 3, 4)),
-        *(f"{family}{name}_2_0_stage" for family in ("", "trellis_") for name in ("full", "no_bases")),
+        *(f"{family}_{name}_2_0_stage" for family in ("scalar", "trellis") for name in ("full", "no_bases")),
     ]
     fields = stages["trellis_no_bases_2_0_stage"]["quant_modifiers"]["BitsMoEModifier"]
     assert fields == {"bits": 2.0, "codes": "trellis", "input_basis": "none", "output_basis": "none"}
@@ -162,7 +162,7 @@ def test_peers_see_the_inputs_of_each_expert_and_leave_the_model_as_it_was(work,
 
 def test_reports_of_quality_py_stand_in_the_same_table(tmp_path):
     figures = {"kld_mean": 0.002, "kld_median": 0.001, "kld_stderr": None, "perplexity": 40.0, "quantize_seconds": 3.0}
-    names = ["gptq_w2", "bitsmoe_2_125", "trellis_bitsmoe_2_0", "no_bases_2_0", "trellis_no_feedback_2_0"]
+    names = ["gptq_w2", "scalar_bitsmoe_2_125", "trellis_bitsmoe_2_0", "scalar_no_bases_2_0", "trellis_full_1_6"]
     arms = [{"name": name, "measured_bits_per_expert_weight": 2.0, **figures} for name in names]
     for seed in (0, 1):
         report = {"model": {"name": "/m/bookmoe"}, "calibration": {"rows": 128, "seed": seed}}
@@ -173,19 +173,18 @@ def test_reports_of_quality_py_stand_in_the_same_table(tmp_path):
     found = list(lines([tmp_path]))
     assert [line["arm"] for line in found[:5]] == [
         "gptq_w2",
-        "bitsmoe_2.125",
+        "bitsmoe_2.125:codes=scalar",
         "bitsmoe_2.0:codes=trellis",
-        "bitsmoe_2.0:no_bases",
-        "bitsmoe_2.0:codes=trellis:no_feedback",
+        "bitsmoe_2.0:codes=scalar:no_bases",
+        "bitsmoe_1.6:codes=trellis",
     ]
     assert {line["seed"] for line in found} == {0, 1}
     assert "| gptq_w2 | 2.000 | 2 |" in table(found)
     assert {family(line["arm"]) for line in found} == {
         "gptq",
-        "bitsmoe",
+        "bitsmoe:codes=scalar",
         "bitsmoe:codes=trellis",
-        "bitsmoe:no_bases",
-        "bitsmoe:codes=trellis:no_feedback",
+        "bitsmoe:codes=scalar:no_bases",
     }
     draw(found, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 0
