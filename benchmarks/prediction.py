@@ -3,11 +3,11 @@
     python benchmarks/prediction.py docs/quality.md
 
 Reads the rows ``| model | bits | costs | … | measured | … |`` of every Markdown table in the file whose head has these
-columns, fits measured = factor × costs ** power by least squares of the logarithms, to all models and to all but each,
-and prints predicted / measured.
+columns, fits measured = factor × costs to all models and to all but each, and prints predicted / measured.
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +40,11 @@ def read(text: str) -> list[Loss]:
     return found
 
 
-def fit(losses: Sequence[Loss]) -> tuple[float, float]:
-    """(factor, power) of least squared error of the logarithm."""
-    x, y = [math.log(one.cost) for one in losses], [math.log(one.measured) for one in losses]
-    middle, level = sum(x) / len(x), sum(y) / len(y)
-    power = sum((a - middle) * (b - level) for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
-    return math.exp(level - power * middle), power
+def fit(losses: Sequence[Loss]) -> float:
+    """Measured over cost: the geometric mean, in which every model counts the same."""
+    models = {one.model for one in losses}
+    own = {name: [math.log(one.measured / one.cost) for one in losses if one.model == name] for name in models}
+    return math.exp(statistics.fmean(statistics.fmean(logs) for logs in own.values()))
 
 
 def main() -> None:
@@ -53,10 +52,10 @@ def main() -> None:
     losses = read(Path(sys.argv[1]).read_text(encoding="utf-8"))
     models = list(dict.fromkeys(one.model for one in losses))
     for left_out in (None, *models):
-        factor, power = fit([one for one in losses if one.model != left_out])
-        print(f"fitted to {'all' if left_out is None else f'all but {left_out}'}: {factor:.2f} x costs ** {power:.2f}")
+        factor = fit([one for one in losses if one.model != left_out])
+        print(f"fitted to {'all' if left_out is None else f'all but {left_out}'}: {factor:.2f} x costs")
         for model in models if left_out is None else [left_out]:
-            shown = [f"{factor * m.cost**power / m.measured:.2f}" for m in losses if m.model == model]
+            shown = [f"{factor * m.cost / m.measured:.2f}" for m in losses if m.model == model]
             print(f"  {model}: predicted / measured {', '.join(shown)}")
 
 

@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import real_weights_model as making
 import torch
 import yaml
@@ -232,6 +233,7 @@ def run_arm(arm: str, folder: Path, taken: torch.Tensor, seed: int, judge: Judge
     from llmcompressor.core import reset_session
 
     from bitsmoe_modifier.calibration.oneshot import QuantizeSettings, quantize
+    from bitsmoe_modifier.calibration.prediction import Prediction
     from bitsmoe_modifier.sources.provenance import REPORT_NAME
     from bitsmoe_modifier.storage.sizes import bits_per_expert_weight
 
@@ -243,10 +245,14 @@ def run_arm(arm: str, folder: Path, taken: torch.Tensor, seed: int, judge: Judge
         checkpoint = path.parent / "quantized"
         with grid_prices(GRID_PRICES in arm.split(":")):
             made = quantize(path, recipe(arm), ids, checkpoint, settings)
-        noted = json.loads((checkpoint / REPORT_NAME).read_text())["layers"]
+        report = json.loads((checkpoint / REPORT_NAME).read_text())
+        noted = report["layers"]
         bits = bits_per_expert_weight(checkpoint)
         found: dict[str, Any] = {"bits": bits.total, "bits_apart": asdict(bits), **judge(load(checkpoint))}
     wanted = ("bits", "input_basis_bits", "output_basis_bits", "shrinkage", "relative_output_error", "width_counts")
+    if report.get("prediction"):
+        curve = Prediction(*(np.array(report["prediction"][key]) for key in ("bits", "kld")))
+        found["predicted"] = 1000 * curve.at(bits.total)
     found["layers"] = {name: {key: layer.get(key) for key in wanted} for name, layer in noted.items()}
     wall = time.perf_counter() - begun
     return {**found, "quantize_seconds": made.seconds, "wall_seconds": wall, "warnings": list(made.warnings)}
