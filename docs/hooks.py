@@ -1,6 +1,6 @@
 """Pages of the site that are written from files elsewhere in the repository, when mkdocs builds it (mkdocs.yml, hooks).
 
-README's figures stand on the home page, examples/serve.md is the serving guide, and every shipped recipe is shown.
+README's first words and its figures stand on the home page, examples/serve.md is the serving guide, and every shipped recipe is shown.
 """
 
 import re
@@ -15,12 +15,12 @@ too; copy one, change a number, and give its file to `--recipe`. Every field: [f
 """
 
 
-def figures() -> str:
-    """What README says of quality, with links as they are on the site."""
+def of_readme(part: str) -> str:
+    """What README has between two marks, with links as they are on the site."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"<!-- figures:start -->\n(.*?)<!-- figures:end -->", readme, flags=re.DOTALL)
+    found = re.search(rf"<!-- {part}:start -->\n(.*?)<!-- {part}:end -->", readme, flags=re.DOTALL)
     if found is None:
-        raise ValueError("README.md has no figures between <!-- figures:start --> and <!-- figures:end -->")
+        raise ValueError(f"README.md has nothing between <!-- {part}:start --> and <!-- {part}:end -->")
     return found[1].replace("](docs/", "](")
 
 
@@ -48,6 +48,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Put README's figures where a page asks for them; other links out of docs/ go to where the file is on the site."""
-    text = markdown.replace("<!-- README figures -->", figures())
+    """Put README's parts where a page asks for them; other links out of docs/ go to where the file is on the site."""
+    text = markdown
+    for part in ("intro", "figures", "limits"):
+        text = text.replace(f"<!-- README {part} -->", of_readme(part))
     return text.replace("](../examples/serve.md)", "](serve.md)")
