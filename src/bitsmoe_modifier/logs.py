@@ -51,4 +51,8 @@ def _as_message(text: Any) -> None:
 
 
 def _worth_saying(record: Any) -> bool:
-    return not (record["level"].name == "WARNING" and (record["name"] or "").startswith(_EXPECTED))
+    """Not what is no concern of the user's, nor what a command says at its end anyway: warnings about layers."""
+    if record["level"].name == "METRIC":  # GPTQ's seconds and errors, three lines for every matrix
+        return False
+    said_later = record["function"] == "log_layer"
+    return not (record["level"].name == "WARNING" and ((record["name"] or "").startswith(_EXPECTED) or said_later))

@@ -251,10 +251,10 @@ def render(model: str, shape: ModelShape, plan: Plan, rate: float, encoding: flo
     """The plan for a terminal, with the machine's rates (`Plan.seconds`)."""
     sizes = sorted({(layer.experts, layer.width, layer.hidden) for layer in shape.layers})
     lines = [
-        f"{model}: {shape.parameters / 1e9:.2f} G parameters, {shape.stored_bytes / 1e9:.2f} GB",
+        f"{model}: {_readable(shape.parameters)} parameters, {_readable(shape.stored_bytes)}B",
         f"  {len(shape.layers)} of {shape.decoder_layers} layers have experts to quantize: "
         + ", ".join(f"{e} of {i} × {h}" for e, i, h in sizes),
-        f"  result          {plan.result_bytes / 1e9:.2f} GB on disk",
+        f"  result          {_readable(plan.result_bytes)}B on disk",
         f"  memory          {plan.cpu_bytes / 1e9:.2f} GB at the peak",
         *table(plan.cpu),
     ]
@@ -382,6 +382,11 @@ def _check_fits(
 
 def _refusal(problem: str, remedy: str) -> BitsMoEError:
     return BitsMoEError(f"{problem}; {remedy}, or --no-preflight to try it anyway")
+
+
+def _readable(n: float) -> str:
+    """``30.53 G``, or, of what is small, ``3.52 M``."""
+    return f"{n / 1e6:.2f} M" if n < 1e8 else f"{n / 1e9:.2f} G"
 
 
 def _gb(n: int) -> str:

@@ -127,8 +127,8 @@ def quantize(
             f"({ExpertBits(**one['bits_apart'])}), "
             f"{one['checkpoint_bytes'] / 1e6:.2f} MB, {one['quantize_seconds']:.0f} s"
         )
-        for warning in one["warnings"]:
-            messages.say("warning", f"warning: {warning}")
+    for warning in dict.fromkeys(warning for one in made for warning in one["warnings"]):  # sizes have most in common
+        messages.say("warning", f"warning: {warning}")
     if push_to_hub and made:
         from ..checkpoints.push import push
 
@@ -184,6 +184,8 @@ def plan(
     chosen = with_fields(one_stage(recipe, stage), bits=bits, codes=codes)
     model = model or demo_asset("docmoe")
     if survey:
+        if not call.params["verbose"]:
+            os.environ.setdefault("TQDM_DISABLE", "1")
         from ..comparison.predicting import curve_lines, survey_one
         from ..comparison.single import Options
 

@@ -63,9 +63,14 @@ def stored_trouble(packed: PackedExperts, tokens_per_expert: Sequence[int], outp
     unseen = [expert for expert, count in enumerate(tokens_per_expert) if count == 0]
     if unseen:
         named = ", ".join(map(str, unseen[:8])) + (", …" if len(unseen) > 8 else "")
+        those = (
+            "1 expert got no calibration tokens and uses"
+            if len(unseen) == 1
+            else (f"{len(unseen)} experts got no calibration tokens and use")
+        )
         found.append(
-            f"{len(unseen)} experts got no calibration tokens and use the layer's average ({named}); calibrate with "
-            "more text, or with text that reaches them"
+            f"{those} the layer's average ({named}); calibrate with more text, or with text that reaches "
+            + ("it" if len(unseen) == 1 else "them")
         )
     steps = step_values(torch.cat([packed.steps_in, packed.steps_out]))
     above, below = int((steps >= GREATEST_STEP).sum()), int((steps <= LEAST_STEP).sum())

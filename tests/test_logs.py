@@ -1,0 +1,31 @@
+"""What reaches the terminal while a command works: what the user should know, once."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from loguru import logger
+
+from bitsmoe_modifier.calibration.capture import log_layer
+from bitsmoe_modifier.logs import set_up_logging
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_is_said(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    report: Any = SimpleNamespace(
+        bits=2.0,
+        input_basis_bits=0,
+        output_basis_bits=0,
+        relative_output_error=0.1,
+        unseen_output_error=0.1,
+        dense_experts=(),
+        warnings=("said at the end",),
+    )
+    set_up_logging(verbose)
+    logger.warning("a warning")
+    logger.log("METRIC", "time 0.03s")
+    log_layer("layer 0", report)
+    logger.remove()
+    said = capsys.readouterr().err
+    assert "a warning" in said
+    assert ("time 0.03s" in said, "layer 0: said at the end" in said) == (verbose, verbose)
