@@ -1,6 +1,7 @@
 """Pages of the site that are written from files elsewhere in the repository, when mkdocs builds it (mkdocs.yml, hooks).
 
-README's first words and its figures stand on the home page, examples/serve.md is the serving guide, and every shipped recipe is shown.
+README's first words, figures and limits stand on the home page, examples/serve.md is the serving guide, and every
+shipped recipe is shown.
 """
 
 import re
