@@ -1,23 +1,27 @@
-"""The picture of the home page: loss against size, of a table of docs/quality.md.
+"""Pictures of the docs: loss against size, of a table of docs/quality.md.
 
-    python benchmarks/picture.py docs/quality.md bookmoe docs/loss.png
+    python benchmarks/picture.py docs/quality.md "Real weights" docs/real-weights.png
+    python benchmarks/picture.py docs/quality.md bookmoe docs/bookmoe.png
 
-Takes the first table under the heading, whose columns are method, bits and KLD x1000; in letters that can be read on a
-phone.
+Takes the first table under the heading that has the columns bits and KLD x1000, or bits and WikiText-2; in letters that
+can be read on a phone.
 """
 
 import re
 import sys
 from pathlib import Path
 
-#: what a name of the table begins with -> name in the picture, colour, marker
+#: what a name of the table is found by, first match first -> name in the picture, colour, marker
 FAMILIES = {
-    "rtn_": ("round to nearest", "#888888", "s"),
-    "autoround_": ("AutoRound", "#2a9d4a", "D"),
-    "gptq_": ("GPTQ", "#c8701d", "o"),
-    "bitsmoe_": ("BitsMoE, scalar codes", "#7fb2e0", "v"),
-    "trellis_bitsmoe_": ("BitsMoE", "#1d5fa8", "^"),
+    r"rtn_": ("round to nearest", "#888888", "s"),
+    r"autoround_": ("AutoRound", "#2a9d4a", "D"),
+    r"gptq_": ("GPTQ", "#c8701d", "o"),
+    r"gguf_": ("llama.cpp", "#8a5cb8", "P"),
+    r"ik_": ("ik_llama.cpp", "#c2559d", "X"),
+    r"(scalar_bitsmoe_[0-9_]+|bitsmoe_[0-9._]+(:codes=scalar)?)$": ("BitsMoE, scalar codes", "#7fb2e0", "v"),
+    r"(trellis_bitsmoe_[0-9_]+|bitsmoe_[0-9.]+:codes=trellis)$": ("BitsMoE", "#1d5fa8", "^"),
 }
+LOSSES = ("KLD x1000", "WikiText-2")
 
 
 def points(page: str, heading: str) -> dict[str, list[tuple[float, float, float]]]:
@@ -26,16 +30,20 @@ def points(page: str, heading: str) -> dict[str, list[tuple[float, float, float]
     Raises:
         ValueError: when there is no such heading, or no such table under it.
     """
-    found = re.search(rf"^#+ {re.escape(heading)}\n.*?(^\| method \| bits \| KLD x1000 .*?)\n\n", page, re.M | re.S)
-    if found is None:
-        raise ValueError(f"no table '| method | bits | KLD x1000 …' under a heading {heading!r}")
+    _, found, rest = page.partition(f"# {heading}\n")
     rows: dict[str, list[tuple[float, float, float]]] = {}
-    for line in found[1].splitlines()[2:]:
-        name, bits, loss = (cell.strip() for cell in line.strip("|").split("|")[:3])
-        family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
-        if family is not None:
-            mean, _, spread = loss.partition(" ± ")
-            rows.setdefault(family, []).append((float(bits), float(mean), float(spread or 0)))
+    places: tuple[int, int] | None = None
+    for line in rest.splitlines() if found else ():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if places is None and "bits" in cells and any(loss in cells for loss in LOSSES):
+            places = cells.index("bits"), next(cells.index(loss) for loss in LOSSES if loss in cells)
+        elif places is not None and not cells:
+            break
+        elif places is not None and (family := next((f for f in FAMILIES if re.match(f, cells[0])), None)):
+            bits, (mean, _, spread) = float(cells[places[0]]), cells[places[1]].partition(" ± ")
+            rows.setdefault(family, []).append((bits, float(mean), float(spread or 0)))
+    if not rows:
+        raise ValueError(f"no table with the columns bits and {' or '.join(LOSSES)} under a heading {heading!r}")
     return {family: sorted(rows[family]) for family in FAMILIES if family in rows}
 
 

@@ -51,7 +51,7 @@ def test_the_site_builds_strictly(tmp_path):
     assert all(recipe.stem in pages["recipes"] for recipe in (ROOT / "recipes").glob("*.yaml"))
     assert "refine_passes" in pages["fields"]
     home = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "loss.png" in home
+    assert "real-weights.png" in home
     assert "GPTQ W2 / W3 / W4" in home, "README's figures"
     assert "What it costs" in home, "README's first words"
     assert "make demo" in home
