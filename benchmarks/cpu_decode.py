@@ -62,7 +62,7 @@ def plain_layer(shape: Shape, dtype: torch.dtype) -> Call:
 
 def run(shape: Shape, batches: list[int], repeats: int) -> str:
     """The table."""
-    packed = stored_layer(shape, "bitsmoe", torch.device("cpu"), 0)
+    packed = stored_layer(shape, "scalar", torch.device("cpu"), 0)
     ours, dense, wide = BitsMoEExperts(packed, Gating()), plain_layer(shape, torch.bfloat16), None
     trellis = BitsMoEExperts(stored_layer(shape, "trellis", torch.device("cpu"), 0), Gating())
     rows = []

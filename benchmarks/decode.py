@@ -1,7 +1,9 @@
 """Decode speed of one MoE layer: `python benchmarks/decode.py --shape qwen3-30b-a3b --batch 1,2,4,8,16,32,64`.
 
-For every batch: time per layer step and per token, the bytes that the step needs (the chosen experts' codes and steps,
-the bases) over the time as a share of this machine's copy bandwidth, and the same layer in other forms:
+For every batch: time per layer step and per token with trellis codes, the bytes that the step needs (the chosen
+experts' codes and steps, the bases) over the time as a share of this machine's copy bandwidth, and the same layer in
+other forms:
+    scalar    scalar codes of the same widths
     fused     16-bit experts in two fused launches whose sizes are tried (fused_moe.py)
     bf16      grouped matrix product over 16-bit experts, by PyTorch
     plain-4   these kernels, every unit 4 bits wide, no basis: GPTQ 4 bits, group 128, as these kernels would serve it
@@ -36,7 +38,8 @@ from layers import (
 
 from bitsmoe_modifier.storage.packed import PackedExperts
 
-OTHERS = ("fused", "bf16", "plain-4", "plain-2", "decode")
+#: Forms beside ours, which are trellis codes.
+OTHERS = ("scalar", "fused", "bf16", "plain-4", "plain-2", "decode")
 
 
 def build(
@@ -83,7 +86,7 @@ def run(shape: Shape, batches: list[int], device: torch.device, repeats: int) ->
     header += [f"{kind} / ours" for kind in OTHERS]
     rows = []
     for batch in batches:
-        ours, bytes_ = time_of("bitsmoe", shape, batch, device, dtype, repeats)
+        ours, bytes_ = time_of("trellis", shape, batch, device, dtype, repeats)
         row = [str(batch), f"{ours * 1e6:.1f}", f"{ours * 1e6 / batch:.2f}", f"{bytes_ / 1e6:.2f}"]
         row += [f"{bytes_ / ours / 1e9:.0f}", f"{bytes_ / ours / bandwidth:.0%}"]
         row += [f"{time_of(kind, shape, batch, device, dtype, repeats)[0] / ours:.2f}" for kind in OTHERS]

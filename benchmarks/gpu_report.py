@@ -33,30 +33,30 @@ def decode_text(lines: list[Line]) -> str:
     rows = []
     for shape, batch in dict.fromkeys((line["shape"], line["batch"]) for line in timed):
         found = [cells.get((shape, batch, kind)) for kind in kinds]
-        ours = cells.get((shape, batch, "bitsmoe"))
+        ours = cells.get((shape, batch, "trellis"))
         row = [str(shape), str(batch)] + ["" if line is None else f"{line['seconds'] * 1e6:.1f}" for line in found]
         known = ours is not None and bandwidth
         rows.append([*row, f"{ours['bytes'] / ours['seconds'] / bandwidth:.0%}" if known else ""])
     note = f"µs per layer, {timed[0]['device']}"
     if bandwidth:
         note += f", copies at {bandwidth / 1e9:.0f} GB/s"
-    return f"{note}\n\n{markdown(['shape', 'batch', *kinds, 'bitsmoe, of copies'], rows)}"
+    return f"{note}\n\n{markdown(['shape', 'batch', *kinds, 'trellis, of copies'], rows)}"
 
 
 def tune_text(lines: list[Line]) -> str:
     """The rules' time and the best one's, per layer and batch."""
     rows = []
-    steps = dict.fromkeys((line["shape"], line["batch"]) for line in lines if "sizes" in line)
-    for shape, batch in steps:
-        tried = [line for line in lines if line.get("shape") == shape and line.get("batch") == batch]
+    steps = dict.fromkeys((line["shape"], line["kind"], line["batch"]) for line in lines if "sizes" in line)
+    for shape, kind, batch in steps:
+        tried = [line for line in lines if tuple(map(line.get, ("shape", "kind", "batch"))) == (shape, kind, batch)]
         ruled = [line for line in tried if not any(line["sizes"].values())]
         best = min(tried, key=lambda line: line["seconds"])
         sizes = (
             ", ".join(f"{name} {value}" for name, value in best["sizes"].items() if value is not None) or "the rules"
         )
         first = f"{ruled[0]['seconds'] * 1e6:.1f}" if ruled else ""
-        rows.append([str(shape), str(batch), first, f"{best['seconds'] * 1e6:.1f}", sizes])
-    return "Launch sizes, µs per layer\n\n" + markdown(["shape", "batch", "rules", "best", "with"], rows)
+        rows.append([str(shape), str(kind), str(batch), first, f"{best['seconds'] * 1e6:.1f}", sizes])
+    return "Launch sizes, µs per layer\n\n" + markdown(["shape", "codes", "batch", "rules", "best", "with"], rows)
 
 
 def profile_text(lines: list[Line]) -> str:
@@ -64,8 +64,10 @@ def profile_text(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         for name, seconds in line.get("kernels", {}).items():
-            rows.append([str(line["shape"]), str(line["batch"]), f"`{name}`", f"{seconds * 1e6:.1f}"])
-    return "µs per kernel\n\n" + markdown(["shape", "batch", "kernel", "µs"], rows)
+            rows.append(
+                [str(line["shape"]), str(line["kind"]), str(line["batch"]), f"`{name}`", f"{seconds * 1e6:.1f}"]
+            )
+    return "µs per kernel\n\n" + markdown(["shape", "codes", "batch", "kernel", "µs"], rows)
 
 
 def quant_text(lines: list[Line]) -> str:

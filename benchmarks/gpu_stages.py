@@ -1,6 +1,7 @@
 """The stages of gpu.py: what each measures, as tasks by name. A task returns the fields of its line."""
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -27,11 +28,15 @@ CHECKED = {
     "tiny": SHAPES["tiny"],
 }
 
+#: Layers in this project's format, the default first.
+OURS = ("trellis", "scalar")
+
 #: What is tried, one at a time beside the rules.
 TRIED: dict[str, tuple[int, ...]] = {
     "tile": (8, 16),
     "parts": (1, 2, 4, 8, 16),
     "rows": (32, 64, 128),
+    "warps": (1, 2, 4, 8),
     "stages_in": (2, 3, 4),
     "stages_out": (2, 3, 4),
 }
@@ -101,7 +106,7 @@ def checks(device: torch.device) -> Iterator[Task]:
     """Layers, then the kernels' test files: compiled on a GPU."""
     dtypes, on_gpu = [torch.bfloat16, torch.float16], device.type == "cuda"
     for name, shape in CHECKED.items() if on_gpu else [("tiny", SHAPES["tiny"])]:
-        for kind in ("bitsmoe", "plain-2", "plain-4") if on_gpu else ("bitsmoe",):
+        for kind in (*OURS, "plain-2", "plain-4") if on_gpu else OURS:
             for tokens in (1, 3, 20, 64, 200) if on_gpu else (1, 3):
                 for dtype in dtypes if on_gpu else dtypes[:1]:
                     arguments = shape, kind, tokens, dtype, device
@@ -121,7 +126,7 @@ def decodes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[T
     yield "copy", lambda: {"bytes_per_second": copy_bandwidth(device)}
     for name in shapes:
         for batch in batches_of(device):
-            for kind in ("bitsmoe", *decode.OTHERS):
+            for kind in ("trellis", *decode.OTHERS):
 
                 def timed(name: str = name, batch: int = batch, kind: str = kind) -> Line:
                     arguments = kind, SHAPES[name], batch, device, dtype_of(device), repeats
@@ -134,21 +139,20 @@ def decodes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[T
 def prefills(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
     """Tables of many tokens."""
     for name in shapes:
-        for tokens in (512, 2048, 8192) if device.type == "cuda" else (8,):
-            yield (
-                f"{name}, {tokens} tokens",
-                lambda name=name, tokens=tokens: {"table": prefill.run(SHAPES[name], [tokens], device, repeats)},
-            )
+        for kind in OURS:
+            for tokens in (512, 2048, 8192) if device.type == "cuda" else (8,):
+                arguments = SHAPES[name], [tokens], device, repeats, kind
+                yield f"{name}, {kind}, {tokens} tokens", lambda a=arguments: {"table": prefill.run(*a)}
 
 
 # --------------------------------------------------------------------------------------------------------- tune
 
 
-def kernel_calls(shape: Shape, batch: int, device: torch.device) -> list[Callable[[], torch.Tensor]]:
+def kernel_calls(shape: Shape, kind: str, batch: int, device: torch.device) -> list[Callable[[], torch.Tensor]]:
     """One step of the packed kernels on each of several copies that exceed the second cache."""
     calls = []
-    for i in range(copies_beyond_cache(decode.chosen_bytes("bitsmoe", shape, batch * shape.top_k), device)):
-        experts = prepare(stored_layer(shape, "bitsmoe", device, i))
+    for i in range(copies_beyond_cache(decode.chosen_bytes(kind, shape, batch * shape.top_k), device)):
+        experts = prepare(stored_layer(shape, kind, device, i))
         g = torch.Generator(device=device).manual_seed(i)
         x = torch.randn(batch, shape.hidden, generator=g, device=device).to(dtype_of(device))
         arguments = (x, *routing(shape, batch, device, i), experts, GATING)
@@ -156,9 +160,9 @@ def kernel_calls(shape: Shape, batch: int, device: torch.device) -> list[Callabl
     return calls
 
 
-def sample_of(shape: Shape, device: torch.device) -> PreparedExperts:
+def sample_of(shape: Shape, kind: str, device: torch.device) -> PreparedExperts:
     """A layer of few experts that says it has all of them: for what follows from sizes alone."""
-    experts = prepare(stored_layer(replace(shape, experts=shape.top_k), "bitsmoe", device, 0))
+    experts = prepare(stored_layer(replace(shape, experts=shape.top_k), kind, device, 0))
     return replace(experts, layout=replace(experts.layout, num_experts=shape.experts))
 
 
@@ -166,7 +170,14 @@ def candidates(shape: Shape, batch: int, experts: PreparedExperts) -> list[tuned
     """The rules, and one size at a time that differs from them."""
     with tuned.forcing(tuned.RULES):
         ruled = plan(batch, shape.top_k, experts)
-    known = {"tile": ruled.tile, "parts": ruled.parts, "rows": ruled.br, "stages_in": 3, "stages_out": 3}
+    known = {
+        "tile": ruled.tile,
+        "parts": ruled.parts,
+        "rows": ruled.br,
+        "warps": ruled.warps,
+        "stages_in": 3,
+        "stages_out": 3,
+    }
     found = [tuned.RULES]
     for name, values in TRIED.items():
         found += [tuned.Sizes(**{name: value}) for value in values if value != known[name]]
@@ -175,21 +186,21 @@ def candidates(shape: Shape, batch: int, experts: PreparedExperts) -> list[tuned
 
 def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
     """Times of one step with every candidate."""
-    for name in shapes:
-        experts = sample_of(SHAPES[name], device)
+    for name, kind in itertools.product(shapes, OURS):
+        experts = sample_of(SHAPES[name], kind, device)
         layer = tuned.layer_key(experts.layout)
         for batch in batches_of(device):
             for sizes in candidates(SHAPES[name], batch, experts)[: None if device.type == "cuda" else 3]:
                 text = ", ".join(f"{k} {v}" for k, v in asdict(sizes).items() if v is not None) or "rules"
-                line = {"shape": name, "batch": batch, "layer": layer, "sizes": asdict(sizes)}
+                line = {"shape": name, "kind": kind, "batch": batch, "layer": layer, "sizes": asdict(sizes)}
                 line["pairs"] = tuned.rounded(batch * SHAPES[name].top_k)
 
                 def timed(line: Line = line, batch: int = batch, sizes: tuned.Sizes = sizes) -> Line:
                     with tuned.forcing(sizes):
-                        calls = kernel_calls(SHAPES[str(line["shape"])], batch, device)
+                        calls = kernel_calls(SHAPES[str(line["shape"])], str(line["kind"]), batch, device)
                         return {**line, "seconds": seconds_per_call(calls, repeats, device)}
 
-                yield f"{name}, batch {batch}, {text}", timed
+                yield f"{name}, {kind}, batch {batch}, {text}", timed
 
 
 def best_sizes(lines: list[Line], margin: float = 0.02) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
@@ -222,11 +233,11 @@ def best_sizes(lines: list[Line], margin: float = 0.02) -> dict[str, dict[str, d
 
 def profiles(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
     """Microseconds of every kernel of a step; on a CPU of every operator."""
-    for name in shapes:
+    for name, kind in itertools.product(shapes, OURS):
         for batch in batches_of(device):
 
-            def profiled(name: str = name, batch: int = batch) -> Line:
-                calls, activity = kernel_calls(SHAPES[name], batch, device), torch.profiler.ProfilerActivity
+            def profiled(name: str = name, kind: str = kind, batch: int = batch) -> Line:
+                calls, activity = kernel_calls(SHAPES[name], kind, batch, device), torch.profiler.ProfilerActivity
                 for call in calls:
                     call()
                 with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
@@ -241,9 +252,9 @@ def profiles(shapes: list[str], device: torch.device, repeats: int) -> Iterator[
                     kernel = event.device_type == torch.profiler.DeviceType.CUDA
                     if spent and (kernel or (device.type != "cuda" and event.key.startswith("bitsmoe::"))):
                         times[event.key] = spent * 1e-6 / repeats / len(calls)
-                return {"shape": name, "batch": batch, "kernels": times}
+                return {"shape": name, "kind": kind, "batch": batch, "kernels": times}
 
-            yield f"{name}, batch {batch}", profiled
+            yield f"{name}, {kind}, batch {batch}", profiled
 
 
 def quants(device: torch.device, repeats: int) -> Iterator[Task]:

@@ -51,8 +51,8 @@ SHAPES = {
 
 
 def stored_layer(shape: Shape, kind: str, device: torch.device, seed: int) -> PackedExperts:
-    """A random layer: "bitsmoe" or "trellis" (mixed widths, 4-bit input basis), "plain-2" or "plain-4" (no bases)."""
-    mixed, trellis = kind in ("bitsmoe", "trellis"), int(kind == "trellis")
+    """A random layer: "trellis" or "scalar" codes (mixed widths, 4-bit input basis), "plain-2", "plain-4": no bases."""
+    mixed, trellis = kind in ("scalar", "trellis"), int(kind == "trellis")
     basis = 4 if mixed else 0
     widths = shape.widths if mixed else (int(kind[-1]),)
     layout = ExpertsLayout(

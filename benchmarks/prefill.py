@@ -22,10 +22,10 @@ from layers import (
 )
 
 
-def run(shape: Shape, tokens: list[int], device: torch.device, repeats: int) -> str:
-    """The table for one shape."""
+def run(shape: Shape, tokens: list[int], device: torch.device, repeats: int, codes: str = "trellis") -> str:
+    """The table for one shape, with "trellis" or "scalar" codes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    packed = stored_layer(shape, "bitsmoe", device, 0)
+    packed = stored_layer(shape, codes, device, 0)
     ours, dense = kernel_layer(packed), grouped_layer(*dense_weights(packed, dtype))
 
     def decode_everything(x: torch.Tensor, ids: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def run(shape: Shape, tokens: list[int], device: torch.device, repeats: int) -> 
         rows.append(row + [f"{other / seconds[0]:.2f}" for other in seconds[1:]])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}, plain path"
     header = ["tokens", "ms / layer", "TFLOP/s", "bf16 / ours", "decode all, multiply / ours"]
-    return f"{where}; medians of {repeats}\n\n{markdown(header, rows)}"
+    return f"{where}, {codes} codes; medians of {repeats}\n\n{markdown(header, rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,12 +52,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prefill speed of one MoE layer.")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--tokens", default="512,2048,8192", help="comma-separated numbers of tokens")
+    parser.add_argument("--codes", choices=("trellis", "scalar"), default="trellis")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     with torch.inference_mode():
         tokens = [int(t) for t in options.tokens.split(",")]
-        print(run(SHAPES[options.shape], tokens, torch.device(options.device), options.repeats))
+        print(run(SHAPES[options.shape], tokens, torch.device(options.device), options.repeats, options.codes))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import triton
 
 from .basis import basis_kernel
 from .combine import combine_kernel
-from .launch import NO_FUSION, Launch, basis_stages
+from .launch import NO_FUSION, Launch, basis_stages, prefill_rows
 from .machine_code import SHARED, Case, compile_case
 from .prepare import BASIS_GROUPS, BLOCKS, GROUPS, WIDTH_SETS
 from .products import down_launch, gate_up_launch
@@ -63,7 +63,7 @@ def _gate_up(
     group: int | None = None,
 ) -> Case:  # fmt: skip
     group = group or block
-    rows = min(128, group)
+    rows = group if tile <= 16 else prefill_rows(group, cc)
     kernel, how, share = gate_up_launch(tile, rows, block, widths, cc, trellis=False)
     constants = {
         **_GATE, "TOP_K": 8, "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths,
@@ -77,7 +77,7 @@ def _gate_up(
         "gain": "fp32", "inverse_gain": "fp32",
     }  # fmt: skip
     name = _name("gate_up", widths, tile, dtype, block, group) + (", shared" if shared else "")
-    return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16)
+    return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=how.stages > 2)
 
 
 def _down(
@@ -86,7 +86,7 @@ def _down(
 ) -> Case:  # fmt: skip
     group = group or block
     total = tile <= 16 if total is None else total
-    rows = min(block, rows)
+    rows = min(block, rows) if tile <= 16 else prefill_rows(block, cc)
     kernel, how, _ = down_launch(tile, rows, group, 0, cc, trellis=False)
     constants = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
@@ -98,9 +98,9 @@ def _down(
         **_INPUTS, **_META, "z_ptr": f"*{dtype}", "t_ptr": "*fp32" if total else f"*{dtype}", "ids_ptr": "*i64",
         "p_ptr": "*fp32", "y_ptr": f"*{dtype}", "T": "i32", "TILES": "i32",
     }  # fmt: skip
-    name = _name("down", widths, tile, dtype, block, group) + (f", {rows} rows" if rows < min(block, 128) else "")
+    name = _name("down", widths, tile, dtype, block, group) + (f", {rows} rows" if rows < block and tile <= 16 else "")
     name += "" if total or tile > 16 else ", not summed"
-    return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=tile <= 16)
+    return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=how.stages > 2)
 
 
 def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block: int, group: int) -> str:
@@ -111,7 +111,7 @@ def _name(operation: str, widths: tuple[int, ...], tile: int, dtype: str, block:
 
 def _loop(widths: tuple[int, ...], weights: int, tile: int, how: Launch) -> tuple[float, float, int]:
     """(weights, budget, programs wanted): a loop of several widths is gated on its resources only."""
-    programs = 3 if tile <= 8 else 2 if tile <= 16 else 1
+    programs = 3 if tile <= 8 else 2 if how.warps <= 4 else 1
     if len(widths) > 1:
         return 0, 0, programs
     return (

@@ -20,10 +20,12 @@ from .launch import (
     down_tile,
     expected_tiles,
     gate_up_tile,
+    prefill_rows,
     prefill_tile,
     swaps,
     trellis_down_warps,
     trellis_prefill_tile,
+    trellis_rows,
 )
 from .prepare import PreparedExperts
 from .products import down, gate_up
@@ -66,18 +68,27 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     """The launch sizes for ``tokens`` that choose ``choices`` experts each."""
     layout, pairs = experts.layout, tokens * choices
     total = pairs <= DECODE_PAIRS
-    prefill = trellis_prefill_tile if layout.codes else prefill_tile
-    tuned = sizes_of(experts.sizes, pairs) if total and not layout.codes else RULES
-    tile = tuned.tile or (decode_tile if total else prefill)(pairs, layout.num_experts)
+    widths = {*experts.side_in.widths, *experts.side_out.widths}
+    tuned = sizes_of(experts.sizes, pairs) if total else RULES
+    if total:
+        tile = tuned.tile or decode_tile(pairs, layout.num_experts)
+    elif layout.codes:
+        tile = trellis_prefill_tile(pairs, layout.num_experts, widths)
+    else:
+        tile = prefill_tile(pairs, layout.num_experts)
     filled = expected_tiles(pairs, layout.num_experts, tile)
     bn, parts = gate_up_tile(filled, layout.intermediate_size, layout.group_size, layout.units_in)
     parts = tuned.parts or parts
-    br = layout.block_size if layout.codes else down_tile(filled, layout.rank_out, layout.block_size)
+    br = down_tile(filled, layout.rank_out, layout.block_size)
+    if not total:
+        bn, br = (prefill_rows(size, experts.capability) for size in (layout.group_size, layout.block_size))
+    if layout.codes:
+        bn, br = (trellis_rows(tile, size, widths) for size in (layout.group_size, layout.block_size))
     br = tuned.rows or br
     tiles = tile_count(pairs, layout.num_experts, tile)
     arrivals = (tiles * (layout.intermediate_size // bn) if parts > 1 else 0, tokens * (layout.rank_out // br))
     swap = swaps(tile, br, experts.capability)
-    warps = trellis_down_warps(tile, filled, layout.units_out)
+    warps = tuned.warps or trellis_down_warps(tile, br, layout.group_size, filled, layout.units_out)
     sides = experts.side_in, experts.side_out
     payload = sum(side.codes.nbytes + side.steps.nbytes for side in sides)
     ahead = experts.spans is not None and fits_ahead(pairs, layout.num_experts, payload, experts.cache)

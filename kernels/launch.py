@@ -91,7 +91,13 @@ def launch(tile: int, rows: int, cc: int) -> Launch:
     # Hopper's warpgroup products (4 warps and more, 64 rows and more) leave two bytes side by side in a thread
     pack = 0 if cc == 0 else 2 if 90 <= cc < 100 and warps >= 4 and rows >= 64 else 4
     # without a bound the compiler aims for fewer registers by itself and spills for want of a few
-    return Launch(warps, 3 if tile <= 16 else 2, pack, 200 if tile <= 8 else None)
+    return Launch(warps, _stages(tile, cc), pack, 200 if tile <= 8 else None)
+
+
+def _stages(tile: int, cc: int) -> int:
+    """Of the pipeline of scalar codes: 3 keep a round of copies in flight. In wide tiles, with the activations' copies,
+    that takes more than the 99 KiB of sm_86, sm_89 and sm_120, and spills on sm_80."""
+    return 3 if tile <= 16 or 90 <= cc < 120 else 2
 
 
 def spread(tile: int, block: int, warps: int, widths: Iterable[int]) -> int:
@@ -109,36 +115,53 @@ def launch_down(tile: int, rows: int, cc: int) -> Launch:
     return replace(how, registers=168) if tile <= 8 else how
 
 
-def launch_trellis(tile: int, columns: int, cc: int, warps: int | None = None) -> Launch:
+def trellis_warps(tile: int, rows: int, columns: int) -> int:
+    """Warps of a program with trellis codes that share the columns of a tile of codes: one for small tiles, whose
+    weights would be too few beside what a round costs every warp.
+
+    Args:
+        tile: BM, pairs of a tile.
+        rows: of a tile of codes that the program takes.
+        columns: of it.
+    """
+    if tile > 8:
+        return 4
+    return 1 if rows * columns <= 64 * 64 else 2
+
+
+def launch_trellis(tile: int, rows: int, columns: int, cc: int, warps: int | None = None) -> Launch:
     """`launch` for trellis codes, whose warps share the columns of a tile of codes and not its rows.
 
     Args:
         tile: BM, pairs of a tile.
-        columns: of a tile of codes; 16 or more go to a warp.
+        rows: of a tile of codes that the program takes.
+        columns: of it; 16 or more go to a warp.
         cc: `capability`.
-        warps: that are wanted; None: 2, or 4 for tiles of more than 16 pairs.
+        warps: that are wanted; None: `trellis_warps`.
     """
-    wanted = warps or (2 if tile <= 16 else 4)
+    wanted = warps or trellis_warps(tile, rows, columns)
     # without a bound, and with one much lower, the compiler spills
     registers = 216 if tile <= 8 else None
-    return Launch(max(1, min(wanted, columns // 16)), 3 if tile <= 16 else 2, 0 if cc == 0 else 2, registers)
+    return Launch(max(1, min(wanted, columns // 16)), 3, 0 if cc == 0 else 2, registers)
 
 
-def launch_trellis_down(tile: int, columns: int, cc: int, warps: int | None = None) -> Launch:
+def launch_trellis_down(tile: int, rows: int, columns: int, cc: int, warps: int | None = None) -> Launch:
     """`launch_trellis` for down."""
-    how = launch_trellis(tile, columns, cc, warps)
+    how = launch_trellis(tile, rows, columns, cc, warps)
     return replace(how, registers=200) if tile <= 8 else how
 
 
-def trellis_down_warps(tile: int, tiles: int, units: int) -> int:
+def trellis_down_warps(tile: int, rows: int, columns: int, tiles: int, units: int) -> int:
     """Warps of a program of down with trellis codes: more where few programs would leave most of the GPU idle.
 
     Args:
         tile: BM, pairs of a tile.
+        rows: directions of a program.
+        columns: of a group.
         tiles: of pairs that have any (`expected_tiles`).
         units: of a matrix, each of which is a program.
     """
-    warps = 2 if tile <= 16 else 4
+    warps = trellis_warps(tile, rows, columns)
     while warps < 8 and 2 * tiles * units * warps < PROGRAMS_WANTED:
         warps *= 2
     return warps
@@ -190,9 +213,33 @@ def prefill_tile(pairs: int, experts: int) -> int:
     return min(64, power_of_two(pairs // experts))
 
 
-def trellis_prefill_tile(pairs: int, experts: int) -> int:
-    """`prefill_tile` for trellis codes: a warp's sums for 128 rows and 32 pairs fill half of its registers."""
-    return min(32, prefill_tile(pairs, experts))
+def prefill_rows(size: int, cc: int) -> int:
+    """Rows of weights that a program of many tokens takes with scalar codes, of a group's columns or a unit's
+    directions. 64, for four warps: two programs share a multiprocessor, and one decodes while the other waits. On GPUs
+    other than Hopper and the large Blackwells that spills: 128, eight warps.
+    """
+    return min(64 if 90 <= cc < 120 else 128, size)
+
+
+def trellis_rows(tile: int, size: int, widths: Iterable[int]) -> int:
+    """Rows of a tile of codes that a program takes: half of 128 for tiles of more than 16 pairs, since a warp's sums
+    for all of them would spill, and all where half a segment is no whole word (1 and 3 bits).
+
+    Args:
+        tile: BM, pairs of a tile.
+        size: rows of the tile of codes: columns of a group, or directions of a unit.
+        widths: that occur.
+    """
+    half = tile > 16 and size == 128 and all(b * size // 2 % 128 == 0 for b in widths)
+    return size // 2 if half else size
+
+
+def trellis_prefill_tile(pairs: int, experts: int, widths: Iterable[int]) -> int:
+    """`prefill_tile` for trellis codes: a warp's sums for 64 rows and 32 pairs, or 128 and 16, are what registers
+    hold.
+    """
+    most = 32 if trellis_rows(32, 128, widths) == 64 else 16
+    return min(most, prefill_tile(pairs, experts))
 
 
 def expected_tiles(pairs: int, experts: int, tile: int) -> int:

@@ -43,7 +43,7 @@ def gate_up_launch(
         trellis: the family of codes.
     """
     if trellis:
-        how = launch_trellis(tile, block, cc)
+        how = launch_trellis(tile, columns, block, cc)
         return trellis_gate_up_kernel, how, how.warps
     how = launch(tile, columns, cc)
     return gate_up_kernel, how, spread(tile, block, how.warps, widths)
@@ -56,14 +56,14 @@ def down_launch(
 
     Args:
         tile: BM, pairs of a tile.
-        rows: BR, directions of a program; of trellis codes a whole unit.
+        rows: BR, directions of a program.
         group: columns that share a step.
         warps: of a program with trellis codes; 0: as `launch.launch_trellis_down` has them.
         cc: `launch.capability`.
         trellis: the family of codes.
     """
     if trellis:
-        how = launch_trellis_down(tile, group, cc, warps or None)
+        how = launch_trellis_down(tile, rows, group, cc, warps or None)
         return trellis_down_kernel, how, how.warps
     return down_kernel, launch_down(tile, rows, cc), 1
 
@@ -116,7 +116,7 @@ def gate_up(
         group_size: columns that share a step.
         columns: I.
         pair_tile: BM: the ``tile`` given to `route`.
-        bn: columns of a program, likewise parts (`launch.gate_up_tile`); with trellis codes a whole group.
+        bn: columns of a program, likewise parts (`launch.gate_up_tile`).
         parts: programs that share a tile: 1, 2, 4, 8 or 16.
         swap: z's columns in the order that `down` takes (`launch.swaps`); not with trellis codes.
         activation: with limit, alpha and up_shift the fields of `Gating`.
@@ -211,7 +211,7 @@ def down(
         block_size: directions of a unit.
         group_size: columns that share a step.
         pair_tile: BM: the ``tile`` given to `route`.
-        rows: directions of a program (`launch.down_tile`); with trellis codes a whole unit.
+        rows: directions of a program (`launch.down_tile`, `launch.trellis_rows`).
         warps: of a program with trellis codes (`launch.trellis_down_warps`); 0: by the rules of `launch`.
         dtype: of the result; sums are float32.
         stages: of the pipeline; 0: by the rules of `launch`.

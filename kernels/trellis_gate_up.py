@@ -1,7 +1,8 @@
 """`gate_up` for trellis codes: ``z = gating(A_gate h, A_up h) / 16`` for every pair, weights decoded in registers.
 
-A program owns a tile of pairs of one expert and a group of I, and walks the units of the factor widest first, as
-`gate_up` does; a tile of codes is a (unit, group), whose sequences run along the group. All warps hold all rows, for a
+A program owns a tile of pairs of one expert and a group of I (for many tokens half of one, whose sums leave registers
+free), and walks the units of the factor widest first, as `gate_up` does; a tile of codes is a (unit, group), whose
+sequences run along the group. All warps hold all rows, for a
 sequence of 128 weights is what a lane's registers hold of it; they share the directions, and their sums meet once.
 
 The products are float16 whatever the activations are, since a weight's value is. Activations are multiplied by steps
@@ -48,13 +49,15 @@ def _next_steps(steps, k, K: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def _matrix(
-    h, here, codes_ptr, steps_ptr, head, order, group, split, SPLIT, gain,
-    BM: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr, SPREAD: tl.constexpr,
+    h, here, codes_ptr, steps_ptr, head, order, group, share, split, SPLIT, gain,
+    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr, SPREAD: tl.constexpr,
     STAGES: tl.constexpr, PACK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """``A[group, :] h`` of one matrix, float32 ``[GS, BM]``, over the units that are ``split`` modulo SPLIT."""
+    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the units that are ``split`` modulo SPLIT; n: of the
+    group's columns the ``share``-th BN."""
+    PER: tl.constexpr = GS // BN
     QUANTUM: tl.constexpr = BS * GS // 16  # of uint16
-    SLICES: tl.constexpr = slices(BS // SPREAD)
+    SLICES: tl.constexpr = slices(BS // SPREAD, BM)
     K: tl.constexpr = BS // SPREAD // SLICES
     part = tl.arange(0, SPREAD)[:, None]
     k = part * (K * SLICES) + tl.arange(0, K)[None, :]
@@ -68,7 +71,7 @@ def _matrix(
         lo = hi
     code += group * bits  # where this group's units begin, in quanta
     row += group * lo  # lo: all units that are there
-    acc = tl.zeros((SPREAD, GS, BM), tl.float32)
+    acc = tl.zeros((SPREAD, BN, BM), tl.float32)
     lo = 0
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
@@ -78,7 +81,7 @@ def _matrix(
         for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
             tile = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
             for j in tl.static_range(SLICES):
-                values = tile_values(tile, pair + j * (K // 2), 1, 0, WIDTHS[s], GS, False, PACK)
+                values = tile_values(tile, pair + j * (K // 2), PER, share, WIDTHS[s], BN, PER > 1, PACK)
                 x = tl.load(h + unit * BS + (k + j * K)[:, :, None], mask=here[None, None, :], other=0.0)
                 x = (x.to(tl.float32) * (steps[j].to(tl.float32) * gain)[:, :, None]).to(DT)
                 acc = product(values.to(DT), x, acc, PACK)
@@ -96,7 +99,7 @@ def _finish(
     I: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Store the gate's result of ``[GS, BM]`` sums at the pointers z."""
+    """Store the gate's result of ``[BN, BM]`` sums at the pointers z."""
     if HAS_BIAS:
         bias = bias_ptr + e * (2 * I) + column
         gate += tl.load(bias).to(tl.float32)[:, None]
@@ -110,22 +113,24 @@ def trellis_gate_up_kernel(
     h_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, bias_ptr, z_ptr, part_ptr, arrivals_ptr,
     P, PARTS, gain, inverse_gain,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
-    BM: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
     STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of pairs, group of I, SHARED: matrix and share of its units); as `gate_up.gate_up_kernel`.
+    """Program (tile of pairs, BN columns of I, SHARED: matrix and share of its units); as `gate_up.gate_up_kernel`.
 
     codes: uint16. z: [P, I] of float16 (or float32). SPREAD: warps, among which a unit's directions are shared.
     """
     begin(OVERLAP)
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
+    TILES: tl.constexpr = GS // BN
     DT: tl.constexpr = z_ptr.dtype.element_ty
     e, pair = pair_tile(tiles_ptr, pairs_ptr, tl.program_id(0), BM)
     if e >= 0:
-        group = tl.program_id(1)
-        column = group * GS + tl.arange(0, GS)
+        group = tl.program_id(1) // TILES
+        share = tl.program_id(1) % TILES if TILES > 1 else 0
+        column = tl.program_id(1) * BN + tl.arange(0, BN)
         here = pair >= 0
         h = h_ptr + (pair // TOP_K)[None, None, :].to(tl.int64) * R
         row = pair[None, :].to(tl.int64)
@@ -134,29 +139,29 @@ def trellis_gate_up_kernel(
             m = tl.program_id(2) % 2
             acc = _matrix(
                 h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                group, tl.program_id(2) // 2, PARTS // 2, gain, BM, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
+                group, share, tl.program_id(2) // 2, PARTS // 2, gain, BM, BN, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
             )  # fmt: skip
             part = part_ptr + row * (2 * I) + column[:, None]
             tl.store(
                 part + (tl.program_id(2) // 2 * P.to(tl.int64) * 2 + m) * I, acc * inverse_gain, mask=here[None, :]
             )
-            before = arrive(arrivals_ptr + tl.program_id(0) * (I // GS) + group, e >= 0)
+            before = arrive(arrivals_ptr + tl.program_id(0) * (I // BN) + tl.program_id(1), e >= 0)
             if before == PARTS - 1:
-                gate = tl.zeros((GS, BM), tl.float32)
-                up = tl.zeros((GS, BM), tl.float32)
+                gate = tl.zeros((BN, BM), tl.float32)
+                up = tl.zeros((BN, BM), tl.float32)
                 for _ in tl.range(PARTS // 2):
                     gate += tl.load(part, mask=here[None, :], other=0.0, cache_modifier=".cg")
                     up += tl.load(part + I, mask=here[None, :], other=0.0, cache_modifier=".cg")
                     part += P.to(tl.int64) * (2 * I)
                 _finish(gate, up, bias_ptr, e, column, z, here, I, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, SHIFT)
         else:
-            gate = tl.zeros((GS, BM), tl.float32)
-            acc = tl.zeros((GS, BM), tl.float32)
+            gate = tl.zeros((BN, BM), tl.float32)
+            acc = tl.zeros((BN, BM), tl.float32)
             for m in tl.range(2, num_stages=1):  # a loop, not two copies: half the instructions to fetch
                 gate = acc
                 acc = _matrix(
                     h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                    group, 0, 1, gain, BM, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
+                    group, share, 0, 1, gain, BM, BN, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
                 )  # fmt: skip
             _finish(
                 gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,

@@ -6,7 +6,7 @@ import triton
 
 from bitsmoe_modifier.method.viterbi import PRELUDE
 
-from .launch import Launch
+from .launch import Launch, trellis_rows
 from .machine_code import Case
 from .products import down_launch, gate_up_launch
 from .trellis_encoder import encode_kernel
@@ -29,14 +29,16 @@ def _case(
     widths, tile, block, group = (constants[name] for name in ("WIDTHS", "BM", "BS", "GS"))
     assert isinstance(widths, tuple) and isinstance(tile, int)  # noqa: S101, PT018 - types
     assert isinstance(block, int) and isinstance(group, int)  # noqa: S101, PT018 - types
+    rows = constants["BN" if "BN" in constants else "BR"]
+    assert isinstance(rows, int)  # noqa: S101 - types
     one, wide = len(widths) == 1, 1.0 if block == group == 128 else 1.6  # short rows share activations among few
     return Case(
         name, kernel, signature, constants, how,
-        weights=block * group / (32 * how.warps) if one else 0,
+        weights=rows * (block if "BN" in constants else group) / (32 * how.warps) if one else 0,
         budget=(wide * BUDGET[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
-        programs=3 if tile <= 8 and how.warps == 2 else 2 if tile <= 16 and how.warps <= 4 else 1,
+        programs=3 if tile <= 8 and how.warps <= 2 else 2 if how.warps <= 4 else 1,
         stack=16 if len(widths) > 3 or block < 128 or group < 128 else 0,
-        flies=tile <= 16,
+        flies=True,
         stores=4 if one else None,
     )  # fmt: skip
 
@@ -60,11 +62,11 @@ def gate_up_case(
 ) -> Case:
     """One case; group: as the block unless given."""
     group = group or block
-    kernel, how, share = gate_up_launch(tile, group, block, widths, cc, trellis=True)
+    kernel, how, share = gate_up_launch(tile, trellis_rows(tile, group, widths), block, widths, cc, trellis=True)
     constants: dict[str, object] = {
         "bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": None, "ALPHA": 1.0, "SHIFT": 0.0,
-        "TOP_K": 8, "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "SHARED": shared,
-        "SPREAD": share,
+        "TOP_K": 8, "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile,
+        "BN": trellis_rows(tile, group, widths), "SHARED": shared, "SPREAD": share,
     }  # fmt: skip
     if not shared:
         constants |= {"part_ptr": None, "arrivals_ptr": None}
@@ -87,10 +89,11 @@ def down_case(
 ) -> Case:
     """One case; warps: 0 leaves them to the rules; group: as the block unless given."""
     group, total = group or block, tile <= 16
-    kernel, how, share = down_launch(tile, block, group, warps, cc, trellis=True)
+    kernel, how, share = down_launch(tile, trellis_rows(tile, block, widths), group, warps, cc, trellis=True)
     constants: dict[str, object] = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
-        "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "SPREAD": share, "JOINED": block < 128,
+        "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile,
+        "BR": trellis_rows(tile, block, widths), "SPREAD": share, "JOINED": block < 128,
     }  # fmt: skip
     if not total:
         constants |= dict.fromkeys(("ids_ptr", "p_ptr", "y_ptr", "arrivals_ptr"))
@@ -135,7 +138,9 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
             yield down_case(cc, mixed, tile, r, i)
         yield gate_up_case(cc, (2,), 8, r, i, "fp16")
         yield down_case(cc, (2,), 8, r, i, warps=8)
-        yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), 8, r, i)
+        for tile in (8, 16):
+            yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), tile, r, i)
+        yield down_case(cc, (8, 6, 4, 3, 2, 1), 16, r, i)
         yield gate_up_case(cc, mixed, 8, r, i, block=64)
         yield down_case(cc, mixed, 8, r, i, block=64)
 

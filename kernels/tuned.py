@@ -23,7 +23,8 @@ class Sizes:
     Attributes:
         tile: pairs of a tile, 8 or 16.
         parts: programs of gate_up that share a tile: 1, 2, 4, 8 or 16.
-        rows: directions of a program of down: 32, 64 or 128, at most the block.
+        rows: directions of a program of down: 32, 64 or 128, at most the block; scalar codes only.
+        warps: of a program of down: 1, 2, 4 or 8, of 16 columns of a group or more; trellis codes only.
         stages_in: of gate_up's pipeline, 2 to 5.
         stages_out: of down's.
     """
@@ -31,11 +32,12 @@ class Sizes:
     tile: int | None = None
     parts: int | None = None
     rows: int | None = None
+    warps: int | None = None
     stages_in: int | None = None
     stages_out: int | None = None
 
     def __post_init__(self) -> None:
-        known = {"tile": (8, 16), "parts": (1, 2, 4, 8, 16), "rows": (16, 32, 64, 128)}
+        known = {"tile": (8, 16), "parts": (1, 2, 4, 8, 16), "rows": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}
         for field in fields(self):
             value, allowed = getattr(self, field.name), known.get(field.name, (2, 3, 4, 5))
             if value is not None and value not in allowed:
@@ -43,8 +45,9 @@ class Sizes:
 
     def fits(self, layout: ExpertsLayout) -> bool:
         """Whether a layer can be launched so."""
-        rows = self.rows is None or layout.block_size % self.rows == 0
-        return rows and (self.parts is None or self.parts <= max(1, layout.units_in))
+        rows = self.rows is None or (not layout.codes and layout.block_size % self.rows == 0)
+        warps = self.warps is None or (bool(layout.codes) and layout.group_size >= 16 * self.warps)
+        return rows and warps and (self.parts is None or self.parts <= max(1, layout.units_in))
 
 
 RULES = Sizes()
@@ -54,7 +57,7 @@ _forced: list[Sizes] = []
 def layer_key(layout: ExpertsLayout) -> str:
     """The name of a layer's sizes in the table."""
     sizes = layout.num_experts, layout.rank_in, layout.rank_out, layout.intermediate_size
-    return "x".join(map(str, (*sizes, layout.block_size, layout.group_size)))
+    return "x".join(map(str, (*sizes, layout.block_size, layout.group_size))) + "-trellis" * layout.codes
 
 
 def rounded(pairs: int) -> int:
@@ -99,8 +102,8 @@ def table() -> dict[str, dict[str, dict[int, Sizes]]]:
 
 
 def entries_of(gpu: str, layout: ExpertsLayout) -> dict[int, Sizes]:
-    """The entries of a layer on the GPU of that name, by pairs; of trellis codes there are none."""
-    found = {} if layout.codes else table().get(gpu, {}).get(layer_key(layout), {})
+    """The entries of a layer on the GPU of that name, by pairs."""
+    found = table().get(gpu, {}).get(layer_key(layout), {})
     return {pairs: sizes for pairs, sizes in found.items() if sizes.fits(layout)}
 
 

@@ -14,7 +14,7 @@ DEMO = Path(__file__).parents[2] / "src/bitsmoe_modifier/assets/docmoe"
 @pytest.mark.parametrize(
     ("script", "arguments", "columns"),
     [
-        ("decode.py", "--shape tiny --batch 1,3 --repeats 1 --device cpu", 11),
+        ("decode.py", "--shape tiny --batch 1,3 --repeats 1 --device cpu", 12),
         ("decode.py", "--shape qwen3-30b-a3b --bytes", 9),
         ("prefill.py", "--shape tiny --tokens 8 --repeats 1 --device cpu", 5),
         pytest.param("roofline.py", "--shape qwen3-30b-a3b --batch 1,8", 8, marks=pytest.mark.slow),  # compiles kernels

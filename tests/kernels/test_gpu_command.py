@@ -33,19 +33,28 @@ def test_stages_go_on_where_they_stopped(tmp_path: Path) -> None:
     ran = call("gpu.py", "--stage", *every, *arguments)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
     found = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")]
-    assert [line.get("passed") for line in found] == [None, True, True]
+    assert [line.get("passed") for line in found] == [None, True, True, True, True]
     assert all(0 < line["error"] <= line["bound"] for line in found[1:])
     sizes = {stage: (out / f"{stage}.jsonl").stat().st_size for stage in every}
     again = call("gpu.py", "--stage", *every, *arguments)
     assert again.returncode == 0, again.stderr[-2000:]
     assert sizes == {stage: (out / f"{stage}.jsonl").stat().st_size for stage in every}, "nothing is run twice"
     report = call("gpu_report.py", str(out)).stdout
-    assert "2 of 3 checks passed on CPU; failed: another" in report
-    for row in ("| tiny | 1 |", "Launch sizes", "`bitsmoe::gate_up`", "| block of columns |", "| 8 |"):
+    assert "4 of 5 checks passed on CPU; failed: another" in report
+    for row in (
+        "| tiny | 1 |",
+        "| tiny | trellis | 1 |",
+        "| tiny | scalar | 1 |",
+        "Launch sizes",
+        "`bitsmoe::gate_up`",
+        "| block of columns |",
+        "| 8 |",
+    ):
         assert row in report, report
 
 
-def test_a_table_of_launch_sizes_changes_the_launch_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codes", ["scalar", "trellis"])
+def test_a_table_of_launch_sizes_changes_the_launch_and_nothing_else(tmp_path: Path, codes: str) -> None:
     pytest.importorskip("triton")
     program = f"""
 import json, sys, torch
@@ -55,8 +64,8 @@ from bitsmoe_kernels.forward import plan
 from gpu_stages import best_sizes
 from layers import GATING, SHAPES, routing, stored_layer
 
-shape, cpu = SHAPES["tiny"], torch.device("cpu")
-experts = prepare(stored_layer(shape, "bitsmoe", cpu, 0))
+shape, cpu, kind = SHAPES["tiny"], torch.device("cpu"), {codes!r}
+experts = prepare(stored_layer(shape, kind, cpu, 0))
 layer, none = tuned.layer_key(experts.layout), dict.fromkeys(("tile", "parts", "rows", "stages_in", "stages_out"))
 lines = [
     {{"device": "", "layer": layer, "pairs": 4, "sizes": none, "seconds": 10.0}},
@@ -69,7 +78,7 @@ before, sizes = moe_forward(x, ids, p, experts, GATING), plan(2, 2, experts)
 with open({str(tmp_path / "tuned.json")!r}, "w") as file:
     json.dump(best_sizes(lines), file)
 tuned.table.cache_clear()
-experts = prepare(stored_layer(shape, "bitsmoe", cpu, 0))
+experts = prepare(stored_layer(shape, kind, cpu, 0))
 after = plan(2, 2, experts)
 print(sizes.parts, sizes.tile, after.parts, after.tile)
 print(float((moe_forward(x, ids, p, experts, GATING) - before).norm() / before.norm()) < 1e-5)

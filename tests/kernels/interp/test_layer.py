@@ -112,6 +112,15 @@ def test_prefill_of_trellis_codes(monkeypatch):
     check(layout, (0, 2, 3, 4), torch.randint(0, 2, (80, 1), generator=seeded(0)), torch.bfloat16)
 
 
+@pytest.mark.parametrize(("widths", "tile", "rows"), [((0, 2, 6), 32, 64), ((1, 2), 16, 128)], ids=["halves", "whole"])
+def test_prefill_of_trellis_codes_in_blocks_of_128(monkeypatch, widths, tile, rows):
+    layout = ExpertsLayout(1, 256, 128, 256, 256, 128, 128, 0, 0, 32, codes=1, stripes=1)
+    monkeypatch.setattr("bitsmoe_kernels.forward.DECODE_PAIRS", 0)
+    _, _, packed, _ = check(layout, widths, torch.zeros(33, 1, dtype=torch.int64))
+    step = plan(33, 1, prepare(packed))
+    assert (step.tile, step.bn, step.br) == (tile, rows, rows)
+
+
 def test_trellis_codes_that_only_the_plain_path_decodes():
     layer = random_layer(intermediate=48, group_size=48, stripes=1, basis_bits=(0, 0))
     assert unsupported(layer.layout) == "group_size 48 has no kernel (known: 32, 64, 128)"
