@@ -17,11 +17,19 @@ have missed measured times by 40 %, and its assumptions favour kernels that copy
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitsmoe_kernels import compile_gates, trellis_gates
 from bitsmoe_kernels.ahead import fits_ahead
-from bitsmoe_kernels.launch import decode_tile, down_tile, expected_tiles, gate_up_tile, overlap
+from bitsmoe_kernels.launch import (
+    decode_tile,
+    down_tile,
+    expected_tiles,
+    gate_up_tile,
+    overlap,
+    trellis_down_warps,
+    trellis_warps,
+)
 from bitsmoe_kernels.machine_code import Report, compile_case
 from bitsmoe_kernels.prepare import width_set
 from bitsmoe_kernels.routing import tile_count
@@ -146,7 +154,9 @@ def kernel_seconds(
     return launched + begin + max(bounds) + idle * IDLE_PROGRAM / gpu.processors
 
 
-def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Kernel) -> tuple[float, float]:
+def layer_seconds(
+    gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Kernel, trellis: bool = False
+) -> tuple[float, float]:
     """(seconds, bytes) of one step: three launches with a 4-bit input basis."""
     pairs, tile = batch * shape.top_k, decode_tile(batch * shape.top_k, shape.experts)
     reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
@@ -172,8 +182,11 @@ def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Ker
         gpu, gate_up, 2 * matrix * reached, 2 * weights * work(gate_up) * reached * reads, tiles * columns * parts,
         (laid - tiles) * columns * parts, max(1.0, units), cached=cached,
     )  # fmt: skip
-    br = down_tile(tiles, shape.hidden, shape.block)
-    rows = shape.hidden // br
+    rows = shape.hidden // (shape.block if trellis else down_tile(tiles, shape.hidden, shape.block))
+    if trellis:  # whole units, of more warps where they are few
+        least = trellis_warps(tile, shape.block, shape.group)
+        warps = trellis_down_warps(tile, shape.block, shape.group, tiles, rows)
+        down = replace(down, resident=max(1, down.resident * least // warps))
     second = kernel_seconds(
         gpu, down, matrix * reached, weights * work(down) * reached * reads, tiles * rows * kept,
         (laid - tiles) * rows, shape.inner / shape.group, cached=cached,
@@ -192,8 +205,8 @@ def layer_seconds(gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Ker
     return base + first + second + shared, 3 * matrix * reached + basis
 
 
-def table(name: str, shapes: list[str], batches: list[int], codes: str = "scalar") -> str:
-    """The Markdown table of one GPU, for "scalar" or "trellis" codes."""
+def table(name: str, shapes: list[str], batches: list[int], codes: str = "trellis") -> str:
+    """The Markdown table of one GPU, for "trellis" or "scalar" codes."""
     gpu, rows = GPUS[name], []
     kernels: dict[int, tuple[Kernel, Kernel]] = {}
     for shape_name in shapes:
@@ -206,7 +219,7 @@ def table(name: str, shapes: list[str], batches: list[int], codes: str = "scalar
                 pair = [compiled(make, gpu.cc, widths, shape.block) for make in _SCALAR]
             kernels[shape.block] = pair[0], pair[1]
         for batch in batches:
-            ours, nbytes = layer_seconds(gpu, shape, batch, *kernels[shape.block])
+            ours, nbytes = layer_seconds(gpu, shape, batch, *kernels[shape.block], codes == "trellis")
             reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
             weights = 3 * shape.hidden * shape.inner * reached
             others = [weights * bits / 8 / (gpu.bandwidth * share) + fixed for bits, fixed, share in OTHERS.values()]
@@ -228,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=GPUS, nargs="+", default=["H100"])
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(MODELS))
     parser.add_argument("--batch", default="1,4,8,32", help="comma-separated numbers of tokens")
-    parser.add_argument("--codes", choices=("scalar", "trellis"), default="scalar")
+    parser.add_argument("--codes", choices=("trellis", "scalar"), default="trellis")
     parser.add_argument("--encoder", action="store_true", help="the encoder of trellis codes instead")
     options = parser.parse_args(argv)
     if options.encoder:
