@@ -1,6 +1,6 @@
 """Families of codes from `oneshot` to the loaded checkpoint. Trellis is the default: the other tests have it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,21 +67,30 @@ def test_sizes_that_no_stream_fits_are_refused(dense_checkpoint: Checkpoint) -> 
         run(dense_checkpoint("qwen3_moe"), [modifier(codes="trellis", group_size=8)])
 
 
-def test_trellis_codes_are_what_one_gets(dense_checkpoint: Checkpoint) -> None:
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """What is warned about."""
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING", format="{message}")
+    yield said
+    logger.remove(sink)
+
+
+def test_trellis_codes_are_what_one_gets(dense_checkpoint: Checkpoint, warned: list[str]) -> None:
     made = run(dense_checkpoint("qwen3_moe"), [modifier()])
     assert {module.spec.codes for module in packed_modules(made).values()} == {1}
+    assert not any("scalar codes" in message for message in warned)
     made = run(dense_checkpoint("qwen3_moe"), [modifier(group_size=8)])
     assert {module.spec.codes for module in packed_modules(made).values()} == {0}, "no stream fits groups of 8"
+    assert any("2 layers get scalar codes" in message for message in warned)
 
 
 def test_scalar_codes_where_trellis_codes_would_take_hours(
-    dense_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    dense_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, warned: list[str]
 ) -> None:
     monkeypatch.setattr(native_viterbi, "library", lambda: None)
-    said: list[str] = []
-    sink, chosen = logger.add(said.append, level="WARNING", format="{message}"), modifier()
+    chosen = modifier()
     made = run(dense_checkpoint("qwen3_moe"), [chosen])
-    logger.remove(sink)
     assert {module.spec.codes for module in packed_modules(made).values()} == {0}
     assert chosen.codes == "scalar", "what stands in the recipe that is saved"
-    assert any("takes a C++ compiler" in message for message in said)
+    assert any("takes a C++ compiler" in message for message in warned)

@@ -160,10 +160,18 @@ class BitsMoEModifier(BitsMoEFields):
         self._ranks = Ranks()
         tokens = sum(self._ranks.everyones(count_tokens(state.data.calib if state.data is not None else None)))
         self._rows = sum(self._ranks.everyones(count_rows(state.data.calib)))
+        scalar: list[str] = []
         for name, module in tqdm(experts.items(), desc="Checking experts"):
             listed = dense_ids(self.super_experts, name)
-            check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
+            settings = check_experts(name, module, self.settings, 0 if listed == "auto" else len(listed))
+            if self.codes == "auto" and settings.codes == "scalar":
+                scalar.append(name)
             check_calibration(name, module.num_experts, tokens, choices_per_token(state.model))
+        if scalar:
+            logger.warning(
+                f"{len(scalar)} layers get scalar codes, which lose more, because their block or group size is no "
+                f"multiple of 16, from {scalar[0]} on"
+            )
         self._names = {module: name for name, module in experts.items()}
         state.model.mtp_treatment = self.mtp
         if self.mtp == "quantize":

@@ -120,8 +120,10 @@ def check_unclaimed(experts: Iterable[tuple[str, LinearExperts2D]]) -> None:
         )
 
 
-def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSettings, num_dense: int = 0) -> None:
-    """Check that one layer can be quantized as asked: gating, sizes, budget, finite weights.
+def check_experts(
+    name: str, module: LinearExperts2D, settings: QuantizerSettings, num_dense: int = 0
+) -> QuantizerSettings:
+    """Check that one layer can be quantized as asked: gating, sizes, budget, finite weights. Returns its settings.
 
     Args:
         num_dense: experts that the recipe keeps dense.
@@ -142,7 +144,7 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
     dense_bits = 8 * down.element_size()
     check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
     if stored is not None:
-        return  # its weights are looked at when the layer is measured, and read then anyway
+        return settings.for_sizes(hidden, width)  # its weights are read, and looked at, when the layer is measured
     with torch.no_grad(), disable_offloading():
         for expert in range(module.num_experts):
             for projection in _PROJECTIONS[0 if module.has_gate else 1 :]:
@@ -152,6 +154,7 @@ def check_experts(name: str, module: LinearExperts2D, settings: QuantizerSetting
                             f"{name}: the {projection} {kind} of expert {expert} holds NaN or infinity; "
                             "check the base model"
                         )
+    return settings.for_sizes(hidden, width)
 
 
 def check_sizes(
