@@ -42,11 +42,10 @@ def _exchange(rank: int, ranks: Ranks) -> None:
     assert ranks.collect([]) == []
     assert ranks.everyones(f"rank {rank}") == ["rank 0", "rank 1"]
     assert ranks.total(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
-    for rows in (1, 5):
-        filled = torch.zeros(rows, 3, dtype=torch.uint8)
-        filled[list(ranks.mine(rows))] = rank + 1
-        ranks.gather_rows(filled)
-        assert rank == 1 or filled[:, 0].tolist() == [1] * (rows // 2) + [2] * (rows - rows // 2)
+    for lengths in ((3, 3), (0, 2), (2, 0)):
+        own = torch.full((lengths[rank],), float(rank))
+        whole = [0.0] * lengths[0] + [1.0] * lengths[1]
+        assert ranks.concatenated(own).tolist() == (own.tolist() if rank else whole)
     assert ranks.compute(lambda: ("made by", rank, torch.arange(3)))[1] == 0
     with pytest.raises(CalibrationError, match="layer 3: too hot"):
         ranks.compute(_too_hot)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CalibrationError, RecipeError
-from bitsmoe_modifier.method import candidates, design, quantize, sides
+from bitsmoe_modifier.method import candidates, design, rounded, sides
 from bitsmoe_modifier.method import layer as layer_module
 from bitsmoe_modifier.method.candidates import plan_layer, super_experts
 from bitsmoe_modifier.method.costs import chosen_steps, unit_cost
@@ -457,7 +457,7 @@ def test_directions_that_no_expert_uses_are_not_stored(monkeypatch: pytest.Monke
     check_budget(layer, packed, report, s)
 
     monkeypatch.setattr(design, "idle_units", lambda _: 0)
-    monkeypatch.setattr(quantize, "idle_units", lambda _: 0)
+    monkeypatch.setattr(rounded, "idle_units", lambda _: 0)
     assert chosen.predicted_distortion < plan.choose(budget).predicted_distortion
     whole, _ = quantize_layer(layer.experts, layer.tokens, chosen, s)
     assert ExpertsLayout.from_tensor(whole.layout).rank_in == 64

@@ -89,21 +89,23 @@ class Ranks:
             raise outcome[0]
         return outcome[0]
 
-    def gather_rows(self, tensor: torch.Tensor) -> None:
-        """Fill in, on the first process, the rows that the others made: of each its share by `mine`, in place."""
-        if self.size == 1:
-            return
+    def concatenated(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the first process, one after the other, the tensors ``[n]`` that all pass; on the others their own.
+
+        They are of one dtype and of any lengths.
+        """
+        lengths = self.everyones(len(tensor))
         if not self.first:
-            share = self.mine(len(tensor))
-            if len(share):
-                dist.send(_bytes(tensor[share.start : share.stop]), 0, group=self._group)
-            return
-        for rank in range(1, self.size):
-            share = self._share_of(rank, len(tensor))
-            if len(share):
-                rows = torch.empty(len(share), *tensor.shape[1:], dtype=tensor.dtype)
-                dist.recv(_bytes(rows), rank, group=self._group)
-                tensor[share.start : share.stop] = rows.to(tensor.device)
+            if len(tensor):
+                dist.send(_bytes(tensor), 0, group=self._group)
+            return tensor
+        parts = [tensor]
+        for rank, length in enumerate(lengths[1:], 1):
+            if length:
+                part = torch.empty(length, dtype=tensor.dtype)
+                dist.recv(_bytes(part), rank, group=self._group)
+                parts.append(part.to(tensor.device))
+        return torch.cat(parts)
 
     def collect(self, batches: list[Inputs]) -> list[Inputs]:
         """All processes' batches on every process, as a single one would have captured them.

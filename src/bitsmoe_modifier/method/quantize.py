@@ -5,20 +5,19 @@ design = plan.choose(budget)                                            # a bit-
 packed, report = quantize_layer(experts, tokens, design, settings)      # rounding with feedback, packing
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
 
-from ..storage.factors import pack_factor
 from ..storage.layout import ExpertsLayout
 from ..storage.packed import PackedExperts
-from .design import LayerDesign, idle_units
+from .design import LayerDesign
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .numerics import collected, stored_trouble
-from .sides import LayerTask, RoundedSide, expert_gate_up, round_input, round_output
+from .rounded import RoundedSide
+from .sides import LayerTask, expert_gate_up, round_input, round_output
 from .spectral import project
 from .statistics import RoutedTokens, prior_share
 from .trial import optimism
@@ -99,8 +98,7 @@ def quantize_layer(
     with collected(warnings):
         inputs = round_input(layer)
         outputs = round_output(layer, inputs)
-    for side in (inputs, outputs):
-        side.gather(ranks, len(tokens.counts))
+    inputs, outputs = inputs.gathered(ranks), outputs.gathered(ranks)
     said = dict.fromkeys(design.warnings) | dict.fromkeys(chain.from_iterable(ranks.everyones(warnings)))
     return ranks.compute(lambda: _finished(layer, inputs, outputs, tuple(said), unseen))
 
@@ -140,60 +138,16 @@ def _histogram(widths: torch.Tensor) -> dict[int, int]:
 
 
 def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> PackedExperts:
-    experts, design, settings = layer.experts, layer.design, layer.settings
-    num_experts, hidden, length = experts.down.shape
-    bases = design.inputs.basis, design.outputs.basis
-    idle = 0 if bases[0] is None else idle_units(inputs.widths)
-    units_in = inputs.widths.shape[1] - idle
-    rank_in = units_in * design.block_size
-    layout = ExpertsLayout(
-        num_experts=num_experts,
-        hidden_size=hidden,
-        intermediate_size=length,
-        rank_in=rank_in,
-        rank_out=outputs.codes.shape[2],
-        block_size=design.block_size,
-        group_size=settings.group_size,
-        basis_in_bits=0 if bases[0] is None else bases[0].bits,
-        basis_out_bits=0 if bases[1] is None else bases[1].bits,
-        basis_group_size=settings.resolve_basis_group(hidden),
-        num_dense=len(design.dense_ids),
-        has_bias=int(experts.in_bias is not None),
-        ungated=int(experts.ungated),
-        codes=int(settings.codes == "trellis"),
-        stripes=outputs.stripes,
-    )
-    device = inputs.codes.device
-    width_in, width_out = inputs.widths[:, :units_in].to(device).contiguous(), outputs.widths.to(device)
-    parts = experts.parts(range(num_experts))
-    payload_in, steps_in = _joined(
-        pack_factor(
-            inputs.codes[2 * part.start : 2 * part.stop, :, :rank_in],
-            inputs.steps[2 * part.start : 2 * part.stop, :, :rank_in],
-            width_in[2 * part.start : 2 * part.stop],
-            replace(layout, num_experts=part.stop - part.start),
-            "in",
-        )
-        for part in parts
-    )
-    payload_out, steps_out = _joined(
-        pack_factor(
-            outputs.codes[part].transpose(1, 2),
-            outputs.steps[part],
-            width_out[part],
-            replace(layout, num_experts=part.stop - part.start),
-            "out",
-        )
-        for part in parts
-    )
+    experts, design, layout = layer.experts, layer.design, outputs.layout
+    bases, device = (design.inputs.basis, design.outputs.basis), inputs.codes.device
     packed = PackedExperts(
         layout=layout.to_tensor().to(device),
-        widths_in=width_in.view(num_experts, 2, -1),
-        widths_out=width_out,
-        codes_in=payload_in,
-        codes_out=payload_out,
-        steps_in=steps_in,
-        steps_out=steps_out,
+        widths_in=inputs.stored_widths.to(device).view(layout.num_experts, 2, -1),
+        widths_out=outputs.stored_widths.to(device),
+        codes_in=inputs.codes,
+        codes_out=outputs.codes,
+        steps_in=inputs.steps,
+        steps_out=outputs.steps,
         in_bias=experts.in_bias,
         out_bias=experts.out_bias,
     )
@@ -201,8 +155,8 @@ def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> Packed
         step = bases[0].step
         packed = replace(
             packed,
-            basis_in=bases[0].stored[:rank_in].contiguous(),
-            basis_in_step=None if step is None else step[:rank_in].contiguous(),
+            basis_in=bases[0].stored[: layout.rank_in].contiguous(),
+            basis_in_step=None if step is None else step[: layout.rank_in].contiguous(),
         )
     if bases[1] is not None:
         packed = replace(packed, basis_out=bases[1].stored, basis_out_step=bases[1].step)
@@ -212,12 +166,6 @@ def _pack(layer: LayerTask, inputs: RoundedSide, outputs: RoundedSide) -> Packed
             packed, dense_ids=ids.to(torch.int32), dense_in=experts.gate_up[ids], dense_out=experts.down[ids]
         )
     return packed.sealed()
-
-
-def _joined(packed: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Payload and steps of parts of the experts, which follow each other in both."""
-    payloads, steps = zip(*packed, strict=True)
-    return torch.cat(payloads), torch.cat(steps)
 
 
 def _relative_error(layer: LayerTask, tokens: RoutedTokens, inputs: RoundedSide, outputs: RoundedSide) -> float:
@@ -240,7 +188,7 @@ def _relative_error(layer: LayerTask, tokens: RoutedTokens, inputs: RoundedSide,
         if expert in design.dense_ids:
             continue
         rounded = experts.activations(expert, h[token], expert_gate_up(inputs, expert))
-        rounded = rounded @ outputs.decoded(slice(expert, expert + 1))[0]
+        rounded = rounded @ outputs.decoded(expert)[0]
         if design.outputs.basis is not None:
             rounded = rounded @ design.outputs.basis.matrix.T
         error.index_add_(0, place[token], weight * (rounded - y))

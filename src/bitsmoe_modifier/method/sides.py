@@ -1,6 +1,6 @@
 """Rounding of one side of a layer: gate and up, or down (method.md section 5)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -9,6 +9,7 @@ from .design import LayerDesign
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .linear_systems import solve_positive
+from .rounded import RoundedSide, SidePacker, layout_of
 from .rounding import (
     ColumnCoder,
     damp_,
@@ -50,51 +51,6 @@ class LayerTask:
     h: torch.Tensor
 
 
-@dataclass(frozen=True)
-class RoundedSide:
-    """One side's factors, rounded.
-
-    Attributes:
-        codes: uint8 ``[matrices, I, directions]``; windows of trellis codes.
-        steps: float32 ``[matrices, groups, directions]``.
-        widths: uint8 ``[matrices, units]``.
-        block_size: directions per unit.
-        stripes: of the layout, 0 of scalar codes.
-        shrinkage: by which the off-diagonal parts of the moments were scaled down.
-    """
-
-    codes: torch.Tensor
-    steps: torch.Tensor
-    widths: torch.Tensor
-    block_size: int
-    stripes: int
-    shrinkage: float = 0.0
-
-    @classmethod
-    def empty(
-        cls, widths: torch.Tensor, block_size: int, length: int, group_size: int, device: torch.device, stripes: int
-    ) -> "RoundedSide":
-        """To be filled part by part."""
-        directions = widths.shape[1] * block_size
-        codes = torch.zeros(len(widths), length, directions, dtype=torch.uint8, device=device)
-        steps = torch.ones(len(widths), length // group_size, directions, device=device)
-        return cls(codes, steps, widths, block_size, stripes)
-
-    def gather(self, ranks: Ranks, num_experts: int) -> None:
-        """Fill in, on the first process, the experts that the others rounded."""
-        for tensor in (self.codes, self.steps):
-            ranks.gather_rows(tensor.unflatten(0, (num_experts, -1)))
-
-    def levels(self, matrices: slice) -> torch.Tensor:
-        """``2**b - 1`` of every direction of some matrices, float32 ``[n, directions]``."""
-        return _levels(self.widths[matrices].to(self.codes.device), self.block_size)
-
-    def decoded(self, matrices: slice) -> torch.Tensor:
-        """Values of some matrices, float32 ``[n, I, directions]``."""
-        codes, coder = self.codes[matrices], GroupTrellis() if self.stripes else None
-        return _decoded(codes.to(torch.float32), self.steps[matrices], self.levels(matrices), coder)
-
-
 def _levels(widths: torch.Tensor, block_size: int) -> torch.Tensor:
     """``2**b - 1`` of every direction, float32 ``[n, directions]``, of widths ``[n, units]``."""
     return (2.0 ** widths.to(torch.float32) - 1).repeat_interleave(block_size, dim=1)
@@ -127,7 +83,7 @@ def _columns(
 
 def expert_gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:
     """The rounded gate and up of one expert, float32 ``[2I, R]``."""
-    return inputs.decoded(slice(2 * expert, 2 * expert + 2)).flatten(0, 1)
+    return inputs.decoded(expert).flatten(0, 1)
 
 
 def round_input(layer: LayerTask) -> RoundedSide:
@@ -143,22 +99,22 @@ def round_input(layer: LayerTask) -> RoundedSide:
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     shrinkage = _input_shrinkage(layer, inverse, common, share)
     coder = GroupTrellis() if settings.codes == "trellis" else None
-    stripes = 0 if coder is None else 1
-    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device, stripes)
-    rounded = replace(rounded, shrinkage=shrinkage)
-    for part in experts.parts(layer.ranks.mine(len(tokens.counts))):
+    mine = layer.ranks.mine(len(tokens.counts))
+    packer = SidePacker("in", layout_of(experts, design, settings, len(_stripes(layer))), side.widths, mine)
+    for part in experts.parts(mine):
         matrices = slice(2 * part.start, 2 * part.stop)
-        factor, weight, level = experts.in_factors(part, inverse), side.weight[matrices], rounded.levels(matrices)
+        factor, weight, widths = experts.in_factors(part, inverse), side.weight[matrices], side.widths[matrices]
+        level = _levels(widths.to(h.device), design.block_size)
         if coder is None:
-            steps = chosen_steps(factor, weight, side.widths[matrices], design.block_size, settings.group_size)
+            steps = chosen_steps(factor, weight, widths, design.block_size, settings.group_size)
         else:  # its columns find their own
-            steps = torch.ones_like(rounded.steps[matrices])
+            steps = torch.ones(len(factor), length // settings.group_size, rank, device=h.device)
         if not settings.error_feedback:
             if coder is None:
                 codes = _encoded(factor, steps, level)
             else:
                 codes, steps = _columns(coder, factor, steps, level[:, None], weight)
-            rounded.codes[matrices], rounded.steps[matrices] = codes, steps
+            packer.add(part, codes, steps)
             continue
         ids = range(part.start, part.stop)
         moments = expert_moments(lambda _, pairs: h[tokens.token[pairs]], tokens, ids, rank)
@@ -168,19 +124,20 @@ def round_input(layer: LayerTask) -> RoundedSide:
         order = coarse_first(level[0::2] + level[1::2], moments)
         feedback = feedback_factor(moments, order)
         target = factor[0::2]
+        all_codes = torch.empty(factor.shape, dtype=torch.uint8, device=h.device)
         for half in (0, 1):
             limits, rho = level[half::2, None], weight[half::2]
             codes, step = round_with_feedback(target, feedback, steps[half::2], limits, order, rho, coder)
             for _ in range(settings.refine_passes):
                 codes, step = refine(target, moments, codes, step, limits, rho, coder)
-            rounded.codes[matrices][half::2] = codes.to(torch.uint8)
-            rounded.steps[matrices][half::2] = step
+            all_codes[half::2], steps[half::2] = codes.to(torch.uint8), step
             if half == 0:
                 lost = target - _decoded(codes, step, level[half::2], coder)
                 target = factor[1::2]
                 if settings.compensation:
                     target = target + design.slope_ratio[part, :, None] * lost
-    return rounded
+        packer.add(part, all_codes, steps)
+    return packer.finished(h.device, shrinkage)
 
 
 def coarse_first(level: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
@@ -222,39 +179,36 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
     it in the same place (`output_coupling`).
     """
     experts, tokens, design, settings, h = layer.experts, layer.tokens, layer.design, layer.settings, layer.h
-    side, (_, hidden, length) = design.outputs, experts.down.shape
+    side, hidden = design.outputs, experts.down.shape[1]
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "out")
     coupled = output_coupling(side.basis, layer.metric, hidden, h.device)
     coupling = None
     if settings.error_feedback and settings.compensation and not (side.basis is None and layer.metric is None):
         coupling = damp_(coupled.clone(), settings.dampening_frac)
-    blocks = _row_blocks(len(coupled), 1 if coupling is None else _ROW_BLOCKS, h.device)
-    stripes = 0
-    if settings.codes == "trellis":  # whole units, of which sequences are made
-        units = _row_blocks(side.widths.shape[1], 1 if coupling is None else _ROW_BLOCKS, h.device)
+    blocks, units = _row_blocks(len(coupled), 1 if coupling is None else _ROW_BLOCKS, h.device), _stripes(layer)
+    if units:
         inside = torch.arange(design.block_size, device=h.device)
         blocks = [(block[:, None] * design.block_size + inside).flatten() for block in units]
-        stripes = len(blocks)
-    rounded = RoundedSide.empty(side.widths, design.block_size, length, settings.group_size, h.device, stripes)
-    mine = layer.ranks.mine(len(tokens.counts))
+    mine, shrinkage = layer.ranks.mine(len(tokens.counts)), 0.0
+    packer = SidePacker("out", layout_of(experts, design, settings, len(units)), side.widths, mine)
     if settings.error_feedback:
         statistics = _DownMoments(layer, inputs, mine)
-        rounded = replace(rounded, shrinkage=_output_shrinkage(layer, inputs, inverse))
+        shrinkage = _output_shrinkage(layer, inputs, inverse)
     for part in experts.parts(mine):
-        factor, level = experts.out_factors(part, inverse), rounded.levels(part)
+        factor, widths = experts.out_factors(part, inverse), side.widths[part]
+        level = _levels(widths.to(h.device), design.block_size)
         columns = factor.transpose(1, 2)
         coders: list[ColumnCoder] | None = None
-        if stripes:
-            widths = side.widths[part]
+        if units:
             coders = [
-                ChainTrellis(widths, stripes, stripe, coupled.diagonal()[block], design.block_size)
+                ChainTrellis(widths, len(units), stripe, coupled.diagonal()[block], design.block_size)
                 for stripe, block in enumerate(blocks)
             ]
-            steps = chain_steps(columns, side.weight[part], rounded.levels(part), settings.group_size)
+            steps = chain_steps(columns, side.weight[part], level, settings.group_size)
         else:
-            steps = chosen_steps(columns, side.weight[part], side.widths[part], design.block_size, settings.group_size)
+            steps = chosen_steps(columns, side.weight[part], widths, design.block_size, settings.group_size)
         if settings.error_feedback:
-            moments, lost = statistics.of(part, rounded.shrinkage)
+            moments, lost = statistics.of(part, shrinkage)
             if settings.compensation:
                 factor = _compensated(factor, moments, lost)
             # rows are directions here, so that the columns to round are those along I
@@ -267,8 +221,19 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
             codes = _columns(coders[0], factor, each, level[:, :, None], None)[0].transpose(1, 2)
         else:
             codes = _encoded(columns, steps, level)
-        rounded.codes[part], rounded.steps[part] = codes, steps
-    return rounded
+        packer.add(part, codes, steps)
+    return packer.finished(h.device, shrinkage)
+
+
+def _stripes(layer: LayerTask) -> list[torch.Tensor]:
+    """Units of output directions by the order in which they are rounded, of which sequences of trellis codes are made;
+    none of scalar codes."""
+    settings, outputs = layer.settings, layer.design.outputs
+    if settings.codes != "trellis":
+        return []
+    coupled = settings.error_feedback and settings.compensation
+    coupled = coupled and not (outputs.basis is None and layer.metric is None)
+    return _row_blocks(outputs.widths.shape[1], _ROW_BLOCKS if coupled else 1, layer.h.device)
 
 
 class _DownMoments:

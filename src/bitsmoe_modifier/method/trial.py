@@ -179,7 +179,7 @@ def trial_losses(
         for expert, pairs in enumerate(seen.pairs(range(len(ids)))):
             token = seen.token[pairs]
             error = some.activations(expert, h[token], expert_gate_up(inputs, expert))
-            error = error @ outputs.decoded(slice(expert, expert + 1))[0]
+            error = error @ outputs.decoded(expert)[0]
             if part.outputs.basis is not None:
                 error = error @ part.outputs.basis.matrix.T
             error -= some.activations(expert, seen.x[token].to(torch.float32)) @ some.down[expert].to(torch.float32).T
