@@ -59,7 +59,7 @@ test-vllm: $(VLLM_VENV)/ready $(VENV)/ready
 	$(VLLM_VENV)/bin/pytest -m "vllm and not slow" tests/serving
 
 ## Every family that vLLM has a model class for, one after the other
-test-vllm-slow: $(VLLM_VENV)/ready
+test-vllm-slow: $(VLLM_VENV)/ready $(VENV)/ready
 	$(VLLM_VENV)/bin/pytest -m "vllm and slow" tests/serving
 
 ## The base install with the newest versions that pyproject.toml allows, without llm-compressor (which holds them back)

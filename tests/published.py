@@ -1,11 +1,12 @@
 """Tiny folders of the shape in which models are published: everything that lies beside the weights, and MTP layers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitsmoe_modifier.storage.shards import checkpoint_files
 from tiny_text import LETTERS
@@ -20,18 +21,31 @@ BESIDE = {
 PROCESSOR = {"preprocessor_config.json": '{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}'}
 
 
-def publish(model: torch.nn.Module, folder: Path, mtp: dict[str, torch.Tensor] | None = None) -> Path:
+#: of a shard
+_BYTES = 100_000
+
+
+def publish(
+    model: torch.nn.Module,
+    folder: Path,
+    mtp: dict[str, torch.Tensor] | None = None,
+    rewrite: Callable[[Path], object] | None = None,
+) -> Path:
     """Save a model in several shards with an index, a tokenizer of single characters, and all files of `BESIDE`.
 
     Args:
         model: of transformers.
         folder: to create.
         mtp: tensors of layers that transformers does not load, by their names in the files.
+        rewrite: puts the saved ``model.safetensors`` into the precision that it is published in (`low_precision`).
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model.save_pretrained(folder, max_shard_size="100KB")
+    model.save_pretrained(folder, max_shard_size="5GB" if rewrite else f"{_BYTES // 1000}KB")
+    if rewrite:
+        rewrite(folder)
+        _split(folder)
     vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -42,6 +56,20 @@ def publish(model: torch.nn.Module, folder: Path, mtp: dict[str, torch.Tensor] |
     if mtp:
         add_shard(folder, mtp, "mtp.safetensors")
     return folder
+
+
+def _split(folder: Path) -> None:
+    """Cut the only file of weights into shards with an index, as ``save_pretrained`` does for what it can write."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(one.nbytes for one in shards[-1].values()) + tensor.nbytes > _BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+    for number, shard in enumerate(shards, 1):
+        add_shard(folder, shard, f"model-{number:05d}-of-{len(shards):05d}.safetensors")
 
 
 def add_shard(folder: Path, tensors: dict[str, torch.Tensor], name: str) -> None:

@@ -18,7 +18,7 @@ from models_page import FAMILIES, current_page, page
 from transformers import AutoTokenizer, PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
-from helpers import calibration, experts_names, load, logits, packed_modules, save_tokenizer
+from helpers import calibration, experts_names, load, logits, pack_randomly, packed_modules, save, save_tokenizer
 
 WORKING = [family for family in FAMILIES if not family.refusal]
 REFUSED = [family for family in FAMILIES if family.refusal]
@@ -93,6 +93,15 @@ def test_bfloat16_norms_with_an_offset_keep_their_weights(tmp_path: Path) -> Non
     norms = [name for name in dense.state_dict() if "norm" in name]
     assert norms
     assert all(torch.equal(loaded.state_dict()[name], dense.state_dict()[name]) for name in norms)
+
+
+def test_another_dtype_than_the_files(tmp_path: Path) -> None:
+    """Of Nemotron-H, transformers renames the first parameter, whose dtype is the model's by its own account."""
+    model = model_of(next(family for family in WORKING if family.model_type == "nemotron_h"), torch.bfloat16)
+    pack_randomly(model, ungated=True)
+    wide = load(save(model, tmp_path), dtype=torch.float32)
+    assert {p.dtype for n, p in wide.named_parameters() if ".experts." not in n} == {torch.float32}
+    assert bool(torch.isfinite(logits(wide)).all())
 
 
 @pytest.mark.parametrize("family", rows(REFUSED))

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 #: model type to the class of its processor
-_QWEN = {"qwen3_vl_moe": "Qwen3VLProcessor"}
+_QWEN = {"qwen3_vl_moe": "Qwen3VLProcessor", "qwen3_5_moe": "Qwen3VLProcessor"}
+#: of messages whose content is text or a list of texts and images
+_TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
 #: an image of so many pixels at most: 4 × 4 patches, of which the tower makes 4 tokens
 SIDE = 16
 
 
 def add_processor(folder: Path) -> None:
     """Give a wrapper's folder its tokenizer and, where this module knows it, its processor of images."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from tiny_text import LETTERS
@@ -23,19 +29,23 @@ def add_processor(folder: Path) -> None:
         for name, i in config.items()
         if name.endswith("_token_id") and isinstance(i, int) and i >= 100
     }
-    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
+    # bytes by GPT-2's letters, as Qwen's files have them: transformers' tokenizer classes for those models split words
+    # so whatever the file says
+    letters = [c.translate({ord(" "): "Ġ", ord("\n"): "Ċ"}) for c in LETTERS]
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *letters])}
     vocabulary.update({f"<word{i}>": i for i in range(len(vocabulary), 128)})
     by_id = {i: word for word, i in vocabulary.items()}
     for token, i in special.items():
         vocabulary.pop(by_id[i])
         vocabulary[token] = i
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     fast.save_pretrained(folder)
     kind = _QWEN.get(config["model_type"])
     if kind:
+        (folder / "chat_template.jinja").write_text(_TEMPLATE)
         _write_qwen(folder, kind, config["vision_config"])
 
 

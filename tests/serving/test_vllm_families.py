@@ -1,4 +1,4 @@
-"""Every row of `rows.py`: what vLLM makes of a family's packed checkpoint."""
+"""Every row of `rows.py` in float32: what vLLM makes of a family's packed checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,8 @@ def _stand_ins() -> Iterator[None]:
 
 
 def rows(*, served: bool) -> list[object]:
-    chosen = [row for row in ROWS if served != bool(row.error)]
+    # random experts in bfloat16 leave no token that rounding does not turn over: `test_vllm_published.py` has those rows
+    chosen = [row for row in ROWS if served != bool(row.error) and row.dtype == "float32"]
     return [
         pytest.param(row, id=row.model_type, marks=() if row.model_type in _FAST else pytest.mark.slow)
         for row in chosen

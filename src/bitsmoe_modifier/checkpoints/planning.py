@@ -150,7 +150,8 @@ def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSetti
         + 8 * run.tokens * shape.hidden,
         # without a gate, zeros stand in its place meanwhile; of experts in files, one is read at a time
         "layer: weights": 3 * size * run.itemsize // (shape.experts if model.in_files else 1),
-        "layer: codes": 3 * size,
+        # packed as they are stored; the parts of one side are held twice while they are joined
+        "layer: codes": round(4 * size * settings.bits / 8),
         "layer: a part in float32": _PART_TENSORS * 4 * part,
     }
     if settings.error_feedback:

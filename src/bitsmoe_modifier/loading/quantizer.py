@@ -180,15 +180,17 @@ def _finish_casting(model: Any) -> None:
     """Give what the files hold in fewer bits than the model was asked for its dtype.
 
     With a quantizer, transformers up to 5.20 does not cast the tensors that it renames while loading, such as Mixtral's
-    routers, and the first forward fails on two dtypes.
+    routers, and the first forward fails on two dtypes. Of Nemotron-H it renames all but the head, so the dtype asked
+    for is the config's, not that of the first parameter, which is ``model.dtype``.
     """
+    dtype = model.config.dtype or model.dtype
     for module in model.modules():
         if isinstance(module, BitsMoEExperts) or getattr(module, "quantization_scheme", None) is not None:
             continue
         for parameter in module.parameters(recurse=False):
-            narrow = parameter.is_floating_point() and parameter.dtype.itemsize <= model.dtype.itemsize
-            if narrow and parameter.dtype != model.dtype:
-                parameter.data = parameter.data.to(model.dtype)
+            narrow = parameter.is_floating_point() and parameter.dtype.itemsize <= dtype.itemsize
+            if narrow and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 def experts_sizes(experts: nn.Module) -> tuple[int, int, int]:
