@@ -26,7 +26,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 def rows(*, served: bool) -> list[object]:
-    # random experts in bfloat16 leave no token that rounding does not turn over: `test_vllm_published.py` has those rows
+    # in bfloat16 rounding turns over what random experts make likely: `test_vllm_published.py` has those rows
     chosen = [row for row in ROWS if served != bool(row.error) and row.dtype == "float32"]
     return [
         pytest.param(row, id=row.model_type, marks=() if row.model_type in _FAST else pytest.mark.slow)
