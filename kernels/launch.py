@@ -85,8 +85,8 @@ def launch(tile: int, rows: int, cc: int) -> Launch:
         rows: BN or BR, weight rows of a program; every 16 rows feed one warp.
         cc: `capability`.
     """
-    # Blackwell's own products take weights through tensor memory, which pays for wide tiles only
-    wanted = 2 if tile <= (16 if cc >= 100 else 8) else 4 if tile <= 16 else 8
+    # the large Blackwells' own products take weights through tensor memory, which pays for wide tiles only
+    wanted = 2 if tile <= (16 if 100 <= cc < 120 else 8) else 4 if tile <= 16 else 8
     warps = max(1, min(wanted, rows // 16))
     # Hopper's warpgroup products (4 warps and more, 64 rows and more) leave two bytes side by side in a thread
     pack = 0 if cc == 0 else 2 if 90 <= cc < 100 and warps >= 4 and rows >= 64 else 4
