@@ -283,25 +283,35 @@ def test_block_size_that_does_not_divide_says_which_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "least"),
     [
-        # 16/128 for steps, a byte for every unit of 128 x 768 weights
-        ({"input_basis": "none", "output_basis": "none"}, 0.125 + 8 / (128 * 768)),
+        # a byte for every unit of 128 x 768 weights; what is dropped has no steps
+        ({"input_basis": "none", "output_basis": "none"}, 8 / (128 * 768)),
         # two bases of 2048 x 2048 at 4 + 16/128 bits for 128 experts of 3 x 2048 x 768 weights
-        ({"input_basis": "spectral", "output_basis": "spectral"}, 0.1251 + 2 * 2048 * 4.125 / (128 * 3 * 768)),
-        ({"input_basis": "auto", "output_basis": "spectral", "basis_bits": 16}, 0.1251 + 2048 * 16 / (128 * 3 * 768)),
-        ({"widths": (2, 4), "input_basis": "none"}, 2.1251),
+        ({"input_basis": "spectral", "output_basis": "spectral"}, 0.0001 + 2 * 2048 * 4.125 / (128 * 3 * 768)),
+        ({"input_basis": "auto", "output_basis": "spectral", "basis_bits": 16}, 0.0001 + 2048 * 16 / (128 * 3 * 768)),
+        # a byte for the step of every 128 weights
+        ({"widths": (2, 4), "input_basis": "none"}, 2.0626),
     ],
 )
 def test_least_bits(changes: dict[str, object], least: float) -> None:
     """The size of a Qwen3-30B-A3B layer."""
     settings = QuantizerSettings(**changes)
     assert least_bits(128, 2048, 768, settings) == pytest.approx(least, abs=1e-4)
-    with pytest.raises(RecipeError, match=rf"layer: bits 0\.1 is below {least:.3f}, .* raise `bits`"):
-        check_sizes("layer", 128, 2048, 768, QuantizerSettings(bits=0.1, **changes))
+    with pytest.raises(RecipeError, match=rf"layer: bits 5e-05 is below {least:.3f}, .* raise `bits`"):
+        check_sizes("layer", 128, 2048, 768, QuantizerSettings(bits=5e-5, **changes))
     check_sizes("layer", 128, 2048, 768, QuantizerSettings(bits=least + 1e-3, **changes))
 
 
+def test_least_bits_without_a_gate() -> None:
+    """A basis is spread over two matrices of each expert in place of three."""
+    settings = QuantizerSettings(input_basis="spectral", output_basis="none")
+    assert least_bits(128, 2048, 768, settings, gated=False) == pytest.approx(2048 * 4.125 / (128 * 2 * 768), abs=2e-4)
+    check_sizes("layer", 128, 2048, 768, QuantizerSettings(bits=0.044, input_basis="spectral"))
+    with pytest.raises(RecipeError, match=r"is below"):
+        check_sizes("layer", 128, 2048, 768, QuantizerSettings(bits=0.04, input_basis="spectral"), gated=False)
+
+
 def test_super_experts_raise_the_least_bits() -> None:
-    with pytest.raises(RecipeError, match=r"bits 2\.0 is below 2\.1\d\d, .*super experts"):
+    with pytest.raises(RecipeError, match=r"bits 2\.0 is below 2\.0\d\d, .*super experts"):
         check_sizes("layer", 128, 2048, 768, SETTINGS, dense_share=1 / 8, dense_bits=16)
     check_sizes("layer", 128, 2048, 768, SETTINGS, dense_share=1 / 16, dense_bits=16)
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from ..errors import CalibrationError, RecipeError
+from ..method.costs import unit_cost
 from ..method.gating import gating_of
 from ..method.numerics import all_finite
 from ..method.quantize import DenseExperts, QuantizerSettings
@@ -142,7 +143,7 @@ def check_experts(
     hidden, width = down.shape[-2:]
     dense_share = num_dense / module.num_experts
     dense_bits = 8 * down.element_size()
-    check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits)
+    check_sizes(name, module.num_experts, hidden, width, settings, dense_share, dense_bits, bool(module.has_gate))
     if stored is not None:
         return settings.for_sizes(hidden, width)  # its weights are read, and looked at, when the layer is measured
     with torch.no_grad(), disable_offloading():
@@ -165,12 +166,14 @@ def check_sizes(
     settings: QuantizerSettings,
     dense_share: float = 0.0,
     dense_bits: int = 16,
+    gated: bool = True,
 ) -> None:
     """Check group size, block size and budget against one layer's sizes.
 
     Args:
         dense_share: share of the experts that is kept dense.
         dense_bits: bits of a weight of those.
+        gated: whether experts have a gate.
 
     Raises:
         RecipeError: naming the field and values that would do.
@@ -194,7 +197,7 @@ def check_sizes(
                     f"{name}: codes: trellis needs a {field} that is a multiple of 16, not {size}; set codes: scalar "
                     f"or another {field}"
                 )
-    coded = least_bits(num_experts, hidden, width, settings)
+    coded = least_bits(num_experts, hidden, width, settings, gated)
     least = coded * (1 - dense_share) + dense_bits * dense_share
     if settings.bits < least:
         raise RecipeError(
@@ -203,18 +206,29 @@ def check_sizes(
         )
 
 
-def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings) -> float:
+def least_bits(num_experts: int, hidden: int, width: int, settings: QuantizerSettings, gated: bool = True) -> float:
     """Bits per weight at the narrowest bit-width: forced bases, scales and bit-widths of every unit, codes."""
     settings = settings.for_sizes(hidden, width)
     basis_group = settings.resolve_basis_group(hidden)
     forced = sum(choice == "spectral" for choice in (settings.input_basis, settings.output_basis))
     per_entry = settings.basis_bits + (0 if settings.basis_bits == 16 else 16 / basis_group)
     layout = ExpertsLayout(
-        num_experts, hidden, width, hidden, hidden, settings.resolve_block_size(hidden), settings.group_size, 0, 0, 8
+        num_experts,
+        hidden,
+        width,
+        hidden,
+        hidden,
+        settings.resolve_block_size(hidden),
+        settings.group_size,
+        basis_in_bits=0,
+        basis_out_bits=0,
+        basis_group_size=8,
+        ungated=int(not gated),
     )
     units = num_experts * (2 * layout.units_in + layout.units_out)
     fixed = forced * hidden**2 * per_entry + 8 * units
-    return fixed / layout.dense_elements + 16 / settings.group_size + min(settings.widths)
+    narrowest = unit_cost(min(settings.widths), layout.block_size, width, settings.group_size)
+    return fixed / layout.dense_elements + narrowest / (layout.block_size * width)
 
 
 def dense_experts(module: LinearExperts2D, device: torch.device | str = "cpu") -> DenseExperts:

@@ -145,7 +145,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
         if name in chosen
     )
     for layer in layers:
-        check_sizes(layer.name, layer.experts, layer.hidden, layer.width, modifier.settings)
+        check_sizes(layer.name, layer.experts, layer.hidden, layer.width, modifier.settings, gated=layer.gated)
     elements = sum(torch.Size(size.shape).numel() for size in headers.sizes.values())
     stored = sum(size.nbytes for size in headers.sizes.values())
     return ModelShape(
