@@ -217,14 +217,15 @@ def test_experts_quantized_by_an_earlier_run(model: PreTrainedModel, out: Path) 
 
 def test_bits_below_the_least(model: PreTrainedModel, out: Path) -> None:
     said = refused(model, out, [modifier(bits=0.5, input_basis="spectral", output_basis="spectral")])
-    # steps 16/16, two bases of 64 x 64 at 4 + 16/64 bits for 3 x 8 x 32 x 64 weights, and bytes for the widths
-    assert "RecipeError: model.layers.0.mlp.experts: bits 0.5 is below 1.72" in said
+    # two bases of 64 x 64 at 4 + 16/64 bits for 3 x 8 x 32 x 64 weights, and bytes for the widths
+    assert "RecipeError: model.layers.0.mlp.experts: bits 0.5 is below 0.72" in said
     assert "raise `bits`, lower `basis_bits`" in said
 
 
 def test_bits_below_the_narrowest_width(model: PreTrainedModel, out: Path) -> None:
     said = refused(model, out, [modifier(bits=2.5, bit_widths=[2, 4])])
-    assert f"RecipeError: {FIRST}: bits 2.5 is below 3.0" in said
+    # 2 bits, a byte of steps for 16 weights, and a byte for the width of 16 x 32
+    assert f"RecipeError: {FIRST}: bits 2.5 is below 2.516" in said
     assert "add 0 to `bit_widths`" in said
 
 
