@@ -14,10 +14,8 @@ from ..errors import RecipeError
 from ..loading.claims import matches
 from ..method.gating import gating_of
 from ..method.layer import DenseExperts
-from ..sources.stacks import StoredStack, Turned, read_parameters, stored_parameters
+from ..sources.stacks import KEPT_DECODED, StoredStack, Turned, read_parameters, stored_parameters
 
-#: bytes of a layer's decoded experts that may be kept where the source's were not in memory
-_KEPT_BYTES = 4 * 10**9
 #: `BitsMoEModifier.targets` where a recipe does not say
 _EVERY = (r"re:.*\.experts$",)
 
@@ -128,7 +126,10 @@ def is_kept_decoded(module: Any) -> bool:
     In the place of experts that were in memory there is room for that; for those of files only where they are small.
     """
     stored = stored_matrices(module)
-    return stored is None or sum(s.numel() * s.element_size() for s in stored.stacks.values()) <= _KEPT_BYTES
+    if stored is None:
+        return True
+    hidden, width = stored.down().shape[-2:]
+    return (3 if module.has_gate else 2) * module.num_experts * hidden * width <= KEPT_DECODED
 
 
 def placed_module(module: Any, model: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..method.costs import SAMPLE_ELEMENTS
 from ..method.layer import PART_ELEMENTS, QuantizerSettings
 from ..method.sides import KEPT_MOMENTS
+from ..sources.stacks import KEPT_DECODED
 
 #: Resident memory of a Python process with torch, transformers and llm-compressor imported, before any model.
 _LIBRARIES = 700 * 2**20
@@ -154,6 +155,8 @@ def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSetti
         "layer: codes": round(4 * size * settings.bits / 8),
         "layer: a part in float32": _PART_TENSORS * 4 * part,
     }
+    if model.in_files and shape.weights <= KEPT_DECODED:
+        parts["layer: kept decoded while rows go on"] = shape.weights * run.itemsize
     if settings.error_feedback:
         # beyond a size they are measured for a part of the experts at a time
         parts["layer: moments"] = 16 * min(shape.experts * shape.width**2, KEPT_MOMENTS)
@@ -179,7 +182,8 @@ def _operations(shape: LayerShape, model: ModelShape, settings: QuantizerSetting
     """Float operations of one layer's quantization."""
     e, h, i, pairs = shape.experts, shape.hidden, shape.width, run.tokens * model.choices
     statistics = 2 * run.tokens * h**2 + 12 * pairs * h * i
-    bases = 2 * 25 * h**3 + 6 * e * i * h**2 * 2
+    sides = ((2, settings.input_basis), (1, settings.output_basis))
+    bases = sum(25 * h**3 + 2 * n * e * i * h**2 * 2 for n, basis in sides if basis != "none")
     search = _SEARCH * shape.weights * len(settings.widths) * 2
     total = statistics + bases + search
     if settings.error_feedback:

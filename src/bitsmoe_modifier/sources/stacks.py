@@ -14,6 +14,9 @@ from torch import nn
 from ..storage.shards import Stored
 from .decoded import Decoded
 
+#: Weights of a layer up to which packed experts are kept decoded while the calibration rows go on through them, where
+#: the source's were not in memory.
+KEPT_DECODED = 2 * 10**9
 #: of one expert, the stored matrices whose rows follow each other
 Pieces = tuple[Stored, ...]
 
