@@ -1,6 +1,6 @@
 """What transformers makes of a checkpoint, and the comparison of vLLM's answers with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from engines import PROMPTS, TOKENS, TOLERANCE, Generated
 from helpers import load
 
 #: random prompts of which `clear` takes some, and tokens of each
-_DRAWN, _LENGTH = 64, 7
+_DRAWN, _LENGTH = 512, 7
 #: By how many times transformers' own error in bfloat16 vLLM's may be off there; half of the lead of the chosen token.
 _TIMES = 3
 
@@ -25,7 +25,6 @@ class Expected:
         logprobs: for each, ``[tokens, V]`` of what follows every token of prompt and continuation.
         tolerances: for each, by how much vLLM's log-probabilities may differ.
         first: place of the first of these that are compared.
-        chosen: which of the prompts that were drawn these are.
     """
 
     prompts: list[list[int]]
@@ -33,7 +32,6 @@ class Expected:
     logprobs: list[torch.Tensor]
     tolerances: list[float]
     first: int = 0
-    chosen: list[int] = field(default_factory=list)
 
 
 def expected(folder: Path, dtype: str = "float32") -> Expected:
@@ -56,31 +54,27 @@ def expected(folder: Path, dtype: str = "float32") -> Expected:
     return Expected(PROMPTS, tokens, logprobs, [TOLERANCE] * len(PROMPTS))
 
 
-def clear(
-    model: torch.nn.Module, rounded: torch.nn.Module, prompts: torch.Tensor, count: int = len(PROMPTS), **inputs: Any
-) -> Expected:
-    """The first ``count`` of the prompts whose greedy tokens stand out from what rounding to bfloat16 changes.
+def clear(model: torch.nn.Module, rounded: torch.nn.Module, prompts: torch.Tensor) -> Expected:
+    """The prompts whose greedy tokens stand out most from what rounding to bfloat16 changes.
 
     Args:
         model: in float32.
-        rounded: the same in bfloat16. Its error, of the five likeliest tokens at every place of the continuation, times
-            `_TIMES` is the tolerance; every greedy token has to lead by twice that.
+        rounded: the same in bfloat16. Its error, of the five likeliest tokens at every place of the continuation, in
+            the median of all prompts, times `_TIMES` is the tolerance; every greedy token has to lead by twice that.
         prompts: ids ``[n, tokens]``.
-        count: how many to find.
-        inputs: beside them, of images.
     """
     start = prompts.shape[1]
-    ids = greedy(model, prompts, **inputs)
-    logprobs = _logprobs(model, ids, **inputs)
-    exact, other = (found[:, start - 1 : -1] for found in (logprobs, _logprobs(rounded, ids, **inputs)))
+    ids = greedy(model, prompts)
+    logprobs = _logprobs(model, ids)
+    exact, other = (found[:, start - 1 : -1] for found in (logprobs, _logprobs(rounded, ids)))
     top = exact.topk(2).values
     lead = (top[..., 0] - top[..., 1]).amin(1)
-    tolerance = _TIMES * (exact - other).gather(2, exact.topk(5).indices).abs().amax((1, 2))
-    chosen = (lead > 2 * tolerance).nonzero().flatten()[:count]
-    assert len(chosen) == count, f"of {len(chosen)} prompts the continuation is clear: draw more"
-    at = chosen.tolist()
-    tokens, tolerances = ids[chosen, start:].tolist(), tolerance[chosen].tolist()
-    return Expected(prompts[chosen].tolist(), tokens, [logprobs[n] for n in at], tolerances, start - 1, at)
+    tolerance = _TIMES * float((exact - other).gather(2, exact.topk(5).indices).abs().amax((1, 2)).median())
+    chosen = lead.topk(len(PROMPTS)).indices
+    assert bool((lead[chosen] > 2 * tolerance).all()), "too few continuations are clear: draw more"
+    tokens = ids[chosen, start:].tolist()
+    found = [logprobs[n] for n in chosen.tolist()]
+    return Expected(prompts[chosen].tolist(), tokens, found, [tolerance] * len(chosen), start - 1)
 
 
 @torch.no_grad()
@@ -101,8 +95,8 @@ def check(found: list[Generated], wanted: Expected) -> None:
                     assert abs(logprob - float(logprobs[place, token])) < tolerance
 
 
-def _logprobs(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    return _logits(model, ids, **inputs).float().log_softmax(-1)
+def _logprobs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return _logits(model, ids).float().log_softmax(-1)
 
 
 @torch.no_grad()
