@@ -1,6 +1,7 @@
 """The kernels of trellis codes as `compile_gates` checks them: what each is compiled for, and its budget."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import triton
 
@@ -26,11 +27,9 @@ def _case(
     name: str, kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object], how: Launch
 ) -> Case:
     """A case of gate_up or down with its budget, and the programs wanted on a multiprocessor."""
-    widths, tile, block, group = (constants[name] for name in ("WIDTHS", "BM", "BS", "GS"))
-    assert isinstance(widths, tuple) and isinstance(tile, int)  # noqa: S101, PT018 - types
-    assert isinstance(block, int) and isinstance(group, int)  # noqa: S101, PT018 - types
-    rows = constants["BN" if "BN" in constants else "BR"]
-    assert isinstance(rows, int)  # noqa: S101 - types
+    widths = cast(tuple[int, ...], constants["WIDTHS"])
+    tile, block, group = (cast(int, constants[name]) for name in ("BM", "BS", "GS"))
+    rows = cast(int, constants["BN" if "BN" in constants else "BR"])
     one, wide = len(widths) == 1, 1.0 if block == group == 128 else 1.6  # short rows share activations among few
     return Case(
         name, kernel, signature, constants, how,

@@ -206,6 +206,8 @@ def test_a_later_size_cannot_be_written(
     for bits in sizes:
         assert weights(tmp_path / "out" / f"{bits}-bits") == weights(tmp_path / "undisturbed" / f"{bits}-bits"), bits
     assert weights(tmp_path / "out" / "4.5-bits") == first
+    assert main([*run, "--resume-dir", str(kept), "--dtype", "bfloat16"]) == 2, "another command"
+    assert "finished by an earlier run" not in capsys.readouterr().err
 
 
 def test_a_size_of_another_run_is_refused(

@@ -1,7 +1,7 @@
 """The Triton kernels against plain PyTorch on the GPU of a run, before the run relies on them.
 
 What passes in an interpreter and compiles for a GPU may still fail, or compute otherwise, on one that nobody had yet. A
-quantization takes hours, this look some seconds; where a kernel is not to be trusted, the run goes on without any.
+quantization takes hours, this look some seconds; where a kernel is not to be trusted, the run goes on in PyTorch.
 """
 
 import os
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from loguru import logger
 
-from ..devices import kernels_usable, kernels_wanted
+from ..devices import kernels_wanted
 from ..method import rounding
 from ..method.trellis import NORMAL_STEP
 from ..method.viterbi import PRELUDE, Sequences, encode_plain
@@ -31,45 +31,48 @@ _TOKENS = 64
 
 
 def check_rounding(device: torch.device | str) -> bool:
-    """Whether the kernels that quantize are trusted on a GPU; where not, a warning says why and none is used from here.
+    """Whether the kernels that quantize are trusted on a GPU; where not, a warning says why, and none is used in this
+    process from here on.
 
     Random weights are rounded and encoded by both; what they lose must be the same.
     """
     checks: dict[str, Callable[[torch.device | str], float]] = {"rounding": _rounded, "trellis encoder": _encoded}
-    return all(_trusted(name, partial(check, device), _LOSS) for name, check in checks.items())
+    trusted = all(_trusted(name, partial(check, device), _LOSS) for name, check in checks.items())
+    if not trusted:
+        os.environ["BITSMOE_FORCE_PLAIN"] = "1"
+    return trusted
 
 
 def check_product(experts: BitsMoEExperts, inputs: Sequence[torch.Tensor]) -> bool:
-    """The same of the kernels that multiply by packed experts, which the calibration rows go through from here on.
+    """The same of the kernels that multiply by packed experts, through which the calibration rows go; of those alone.
 
     Args:
         experts: a layer, placed.
         inputs: its inputs, expert ids and their weights for some tokens; the first ones are taken.
     """
     some = [one[:_TOKENS] for one in inputs]
-    if not kernels_wanted(some[0]):
-        return True
+    if not kernels_wanted(some[0]) or not experts.kernels_trusted:
+        return experts.kernels_trusted
 
     def difference() -> float:
         found, plain = (product(*some).float() for product in (experts, experts.forward_plain))
         return float((found - plain).norm() / plain.norm().clamp_min(1e-30))
 
-    return _trusted("product", difference, _PRODUCT)
+    # the encoder goes on, without which trellis codes take hours
+    BitsMoEExperts.kernels_trusted = _trusted("product", difference, _PRODUCT)
+    return BitsMoEExperts.kernels_trusted
 
 
 def _trusted(name: str, difference: Callable[[], float], limit: float) -> bool:
-    if not kernels_usable():  # an earlier check found out
-        return False
     try:
         found = difference()
         trouble = "" if found <= limit else f"it differs from PyTorch by {found:.3g}, {limit} is allowed"
     except Exception as error:  # noqa: BLE001  whatever a compiler or a driver has to say: the run can do without
         trouble = f"{type(error).__name__}: {error}"
     if trouble:
-        os.environ["BITSMOE_FORCE_PLAIN"] = "1"
         logger.warning(
-            f"no Triton kernel is used, plain PyTorch is, which is slower: on this GPU the {name} kernel is not to be "
-            f"trusted ({trouble}); `python benchmarks/gpu.py --stage check` says more"
+            f"plain PyTorch is used, which is slower: on this GPU the {name} kernel is not to be trusted ({trouble}); "
+            "`python benchmarks/gpu.py --stage check --out DIR` says more"
         )
     return not trouble
 

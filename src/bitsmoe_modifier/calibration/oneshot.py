@@ -75,6 +75,10 @@ class QuantizeSettings:
     mtp: Literal["keep", "quantize", "drop"] | None = None
     rest: Literal["source", "bf16"] = "source"
 
+    def noted(self) -> dict[str, str | None]:
+        """What a checkpoint depends on of these, in JSON types, for its record."""
+        return {"dtype": None if self.dtype is None else str(self.dtype), "mtp": self.mtp, "rest": self.rest}
+
 
 @dataclass(frozen=True)
 class QuantizeRecord:
@@ -184,7 +188,7 @@ def _quantize(
             if packed_mtp(model):
                 noted["mtp_per_expert"] = {one.layer.experts: not one.layer.fused for one in packed_mtp(model)}
             if reports:
-                noted["made_of"] = {**made_of, "seed": settings.seed}
+                noted["made_of"] = {**made_of, "seed": settings.seed, "settings": settings.noted()}
             if expected:
                 noted["prediction"] = expected[0]
             (temporary / REPORT_NAME).write_text(json.dumps(noted), encoding="utf-8")

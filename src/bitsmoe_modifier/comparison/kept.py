@@ -10,7 +10,7 @@ import torch
 
 from .. import messages
 from ..calibration.fingerprint import rows_digest
-from ..calibration.oneshot import without_places
+from ..calibration.oneshot import QuantizeSettings, without_places
 from ..calibration.recipe import Stage
 from ..errors import BitsMoEError
 from ..sources.provenance import REPORT_NAME, source_record
@@ -51,7 +51,7 @@ class SharedWork:
         messages.say("error", hint)
 
 
-def is_finished(out: Path, model: Path, stage: Stage, rows: torch.Tensor) -> bool:
+def is_finished(out: Path, model: Path, stage: Stage, rows: torch.Tensor, settings: QuantizeSettings) -> bool:
     """Whether a checkpoint was made from this model, by this stage, from these rows: by its own record.
 
     Args:
@@ -59,6 +59,7 @@ def is_finished(out: Path, model: Path, stage: Stage, rows: torch.Tensor) -> boo
         model: folder of the unquantized model.
         stage: with all fields that the run has.
         rows: calibration tokens, int64 ``[n, T]``.
+        settings: how it is run.
     """
     if not (out / REPORT_NAME).exists():
         return False
@@ -67,6 +68,7 @@ def is_finished(out: Path, model: Path, stage: Stage, rows: torch.Tensor) -> boo
     recipe = json.loads(json.dumps({"recipe": without_places(stage.text)}, default=str))
     return (
         made_of.get("recipe") == recipe
+        and made_of.get("settings") == settings.noted()
         and made_of.get("calibration") == rows_digest([{"input_ids": rows}])
         and record.get("source", {}).get("weights") == source_record(model)["weights"]
     )

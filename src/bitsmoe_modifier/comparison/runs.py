@@ -160,8 +160,12 @@ def _quantized(job: Job, stage: Stage, workspace: Workspace) -> dict[str, Any]:
         batch, job.dtype, job.pipeline, job.calibrate_all_experts, job.seed, model_name=job.model_name
     )
     record = quantize(job.model, stage.text, workspace.rows("calibration"), new, settings)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    old = checkpoint.with_name(f".{stage.name}.last")
+    shutil.rmtree(old, ignore_errors=True)
+    if checkpoint.exists():
+        checkpoint.rename(old)  # takes no time, which deleting does
     new.rename(checkpoint)
+    shutil.rmtree(old, ignore_errors=True)
     _, trouble = attempted(_CARD, lambda: write_card(checkpoint, job.model_name, stage.text), None)
     return {
         **sizes_of(checkpoint),

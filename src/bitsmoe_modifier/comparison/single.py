@@ -188,7 +188,7 @@ def _quantize_each(
         for place in sorted(range(len(stages)), key=lambda place: stages[place] is not lead):
             stage, output = stages[place], outputs[place]
             if _may_be_finished(output, stages, options):
-                if is_finished(output.path, dense.folder, with_fields(stage, sweep=sweep or None), rows):
+                if is_finished(output.path, dense.folder, with_fields(stage, sweep=sweep or None), rows, settings):
                     messages.say("note", f"{output.asked} was finished by an earlier run of this command, and stays")
                     continue
                 check_new_folder(output.path)  # says that it holds something else

@@ -183,7 +183,7 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
     inverse = None if side.basis is None else refit_inverse(side.basis, None, "out")
     coupled = output_coupling(side.basis, layer.metric, hidden, h.device)
     coupling = None
-    if settings.error_feedback and settings.compensation and not (side.basis is None and layer.metric is None):
+    if _is_coupled(layer):
         coupling = damp_(coupled.clone(), settings.dampening_frac)
     blocks, units = _row_blocks(len(coupled), 1 if coupling is None else _ROW_BLOCKS, h.device), _stripes(layer)
     if units:
@@ -231,9 +231,14 @@ def _stripes(layer: LayerTask) -> list[torch.Tensor]:
     settings, outputs = layer.settings, layer.design.outputs
     if settings.codes != "trellis":
         return []
-    coupled = settings.error_feedback and settings.compensation
-    coupled = coupled and not (outputs.basis is None and layer.metric is None)
-    return _row_blocks(outputs.widths.shape[1], _ROW_BLOCKS if coupled else 1, layer.h.device)
+    return _row_blocks(outputs.widths.shape[1], _ROW_BLOCKS if _is_coupled(layer) else 1, layer.h.device)
+
+
+def _is_coupled(layer: LayerTask) -> bool:
+    """Whether output directions absorb what those before them lost: the loss sees some of them in the same place."""
+    settings = layer.settings
+    apart = layer.design.outputs.basis is None and layer.metric is None
+    return settings.error_feedback and settings.compensation and not apart
 
 
 class _DownMoments:

@@ -73,6 +73,8 @@ class BitsMoEExperts(nn.Module):
 
     #: what quantization noted about this layer; None in a loaded checkpoint
     report: "LayerReport | None" = None
+    #: False after a quantization in this process found the kernels to compute otherwise (`calibration.gpu_check`)
+    kernels_trusted = True
 
     def __init__(self, packed: PackedExperts, gating: Gating) -> None:
         super().__init__()
@@ -281,7 +283,7 @@ class BitsMoEExperts(nn.Module):
         """
         if top_k_index is None or top_k_weights is None:
             top_k_index, top_k_weights = routing_of(hidden_states, self.num_experts)
-        if kernels_wanted(hidden_states):
+        if self.kernels_trusted and kernels_wanted(hidden_states):
             prepared = self._prepare_kernels(hidden_states.dtype)
             if prepared is not None:
                 from bitsmoe_kernels import moe_forward

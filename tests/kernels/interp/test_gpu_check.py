@@ -16,9 +16,9 @@ from helpers import random_layer
 
 @pytest.fixture(autouse=True)
 def warnings(monkeypatch: pytest.MonkeyPatch):
-    """The kernels count as usable here until a check turns them off; what is warned about."""
+    """The kernels are wanted here until a check turns them off; what is warned about."""
     monkeypatch.setenv("BITSMOE_FORCE_PLAIN", "0")
-    monkeypatch.setattr(gpu_check, "kernels_usable", lambda: os.environ["BITSMOE_FORCE_PLAIN"] != "1")
+    monkeypatch.setattr(BitsMoEExperts, "kernels_trusted", True)
     monkeypatch.setattr(gpu_check, "kernels_wanted", lambda _: True)
     found: list[str] = []
     sink = logger.add(found.append, level="WARNING", format="{message}")
@@ -65,4 +65,6 @@ def test_product_of_a_layer(stripes: int, warnings: list[str], monkeypatch: pyte
     assert not gpu_check.check_product(experts, inputs)
     assert "it differs from PyTorch by 1" in warnings[0]
     assert not gpu_check.check_product(experts, inputs), "and is not asked again"
+    assert torch.equal(experts(*inputs), experts.forward_plain(*inputs))
+    assert os.environ["BITSMOE_FORCE_PLAIN"] == "0", "the encoder of trellis codes goes on"
     assert len(warnings) == 1
