@@ -95,7 +95,8 @@ def _splice(f, j, bf16, pack):
     else:
         moves = [half[j] for half in _moves(f, mantissa)]
         lines = [".reg .b32 w, u, s, m;", "mov.b32 w, $2;"]
-    for half, (right, p) in enumerate(moves):
+    for half in range(len(moves)):  # Triton 3.6 takes no tuple after `for` even here
+        right, p = moves[half]
         scale = 2.0 ** (1 - p)
         base, one, minus = _twice(big, bf16), _twice(scale, bf16), _twice(-(big * scale + top), bf16)
         lines += [
