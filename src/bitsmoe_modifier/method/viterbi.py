@@ -61,7 +61,7 @@ class Sequences:
     def rows(cls, width: torch.Tensor, order: torch.Tensor) -> "Sequences":
         """Each row of a tensor ``[S, T]`` a sequence, its weights in the given order of columns."""
         count, length = len(width), len(order)
-        begin = torch.arange(count + 1) * length
+        begin = torch.arange(count + 1, device="cpu") * length  # whatever the default device is
         return cls(begin, (begin[:-1, None] + order.cpu()).flatten(), width.to("cpu", torch.int32))
 
 
@@ -98,7 +98,7 @@ def encode_plain(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences)
     kinds = torch.stack([sequences.width.long(), lengths], 1)
     for width, length in kinds.unique(dim=0).tolist():
         chosen = ((sequences.width == width) & (lengths == length)).nonzero()[:, 0]
-        place = sequences.place[sequences.begin[chosen, None] + torch.arange(length)].to(target.device)
+        place = sequences.place[sequences.begin[chosen, None] + torch.arange(length, device="cpu")].to(target.device)
         windows[place] = _encode_rows(target.flatten()[place], gain.flatten()[place], width)
     return windows.view(target.shape)
 
@@ -110,7 +110,7 @@ def _encode_rows(target: torch.Tensor, gain: torch.Tensor, width: int) -> torch.
     closing = torch.zeros(count, dtype=torch.int64, device=target.device)
     if width < WINDOW_BITS:
         span = min(PRELUDE[width], length)
-        around = torch.cat([torch.arange(length - span, length), torch.arange(span)]).to(target.device)
+        around = torch.arange(length - span, length + span, device=target.device) % length
         free = torch.zeros(count, states, device=target.device)
         costs, branches = run(target[:, around], gain[:, around], width, free)
         closing = trace(branches, costs.argmin(1), width)[1][:, span]

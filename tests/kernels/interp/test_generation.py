@@ -10,8 +10,9 @@ from helpers import pack_randomly, tiny_model
 
 def test_a_decoding_step_is_one_graph_that_copies_no_weights(monkeypatch):
     torch.use_deterministic_algorithms(False)  # the model's own operations, which fill nothing
-    model = tiny_model("qwen3_moe", torch.float16)
-    pack_randomly(model, group_size=32, basis_bits=(0, 0), widths=(0, 2, 4))
+    with torch.device("cpu"):  # where their generators are
+        model = tiny_model("qwen3_moe", torch.float16)
+        pack_randomly(model, group_size=32, basis_bits=(0, 0), widths=(0, 2, 4))
     model.to(DEVICE)
     prompt, token = torch.tensor([[5, 9, 77, 3]]), torch.tensor([[40]])
     with torch.no_grad():
