@@ -1,9 +1,14 @@
 """The stages of gpu.py: what each measures, as tasks by name. A task returns the fields of its line."""
 
+import functools
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +35,9 @@ CHECKED = {
 
 #: Layers in this project's format, the default first.
 OURS = ("trellis", "scalar")
+
+#: The task of the stage `check` that runs the test files.
+TESTS = "tests compiled"
 
 #: What is tried, one at a time beside the rules.
 TRIED: dict[str, tuple[int, ...]] = {
@@ -83,23 +91,24 @@ def check(shape: Shape, kind: str, tokens: int, dtype: torch.dtype, device: torc
     return {**result, "passed": error <= 10 * torch.finfo(dtype).eps and equal}
 
 
-def run_tests(path: Path, backend: str) -> Line:
-    """One file of the kernels' own tests in a process of its own."""
-    import os
-    import subprocess
-    import sys
+def run_tests(paths: list[Path]) -> Line:
+    """Files of the kernels' own tests, compiled, all at once: each in a process of its own."""
+    with ThreadPoolExecutor(len(paths)) as pool:
+        found = dict(zip((path.name for path in paths), pool.map(run_file, paths), strict=True))
+    failed = {name: output for name, (passed, output) in found.items() if not passed}
+    results = {name: output.strip().splitlines()[-1] for name, (_, output) in found.items() if output.strip()}
+    return {"passed": not failed, "results": results, **({"output": failed} if failed else {})}
 
+
+def run_file(path: Path) -> tuple[bool, str]:
+    """(whether it passed, the end of what it said) of one file of tests, compiled."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     folder = path.parents[2]
-    environment |= {"BITSMOE_TEST_KERNELS": backend}
+    environment |= {"BITSMOE_TEST_KERNELS": "compiled"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, sys.path)])
-    if backend == "interpreted":
-        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(path)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    last = ran.stdout.strip().splitlines()[-1:]
-    result: Line = {"passed": ran.returncode == 0, "result": last[0] if last else ""}
-    return result if ran.returncode == 0 else {**result, "output": (ran.stdout + ran.stderr)[-4000:]}
+    return ran.returncode == 0, (ran.stderr + ran.stdout)[-4000:]
 
 
 def checks(device: torch.device) -> Iterator[Task]:
@@ -114,8 +123,7 @@ def checks(device: torch.device) -> Iterator[Task]:
                     yield title, lambda arguments=arguments: check(*arguments)
     tests = sorted((Path(__file__).parents[1] / "tests/kernels/interp").glob("test_*.py"))
     if on_gpu and tests and all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
-        for path in tests:
-            yield f"tests compiled, {path.name}", lambda path=path: run_tests(path, "compiled")
+        yield TESTS, lambda: run_tests(tests)
 
 
 # ------------------------------------------------------------------------------------------------- decode, prefill
@@ -148,6 +156,7 @@ def prefills(shapes: list[str], device: torch.device, repeats: int) -> Iterator[
 # --------------------------------------------------------------------------------------------------------- tune
 
 
+@functools.lru_cache(maxsize=1)  # the sizes that are tried share them: making them takes longer than timing them
 def kernel_calls(shape: Shape, kind: str, batch: int, device: torch.device) -> list[Callable[[], torch.Tensor]]:
     """One step of the packed kernels on each of several copies that exceed the second cache."""
     calls = []
@@ -196,8 +205,8 @@ def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Tas
                 line["pairs"] = tuned.rounded(batch * SHAPES[name].top_k)
 
                 def timed(line: Line = line, batch: int = batch, sizes: tuned.Sizes = sizes) -> Line:
+                    calls = kernel_calls(SHAPES[str(line["shape"])], str(line["kind"]), batch, device)
                     with tuned.forcing(sizes):
-                        calls = kernel_calls(SHAPES[str(line["shape"])], str(line["kind"]), batch, device)
                         return {**line, "seconds": seconds_per_call(calls, repeats, device)}
 
                 yield f"{name}, {kind}, batch {batch}, {text}", timed

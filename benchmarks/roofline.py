@@ -6,14 +6,14 @@ bf16 layer, a 4-bit and a plain 2-bit kernel at fixed shares of the bandwidth. A
 
     launch + start + max(bytes / bandwidth, instructions / issue rate, rounds one after another, bytes in flight)
 
-and a layer the sum of its kernels. From sm_90 on a kernel is launched while the one before runs, which leaves `OVERLAP`
-of the launch. Where the weights of a step are fetched ahead (`bitsmoe_kernels.ahead`), gate_up and down read the second
-cache, at its latency and bandwidth, and end no earlier than their weights have come from memory. `LAUNCH` to
-`IDLE_PROGRAM` below are assumptions, from what such kernels usually show, and so are those of the other layers
-(`OTHERS`). The model cannot know: how evenly a router loads experts (it assumes random choices), caches (all bytes come
-from memory), clocks under load, contention of programs for an issue slot or a bank, how well one kernel's start
-overlaps the end of another, and whether the compiled code is right. Order is more reliable than size; models like it
-have missed measured times by 40 %, and its assumptions favour kernels that copy ahead.
+and a layer the sum of its kernels. Where the weights of a step are fetched ahead (`bitsmoe_kernels.ahead`), gate_up and
+down read the second cache, at its latency and bandwidth, and end no earlier than their weights have come from memory.
+`LAUNCH` to `IDLE_PROGRAM` below are assumptions, from what such kernels usually show, and so are those of the other
+layers (`OTHERS`). `START_LOADS` and `ISSUE_SHARE` were fitted to three steps measured on an H200 with trellis codes
+(docs/kernels.md): before, they were 3 and 0.7, and the model promised 19, 49 and 97 µs where 46, 129 and 250 were
+measured. The model cannot know: how evenly a router loads experts (it assumes random choices), caches (all bytes come
+from memory), clocks under load, contention of programs for an issue slot or a bank, how often a warp waits for its next
+instructions, and whether the compiled code is right. Order is more reliable than size.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from bitsmoe_kernels.launch import (
     down_tile,
     expected_tiles,
     gate_up_tile,
-    overlap,
     trellis_down_warps,
     trellis_warps,
 )
@@ -39,14 +38,14 @@ from bitsmoe_modifier.method.viterbi import PRELUDE
 
 #: Seconds between the end of a kernel and the start of one that depends on it, inside a CUDA graph.
 LAUNCH = 1.5e-6
-#: The same where the dependent kernel is launched before (programmatic dependent launch).
-OVERLAP = 0.5e-6
 #: Seconds of one load that the next instruction needs, and how many of them come before the first copy of weights.
-LATENCY, START_LOADS = 0.7e-6, 3
+LATENCY, START_LOADS = 0.7e-6, 10
 #: The same from the second cache, and how many times the memory's bandwidth that has.
 CACHE_LATENCY, CACHE_BANDWIDTH = 0.35e-6, 1.6
 #: Share of the bandwidth and of the issue slots that a kernel reaches at best.
-BANDWIDTH_SHARE, ISSUE_SHARE = 0.85, 0.7
+BANDWIDTH_SHARE, ISSUE_SHARE = 0.85, 0.25
+#: Share of the issue slots that the encoder reaches, whose loop is short; not measured.
+ENCODER_ISSUE_SHARE = 0.7
 #: Seconds that a program takes to find that it has nothing to do, per multiprocessor.
 IDLE_PROGRAM = 0.03e-6
 #: Instructions of a warp that trace a weight back in the encoder of trellis codes: its loops have 13 and 17.
@@ -55,8 +54,9 @@ TRACE = 15
 _R, _I = 2048, 768
 _SCALAR = compile_gates._gate_up, compile_gates._down
 _TRELLIS = trellis_gates.gate_up_case, trellis_gates.down_case
-#: Other layers: bits of a weight, seconds besides, share of the bandwidth.
-OTHERS = {"bf16": (16, 14e-6, 0.78), "W4": (4 + 16 / 128, 9e-6, 0.6), "plain 2 bit": (2 + 16 / 128, 8e-6, 0.6)}
+#: Other layers: bits of a weight, seconds besides, share of the bandwidth; of bf16 as measured on an H200
+#: (`fused_moe.py`).
+OTHERS = {"bf16": (16, 12e-6, 0.92), "W4": (4 + 16 / 128, 9e-6, 0.6), "plain 2 bit": (2 + 16 / 128, 8e-6, 0.6)}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def encoder_table(name: str, weights: float) -> str:
     for width in (1, 2, 3, 4, 6):
         spent, span = compile_case(trellis_gates.encoder_case(width), gpu.cc).per_weight, PRELUDE[width]
         whole = (128 + 2 * span) / 128 * spent + (128 + span) / 128 * TRACE
-        seconds = weights * whole / (gpu.processors * 4 * gpu.clock * ISSUE_SHARE)
+        seconds = weights * whole / (gpu.processors * 4 * gpu.clock * ENCODER_ISSUE_SHARE)
         rows.append([str(width), f"{spent:.0f}", f"{whole:.0f}", f"{seconds:.1f}"])
     header = ["bits", "instructions a weight, forward", "in all", f"s for {weights:.3g} weights"]
     return f"{name}, encoder of trellis codes, sequences of 128:\n\n{markdown(header, rows)}"
@@ -130,12 +130,12 @@ def encoder_table(name: str, weights: float) -> str:
 
 def kernel_seconds(
     gpu: Gpu, kernel: Kernel, nbytes: float, instructions: float, programs: float, idle: float, rounds: float,
-    first: bool = False, cached: bool = False,
+    cached: bool = False,
 ) -> float:  # fmt: skip
     """The formula above.
 
-    ``rounds``: of one program, each of which waits for its copies at least; ``first``: of the layer, whose launch waits
-    for a kernel that is not ours; ``cached``: the weights come from the second cache.
+    ``rounds``: of one program, each of which waits for its copies at least; ``cached``: the weights come from the
+    second cache.
     """
     latency, bandwidth = LATENCY, gpu.bandwidth * BANDWIDTH_SHARE
     if cached:
@@ -150,8 +150,7 @@ def kernel_seconds(
         nbytes / (in_flight / latency),
     )
     begin = START_LOADS * latency + kernel.start / (gpu.clock / 2)
-    launched = LAUNCH if first or not overlap(gpu.cc)["OVERLAP"] else OVERLAP
-    return launched + begin + max(bounds) + idle * IDLE_PROGRAM / gpu.processors
+    return LAUNCH + begin + max(bounds) + idle * IDLE_PROGRAM / gpu.processors
 
 
 def layer_seconds(
@@ -193,9 +192,7 @@ def layer_seconds(
     )  # fmt: skip
     # the basis kernel deals its rounds to the warps of 128 programs and more
     rounds = shape.hidden / 128 / 4
-    base = kernel_seconds(
-        gpu, Kernel({}, 6, 2.0, 100), basis, shape.hidden**2 * 3.0, shape.hidden / 16, 0, rounds, first=True
-    )
+    base = kernel_seconds(gpu, Kernel({}, 6, 2.0, 100), basis, shape.hidden**2 * 3.0, shape.hidden / 16, 0, rounds)
     shared = LAUNCH + 2 * LATENCY  # the last arrivals add parts up
     if cached:  # requests leave once ids and places are read
         begun = LAUNCH + 2 * LATENCY

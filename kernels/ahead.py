@@ -4,31 +4,19 @@ Where one step reads no more than a part of the second cache (few tokens, small 
 tiles of pairs also ask for every line of the chosen experts' codes and steps: these then arrive while the first launch
 still multiplies, and the two launches after it read the cache. Nothing waits for such a request, and no result depends
 on it.
-
-From sm_90 on a kernel is launched while the one before it still runs (programmatic dependent launch): it begins with
-`begin`, which waits until everything before it is complete and visible, and only then lets the next one come. So no
-kernel starts before the last but one is over, and none reads or writes anything before the last one is.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import gdc_launch_dependents, gdc_wait, interpreting
+from .launch import interpreting
 
 #: Bytes of a request.
 LINE = tl.constexpr(128)
 
 #: Pairs of a step that may have their experts fetched.
 FETCHED_PAIRS = 16
-
-
-@triton.jit
-def begin(OVERLAP: tl.constexpr):
-    """First statement of every kernel of a layer; OVERLAP: it was launched while the one before it ran."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

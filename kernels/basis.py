@@ -15,7 +15,7 @@ import triton.language as tl
 
 from bitsmoe_modifier.storage.factors import decode_basis
 
-from .ahead import begin, fetch, payloads
+from .ahead import fetch, payloads
 from .digits import digit_values, product, swapped
 from .launch import BASIS_TOKENS, Launch, basis_stages, capability
 from .launcher import run
@@ -76,12 +76,11 @@ def basis_kernel(
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
     ROUTE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    AHEAD: tl.constexpr, PAIRS: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program (BN rows, BM tokens): y [T, N]; ROUTE: and (cdiv(N, BN) + expert, 0): its tiles of TILE pairs, and with
     AHEAD its share of the weights that are fetched."""
     ROWS: tl.constexpr = (N + BN - 1) // BN
-    begin(OVERLAP)
     if tl.program_id(0) < ROWS:
         _multiply(x_ptr, w_ptr, step_ptr, y_ptr, T, N, K, BITS, BM, BN, BK, SLICES, STAGES, PACK)
     elif ROUTE and tl.program_id(1) == 0:

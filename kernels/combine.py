@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .ahead import begin
 from .launch import Launch
 from .launcher import run
 
@@ -43,10 +42,9 @@ def token_sum(
 def combine_kernel(
     t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
     TOP_K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
 ):  # fmt: skip
     """Program (token, BLOCK elements of its row)."""
-    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = token_sum(

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .ahead import begin
 from .arrival import arrive
 from .combine import token_sum
 from .digits import digit_count, digit_size, digit_start, digit_values, plane_values, product, swapped
@@ -82,7 +81,7 @@ def down_kernel(
     ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I].
 
@@ -93,7 +92,6 @@ def down_kernel(
     GROUPS: tl.constexpr = I // GS
     QUANTUM: tl.constexpr = BS * GS // 8
     PER: tl.constexpr = BS // BR
-    begin(OVERLAP)
     program = tl.program_id(0)
     if program < TILES:
         e, pair = pair_tile(tiles_ptr, pairs_ptr, program, BM)

@@ -17,7 +17,6 @@ import triton.language as tl
 from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gate_value
-from .ahead import begin
 from .arrival import arrive
 from .digits import (
     digit_count,
@@ -154,15 +153,16 @@ def _matrix(
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
         first = lo + (split + SPLIT - lo % SPLIT) % SPLIT
-        unit = tl.load(order + first, mask=first < hi, other=0)
-        steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, first, hi, WIDTHS[s], BS, SPREAD)
-        for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
-            # multiplied by a constant here, so that the compiler knows the alignment of the address
-            unit_codes = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
-            acc = _unit(acc, unit_codes, h + unit * BS, here, steps, gain, n, WIDTHS[s], BS, GS, SPREAD, PACK)
-            then = place + SPLIT
-            unit = tl.load(order + then, mask=then < hi, other=0)
-            steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, then, hi, WIDTHS[s], BS, SPREAD)
+        if first < hi:  # most programs have units of few widths, and each costs two loads that wait for each other
+            unit = tl.load(order + first)
+            steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, first, hi, WIDTHS[s], BS, SPREAD)
+            for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
+                # multiplied by a constant here, so that the compiler knows the alignment of the address
+                unit_codes = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
+                acc = _unit(acc, unit_codes, h + unit * BS, here, steps, gain, n, WIDTHS[s], BS, GS, SPREAD, PACK)
+                then = place + SPLIT
+                unit = tl.load(order + then, mask=then < hi, other=0)
+                steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, then, hi, WIDTHS[s], BS, SPREAD)
         code += (hi - lo) * WIDTHS[s]
         lo = hi
     return acc if SPREAD == 1 else tl.sum(acc, 0)
@@ -190,7 +190,7 @@ def gate_up_kernel(
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr, SWAP: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, tile of BN columns, SHARED: matrix and share of its units).
 
@@ -200,7 +200,6 @@ def gate_up_kernel(
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
     TILES: tl.constexpr = GS // BN
-    begin(OVERLAP)
     e, pair = pair_tile(tiles_ptr, pairs_ptr, tl.program_id(0), BM)
     if e >= 0:
         group = tl.program_id(1) // TILES

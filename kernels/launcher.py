@@ -7,24 +7,18 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from .launch import FUSION, Launch, capability, on, overlap
+from .launch import FUSION, Launch, on
 
 
 def options(
-    kernel: triton.JITFunction, how: Launch, cc: int, fusion: dict[str, bool] = FUSION
+    kernel: triton.JITFunction, how: Launch, fusion: dict[str, bool] = FUSION
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """(constants, compiler options) that a launch of ``kernel`` adds to its own on a GPU of capability ``cc``.
-
-    STAGES, PACK and OVERLAP go to kernels that have such parameters; only the last kind may be launched while the
-    kernel before runs.
-    """
-    overlapping = overlap(cc)
-    constants = {"STAGES": how.stages, "PACK": how.pack, "OVERLAP": overlapping.pop("OVERLAP")}
+    """(constants, compiler options) that a launch of ``kernel`` adds to its own: STAGES and PACK go to kernels that
+    have such parameters."""
+    constants = {"STAGES": how.stages, "PACK": how.pack}
     chosen: dict[str, object] = {"num_warps": how.warps, "num_stages": max(1, how.stages), **fusion}
     if how.registers is not None:
         chosen["maxnreg"] = how.registers
-    if "OVERLAP" in kernel.arg_names:
-        chosen |= overlapping
     return {name: value for name, value in constants.items() if name in kernel.arg_names}, chosen
 
 
@@ -49,7 +43,7 @@ def run(
             two families of codes differ in a few.
         fusion: `launch.FUSION` or `launch.NO_FUSION`.
     """
-    fixed, chosen = options(kernel, how, capability(device), fusion)
+    fixed, chosen = options(kernel, how, fusion)
     own = {name: value for name, value in constants.items() if name in kernel.arg_names}
     with on(device):
         kernel[grid](*arguments, **own, **fixed, **chosen)

@@ -27,7 +27,6 @@ SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 #: Threads per multiprocessor.
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 _REGISTERS = 65536
-_ACCESSES = ("LDG", "STG", "ATOM", "RED", "CCTL", "UBLKCP")
 
 
 #: A kernel that could fetch weights ahead, without.
@@ -63,8 +62,7 @@ class Report:
     """What one compiled case uses.
 
     ``resident``: programs per multiprocessor; ``byte_loads``: in the loop; ``flying``: rounds of the loop whose copies
-    are under way while it waits, and ``start``: instructions before the first copy, None where nothing is copied;
-    ``early``: accesses to memory before the kernel waits for the one before it, where launches overlap.
+    are under way while it waits, and ``start``: instructions before the first copy, None where nothing is copied.
     """
 
     registers: int
@@ -77,7 +75,6 @@ class Report:
     start: int | None
     fits: bool
     stores: int
-    early: int
 
     def failures(self, case: Case) -> list[str]:
         """The gates that this report misses."""
@@ -90,7 +87,6 @@ class Report:
             f"{self.shared} bytes of shared memory do not fit": not self.fits,
             f"{self.flying} rounds of copies under way": case.flies and (self.flying is None or self.flying < 1),
             f"{self.stores} stores to shared memory": case.stores is not None and self.stores > case.stores,
-            f"{self.early} accesses to memory before the kernel before is over": self.early > 0,
             f"{self.start} instructions before the first copy": (self.start or 0) > START_BUDGET,
         }
         return [text for text, failed in checks.items() if failed]
@@ -104,7 +100,7 @@ def compile_case(case: Case, cc: int) -> Report:
     """
     names = case.kernel.arg_names
     apart = {} if case.constants.get("AHEAD") else _APART
-    given, chosen = options(case.kernel, case.how, cc, case.fusion)
+    given, chosen = options(case.kernel, case.how, case.fusion)
     known = {"PAIRS": FETCHED_PAIRS, **apart, **case.constants, **given}
     fixed = {name: known[name] for name in names if name in known}
     signature = {n: "constexpr" if n in fixed else case.signature[n] for n in names}
@@ -127,8 +123,7 @@ def compile_case(case: Case, cc: int) -> Report:
     if shared:
         resident = min(resident, SHARED[cc] * 1024 // (shared + 1024))
     loop = main_loop(code)
-    opcodes, everything = Counter(_opcodes(loop)), _opcodes(code)
-    waits_from = everything.index("ACQBULK") if fixed.get("OVERLAP") else 0
+    opcodes = Counter(_opcodes(loop))
     waits, groups = re.findall(r"DEPBAR\.LE SB0, (0x\w+)", loop), opcodes["LDGDEPBAR"]
     loads = [op for op in opcodes.elements() if op.startswith(("LDG", "LDS."))]
     return Report(
@@ -142,7 +137,6 @@ def compile_case(case: Case, cc: int) -> Report:
         start=len(_opcodes(code[: code.index("LDGSTS")])) if "LDGSTS" in code else None,
         fits=shared <= (SHARED[cc] - 1) * 1024,
         stores=sum(op.split(".")[0] in ("STS", "STSM") for op in opcodes.elements()),
-        early=sum(op.startswith(_ACCESSES) for op in everything[:waits_from]),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .ahead import begin, fetch, payloads
+from .ahead import fetch, payloads
 from .launch import Launch, power_of_two
 from .launcher import run
 
@@ -81,11 +81,10 @@ def route_kernel(
     ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS,
     spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr,
     BM: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    AHEAD: tl.constexpr, PAIRS: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program (expert); AHEAD: it also asks for its share of the weights (`ahead.fetch`)."""
     e = tl.program_id(0)
-    begin(OVERLAP)
     if AHEAD:
         fetch(ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr, e, E, P, E, PAIRS)
     route_expert(e, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS, BM, CHUNK, BINS)

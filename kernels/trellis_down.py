@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .ahead import begin
 from .arrival import arrive
 from .digits import product
 from .down import _finish_tokens, _present, down_reference
@@ -24,13 +23,12 @@ def trellis_down_kernel(
     ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, SPREAD: tl.constexpr, JOINED: tl.constexpr, SUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I], a sixteenth of it.
 
     codes: uint16. places: [E, units, 6], see `prepare`. JOINED: chains may have several units. SUM as in `down_kernel`.
     """
-    begin(OVERLAP)
     UNITS: tl.constexpr = R // BS
     GROUPS: tl.constexpr = I // GS
     QUANTUM: tl.constexpr = BS * GS // 16  # of uint16

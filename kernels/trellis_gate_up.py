@@ -17,7 +17,6 @@ import triton.language as tl
 from bitsmoe_modifier.method.gating import Gating
 
 from .activation import gate_value
-from .ahead import begin
 from .arrival import arrive
 from .digits import product
 from .gate_up import gate_up_reference
@@ -29,18 +28,8 @@ Z_SCALE = tl.constexpr(1 / 16)
 
 
 @triton.jit
-def _first_steps(steps, place, end, k, K: tl.constexpr, SLICES: tl.constexpr):
-    """The steps of a unit's directions, slice after slice: a tuple; zeros unless ``place < end``."""
-    there = tl.where(place < end, 1, 0)  # one predicate for all elements; a bare condition fails in the interpreter
-    found = ()
-    for j in tl.static_range(SLICES):
-        found = found + (tl.load(steps + (k + j * K), mask=k * 0 + there > 0, other=0.0),)  # noqa: RUF005
-    return found
-
-
-@triton.jit
-def _next_steps(steps, k, K: tl.constexpr, SLICES: tl.constexpr):
-    """`_first_steps` of a unit that is there."""
+def _steps(steps, k, K: tl.constexpr, SLICES: tl.constexpr):
+    """The steps of a unit's directions, slice after slice: a tuple."""
     found = ()
     for j in tl.static_range(SLICES):
         found = found + (tl.load(steps + (k + j * K)),)  # noqa: RUF005
@@ -76,18 +65,19 @@ def _matrix(
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
         first = lo + (split + SPLIT - lo % SPLIT) % SPLIT
-        unit = tl.load(order + first, mask=first < hi, other=0)
-        steps = _first_steps(steps_ptr + (row + first).to(tl.int64) * BS, first, hi, k, K, SLICES)
-        for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
-            tile = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
-            for j in tl.static_range(SLICES):
-                values = tile_values(tile, pair + j * (K // 2), PER, share, WIDTHS[s], BN, PER > 1, PACK)
-                x = tl.load(h + unit * BS + (k + j * K)[:, :, None], mask=here[None, None, :], other=0.0)
-                x = (x.to(tl.float32) * (steps[j].to(tl.float32) * gain)[:, :, None]).to(DT)
-                acc = product(values.to(DT), x, acc, PACK)
-            then = tl.minimum(place + SPLIT, hi - 1)  # the last round loads its own once more
-            unit = tl.load(order + then)
-            steps = _next_steps(steps_ptr + (row + then).to(tl.int64) * BS, k, K, SLICES)
+        if first < hi:  # most programs have units of few widths, and each costs two loads that wait for each other
+            unit = tl.load(order + first)
+            steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, k, K, SLICES)
+            for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
+                tile = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
+                for j in tl.static_range(SLICES):
+                    values = tile_values(tile, pair + j * (K // 2), PER, share, WIDTHS[s], BN, PER > 1, PACK)
+                    x = tl.load(h + unit * BS + (k + j * K)[:, :, None], mask=here[None, None, :], other=0.0)
+                    x = (x.to(tl.float32) * (steps[j].to(tl.float32) * gain)[:, :, None]).to(DT)
+                    acc = product(values.to(DT), x, acc, PACK)
+                then = tl.minimum(place + SPLIT, hi - 1)  # the last round loads its own once more
+                unit = tl.load(order + then)
+                steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, k, K, SLICES)
         code += (hi - lo) * WIDTHS[s]
         lo = hi
     return tl.sum(acc, 0)
@@ -115,13 +105,12 @@ def trellis_gate_up_kernel(
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, BN columns of I, SHARED: matrix and share of its units); as `gate_up.gate_up_kernel`.
 
     codes: uint16. z: [P, I] of float16 (or float32). SPREAD: warps, among which a unit's directions are shared.
     """
-    begin(OVERLAP)
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
     TILES: tl.constexpr = GS // BN
