@@ -136,7 +136,7 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
             yield down_case(cc, (2,), tile, r, i)
             yield down_case(cc, mixed, tile, r, i)
         yield gate_up_case(cc, (2,), 8, r, i, "fp16")
-        yield down_case(cc, (2,), 8, r, i, warps=8)
+        yield down_case(cc, mixed, 8, r, i, warps=4)
         for tile in (8, 16):
             yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), tile, r, i)
         yield down_case(cc, (8, 6, 4, 3, 2, 1), 16, r, i)
@@ -151,4 +151,4 @@ def trellis_shapes(cc: int, widths: tuple[int, ...], block: int, group: int, r: 
         yield down_case(cc, widths, tile, r, i, block=block, group=group)
     yield gate_up_case(cc, widths, 8, r, i, shared=True, block=block, group=group)
     if group >= 64:
-        yield down_case(cc, widths, 8, r, i, block=block, warps=8, group=group)
+        yield down_case(cc, widths, 8, r, i, block=block, warps=4, group=group)
