@@ -46,6 +46,7 @@ class Row:
             published files that vLLM reads and transformers does not.
         like: what its tokens are compared with: "transformers", or "dense", which is vLLM with the decoded model.
         dtype: that vLLM on a CPU runs it in.
+        settings: of vLLM's engine beyond those of every row.
         note: what is particular about it, or why the build of vLLM for CPUs cannot run it.
         error: where that cannot, words of its error.
     """
@@ -54,6 +55,7 @@ class Row:
     sizes: dict[str, Any] = field(default_factory=dict)
     like: str = "transformers"
     dtype: str = "float32"
+    settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     error: str = ""
 
@@ -85,7 +87,8 @@ class Row:
 _BIAS = "vLLM's router on a CPU leaves the bias of the choice out; the test puts plain PyTorch in its place"
 _NO_GATE = "vLLM on a CPU refuses experts without a gate; the test lifts the check, which guards vLLM's own kernels"
 _DELTA = "in bfloat16, which vLLM's gated delta rule on a CPU needs"
-_MLA = "vLLM's own dense model differs from transformers there"
+_OTHER = "vLLM's own dense model differs from transformers there"
+_BACKEND = "by vLLM's Transformers backend"
 
 ROWS = (
     Row("qwen3_moe", _HEADS),
@@ -104,7 +107,7 @@ ROWS = (
         {**_LATENT, "topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
         like="dense",
     ),
-    Row("deepseek_v3", {**_LATENT, "topk_method": "noaux_tc"}, like="dense", note=_MLA),
+    Row("deepseek_v3", {**_LATENT, "topk_method": "noaux_tc"}, like="dense", note=_OTHER),
     Row("gpt_oss", {**_HEADS, "intermediate_size": 64}),  # MXFP4 is in blocks of 32
     Row("mixtral", _HEADS),
     Row("olmoe", _TWO_HEADS),
@@ -114,6 +117,15 @@ ROWS = (
     Row("exaone_moe", _HEADS),
     Row("granitemoe", _TWO_HEADS),
     Row("granitemoe_swa", _TWO_HEADS),
+    Row("granitemoeshared", _TWO_HEADS),
+    Row("granitemoehybrid", _TWO_HEADS),
+    Row("ernie4_5_moe", _HEADS),
+    Row("glm4_moe_lite", {**_LATENT, "first_k_dense_replace": 1, "topk_method": "noaux_tc"}, like="dense", note=_OTHER),
+    Row("laguna", _HEADS, like="dense", note=_OTHER),
+    Row("flex_olmo", _TWO_HEADS, note=_BACKEND),
+    Row("hunyuan_v1_moe", _HEADS, note=_BACKEND),
+    Row("mellum", _HEADS, note=_BACKEND),
+    Row("gemma4_text", _HEADS),
     Row("jamba", _TWO_HEADS, note="vLLM's build for CPUs has no selective scan (Mamba 1)", error="selective_scan_fwd"),
 )
 
@@ -124,25 +136,16 @@ UNTESTED = (
     "cohere2_moe",
     "deepseek_v32",
     "deepseek_v4",
-    "ernie4_5_moe",
-    "flex_olmo",
     "gemma4",
-    "gemma4_text",
-    "glm4_moe_lite",
     "glm4v_moe",
     "glm5_next",
     "glm_moe_dsa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
     "hy_v3",
     "hy_v4",
     "inkling_mm_model",
     "kimi_linear",
-    "laguna",
     "lfm2_moe",
     "llama4",
-    "mellum",
     "mimo_v2_flash",
     "minimax_m3_vl",
     "mistral3",

@@ -1,11 +1,13 @@
 """Write the table of families in docs/serving.md: ``.venv-vllm/bin/python tests/serving/serving_page.py``."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "families")]
+    runpy.run_path(str(Path(__file__).with_name("torchvision_ops") / "sitecustomize.py"))
 
 from building import config_of
 from rows import FAMILIES, ROWS, UNTESTED, Row

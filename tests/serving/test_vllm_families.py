@@ -36,7 +36,7 @@ def rows(*, served: bool) -> list[object]:
 
 @pytest.mark.parametrize("row", rows(served=True))
 def test_family_is_served(row: Row, tmp_path: Path) -> None:
-    settings = {"skip_tokenizer_init": not row.has_tower}
+    settings = {"skip_tokenizer_init": not row.has_tower, **row.settings}
     packed, dense = tmp_path / "packed", tmp_path / "dense"
     packed_family(row, packed, dense if row.like == "dense" else None)
     if row.like == "dense":
@@ -50,7 +50,7 @@ def test_family_is_served(row: Row, tmp_path: Path) -> None:
 def test_family_that_vllm_cannot_run_here(row: Row, tmp_path: Path) -> None:
     packed_family(row, tmp_path)
     with pytest.raises(Exception, match=row.error):
-        run(tmp_path)
+        run(tmp_path, skip_tokenizer_init=not row.has_tower, **row.settings)
 
 
 def test_every_family_that_vllm_knows_has_a_row() -> None:
