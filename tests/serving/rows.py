@@ -17,6 +17,8 @@ FAMILIES = {family.model_type: family for family in (*WRAPPER_FAMILIES, *TEXT_FA
 #: vLLM's CPU attention has kernels for heads of 32 and more
 _HEADS: dict[str, Any] = {"head_dim": 32}
 _TWO_HEADS: dict[str, Any] = {"num_attention_heads": 2}
+#: as published, and as vLLM takes these models to be whatever their config says
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
 #: and its latent attention for these sizes alone
 _LATENT: dict[str, Any] = {
     "kv_lora_rank": 512,
@@ -88,6 +90,7 @@ _BIAS = "vLLM's router on a CPU leaves the bias of the choice out; the test puts
 _NO_GATE = "vLLM on a CPU refuses experts without a gate; the test lifts the check, which guards vLLM's own kernels"
 _DELTA = "in bfloat16, which vLLM's gated delta rule on a CPU needs"
 _OTHER = "vLLM's own dense model differs from transformers there"
+_TEXT_ALONE: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
 _BACKEND = "by vLLM's Transformers backend"
 
 ROWS = (
@@ -126,25 +129,33 @@ ROWS = (
     Row("hunyuan_v1_moe", _HEADS, note=_BACKEND),
     Row("mellum", _HEADS, note=_BACKEND),
     Row("gemma4_text", _HEADS),
+    Row("afmoe", {**_HEADS, "score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
+    Row(
+        "hy_v3",
+        {**_HEADS, "first_k_dense_replace": 1, "expert_hidden_dim": 48, "qk_norm": True, "route_norm": True},
+    ),
+    Row("cohere2_moe", {**_HEADS, **_TIED}),
+    Row("lfm2_moe", {**_TWO_HEADS, **_TIED}, like="dense", note=_OTHER),
+    Row("gemma4", {"text_config": _HEADS}, settings=_TEXT_ALONE, note="text alone"),
+    Row(
+        "deepseek_v32",
+        {**_LATENT, "topk_method": "noaux_tc", "first_k_dense_replace": 1, "index_head_dim": 128},
+        note="vLLM has no sparse attention on a CPU",
+        error="Sparse Attention is not supported on CPU",
+    ),
     Row("jamba", _TWO_HEADS, note="vLLM's build for CPUs has no selective scan (Mamba 1)", error="selective_scan_fwd"),
 )
 
 #: families that vLLM has a model class for and no test: whether their tokens are right is not known
 UNTESTED = (
-    "afmoe",
     "axk1",
-    "cohere2_moe",
-    "deepseek_v32",
     "deepseek_v4",
-    "gemma4",
     "glm4v_moe",
     "glm5_next",
     "glm_moe_dsa",
-    "hy_v3",
     "hy_v4",
     "inkling_mm_model",
     "kimi_linear",
-    "lfm2_moe",
     "llama4",
     "mimo_v2_flash",
     "minimax_m3_vl",
