@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..loading.claims import METHOD, is_bitsmoe, matches, split_groups
 from .diversion import divert
 from .method import BitsMoEMethod
 from .vllm_api import (
     CompressedTensorsConfig,
+    ModelRegistry,
     RoutedExperts,
     get_current_vllm_config,
     get_model_architecture,
@@ -57,6 +59,20 @@ class BitsMoEConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Ours for the experts that config.json names, compressed-tensors' for everything else."""
         if isinstance(layer, RoutedExperts) and matches(prefix, self.targets):
-            divert(get_model_architecture(get_current_vllm_config().model_config)[0], BitsMoEMethod)
+            for model_class in _model_classes(get_current_vllm_config().model_config):
+                divert(model_class, BitsMoEMethod)
             return BitsMoEMethod(layer.moe_config, self.group_size)
         return super().get_quant_method(layer, prefix)
+
+
+def _model_classes(model_config: Any) -> list[type]:
+    """The class that a configuration names, and that of its model type where vLLM has one.
+
+    They differ where a wrapper builds its language model under another's name: Llama 4's says "LlamaForCausalLM".
+    """
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_config.hf_config.model_type)
+    named = [own] if own in ModelRegistry.get_supported_archs() else []
+    return [
+        get_model_architecture(model_config)[0],
+        *(ModelRegistry.resolve_model_cls(n, model_config)[0] for n in named),
+    ]

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.model_loader import get_model_architecture
+from vllm.model_executor.models import ModelRegistry
 from vllm.utils.torch_utils import direct_register_custom_op
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "FusedMoEParallelConfig",
     "MoEActivation",
+    "ModelRegistry",
     "RoutedExperts",
     "direct_register_custom_op",
     "get_current_vllm_config",
