@@ -53,6 +53,29 @@ def test_stages_go_on_where_they_stopped(tmp_path: Path) -> None:
         assert row in report, report
 
 
+def test_test_files_are_run_at_once_and_each_one_answers(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    folder = tmp_path / "tests" / "kernels" / "interp"
+    folder.mkdir(parents=True)
+    (folder / "test_right.py").write_text("def test_right(): pass\n")
+    (folder / "test_wrong.py").write_text("def test_wrong(): assert not 'reached'\n")
+    program = f"""
+import json, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from pathlib import Path
+from gpu_stages import run_tests
+print(json.dumps(run_tests(sorted(Path({str(folder)!r}).glob("*.py")))))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    line = json.loads(ran.stdout.splitlines()[-1])
+    assert not line["passed"]
+    assert "1 passed" in line["results"]["test_right.py"]
+    assert list(line["output"]) == ["test_wrong.py"]
+    assert "not 'reached'" in line["output"]["test_wrong.py"]
+
+
 @pytest.mark.parametrize("codes", ["scalar", "trellis"])
 def test_a_table_of_launch_sizes_changes_the_launch_and_nothing_else(tmp_path: Path, codes: str) -> None:
     pytest.importorskip("triton")

@@ -70,9 +70,8 @@ def _model_classes(model_config: Any) -> list[type]:
 
     They differ where a wrapper builds its language model under another's name: Llama 4's says "LlamaForCausalLM".
     """
+    classes = [get_model_architecture(model_config)[0]]
     own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_config.hf_config.model_type)
-    named = [own] if own in ModelRegistry.get_supported_archs() else []
-    return [
-        get_model_architecture(model_config)[0],
-        *(ModelRegistry.resolve_model_cls(n, model_config)[0] for n in named),
-    ]
+    if own in ModelRegistry.get_supported_archs():
+        classes.append(ModelRegistry.resolve_model_cls(own, model_config)[0])
+    return classes
