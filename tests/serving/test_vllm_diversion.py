@@ -16,9 +16,11 @@ class Method:
 
     def __init__(self) -> None:
         self.got: list[str] = []
+        self.missing: frozenset[str] = frozenset()
 
     def take(self, layer: Any, name: str, tensor: torch.Tensor) -> None:
         self.got.append(name)
+        layer.register_parameter(name, torch.nn.Parameter(tensor))
 
 
 def model_of(monkeypatch: pytest.MonkeyPatch, *layer_names: str) -> Any:
@@ -43,7 +45,7 @@ def model_of(monkeypatch: pytest.MonkeyPatch, *layer_names: str) -> Any:
 
 
 def stream(*names: str) -> list[tuple[str, torch.Tensor]]:
-    return [(name, torch.empty(0)) for name in names]
+    return [(name, torch.empty(1)) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,17 @@ def test_everything_else_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     model.load_weights(stream(*names))
     assert model.passed == names
     assert not model.layers[0].quant_method.got
+
+
+def test_what_no_file_holds_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(monkeypatch, "model.layers.2.mlp.experts", "model.layers.3.mlp.experts")
+    model.norm, model.lm_head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4, bias=False)
+    model.lm_head.placeholder = torch.nn.Parameter(torch.empty(0))
+    model.lm_head.input_scale_ub = torch.nn.Parameter(torch.ones(1))
+    model.load_weights(stream("model.layers.3.mlp.experts.layout", "norm.weight"))
+    assert [layer.quant_method.missing for layer in model.layers] == [{"norm.bias", "lm_head.weight"}] * 2
+    model.load_weights(stream("model.layers.2.mlp.experts.layout", "lm_head.weight"))
+    assert [layer.quant_method.missing for layer in model.layers] == [{"norm.bias"}] * 2
 
 
 def test_two_layers_in_one_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

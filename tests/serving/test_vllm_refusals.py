@@ -33,6 +33,11 @@ def remove_layer(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[key]
 
 
+def remove_others(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.input_layernorm.weight"]
+    del tensors["model.layers.0.self_attn.o_proj.weight"]
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -41,8 +46,9 @@ def remove_layer(tensors: dict[str, torch.Tensor]) -> None:
         (shorten, r"layers\.1\.mlp\.experts\.steps_in: is torch\.uint8 \(\d+,\), the layout and widths imply"),
         (remove, r"layers\.1\.mlp\.experts\.basis_out_step: missing"),
         (remove_layer, r"layers\.1\.mlp\.experts: no tensor of its packed experts arrived.*(Qwen3|DeepseekV3)"),
+        (remove_others, r"as model\.layers\.0\.self_attn\.o_proj\.weight, model\.layers\.1\.input_layernorm\.weight;"),
     ],
-    ids=["damaged", "mis-sized", "missing", "whole layer missing"],
+    ids=["damaged", "mis-sized", "missing", "whole layer missing", "missing elsewhere"],
 )
 def test_incomplete_or_damaged_checkpoint(architecture: str, change: object, message: str, tmp_path: Path) -> None:
     folder = packed_checkpoint(architecture, tmp_path)

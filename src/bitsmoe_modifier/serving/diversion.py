@@ -19,17 +19,22 @@ import torch
 
 from ..errors import CheckpointError
 from ..storage.packed import TENSOR_NAMES
-from .vllm_api import RoutedExperts
+from .vllm_api import BaseKVCacheMethod, RoutedExperts
 
 _MARK = "_bitsmoe_diverts"
+_LOADED = "_bitsmoe_loaded"
 _TENSOR = re.compile(r"(.+)\.(" + "|".join(TENSOR_NAMES) + ")")
+#: parameters that vLLM makes from config.json
+_FROM_CONFIG = ("input_scale_ub",)
 _NUMBERED = re.compile(r"(?:.*\.)?([^.]+)\.(\d+)\.(?:[^.]+\.)?([^.]+)")
 
 
 def divert(model_class: type, method_class: type) -> None:
     """Make ``load_weights`` of a model class give packed tensors to the layers whose method is a ``method_class``.
 
-    Classes are changed once; models without such a layer load as before.
+    The method also learns which parameters of the model no file held (``missing``), for which vLLM looks in unquantized
+    models alone: what they were allocated with would be served. Classes are changed once; models without such a layer
+    load as before.
     """
     if _MARK in vars(model_class):
         return
@@ -40,9 +45,16 @@ def divert(model_class: type, method_class: type) -> None:
         layers = packed_layers(self, method_class)
         if not layers:
             return original(self, weights, *args, **kw)
-        taken: set[str] = set()
-        loaded = original(self, _rest(weights, layers, taken), *args, **kw)
-        return loaded | taken if isinstance(loaded, set) else loaded
+        loaded = original(self, _rest(weights, layers), *args, **kw)
+        if isinstance(loaded, set):
+            loaded |= {f"{name}.{leaf}" for name, layer in layers.values() for leaf, _ in layer.named_parameters()}
+            # a wrapper may hand its language model the files' tensors in several parts
+            so_far = vars(self).setdefault(_LOADED, set())
+            so_far |= loaded
+            missing = _missing(self, so_far)
+            for _, layer in layers.values():
+                layer.quant_method.missing = missing
+        return loaded
 
     model_class.load_weights = load_weights  # type: ignore[attr-defined]
     setattr(model_class, _MARK, True)
@@ -73,14 +85,29 @@ def place(name: str) -> object:
     return numbered.groups() if numbered else name
 
 
+def _missing(model: torch.nn.Module, loaded: set[str]) -> frozenset[str]:
+    """Names of the parameters that no file held and that a file has to hold.
+
+    It need not hold, as in vLLM's own check, scales of the key-value cache, a bound from config.json and what is empty.
+    """
+    missing = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.numel() and name.rsplit(".", 1)[-1] not in _FROM_CONFIG
+    } - loaded
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
+            missing -= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+    return frozenset(missing)
+
+
 def _rest(
-    weights: Iterable[tuple[str, torch.Tensor]], layers: dict[object, tuple[str, RoutedExperts]], taken: set[str]
+    weights: Iterable[tuple[str, torch.Tensor]], layers: dict[object, tuple[str, RoutedExperts]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
         stored = _TENSOR.fullmatch(name)
         owner = layers.get(place(stored[1])) if stored else None
         if stored and owner:
             owner[1].quant_method.take(owner[1], stored[2], tensor)
-            taken.add(f"{owner[0]}.{stored[2]}")
         else:
             yield name, tensor

@@ -33,11 +33,15 @@ class BitsMoEMethod(FusedMoEMethodBase):
     Args:
         moe: vLLM's description of the layer.
         group_size: columns along I that share a step, for dummy experts.
+
+    Attributes:
+        missing: parameters of the whole model that no file held, see `divert`.
     """
 
     def __init__(self, moe: FusedMoEConfig, group_size: int) -> None:
         super().__init__(moe)
         self.group_size = group_size
+        self.missing: frozenset[str] = frozenset()
 
     def maybe_roundup_sizes(
         self,
@@ -106,8 +110,14 @@ class BitsMoEMethod(FusedMoEMethodBase):
         """Refuse a layer that did not get all its tensors; fill it where weights are to be made up.
 
         Raises:
-            CheckpointError: naming the layer and the tensor that is missing, or the model if none ever arrived.
+            CheckpointError: naming the layer and the tensor that is missing, or the model if none ever arrived, or
+                what is missing elsewhere in the model.
         """
+        if self.missing:
+            raise CheckpointError(
+                f"no file of the checkpoint holds what {self.model} has as {', '.join(sorted(self.missing))}; fetch the "
+                "checkpoint again, or run it with transformers"
+            )
         part, device = self.loader.part, self.moe.device
         if not hasattr(layer, _CHILD):
             if self.dummy:

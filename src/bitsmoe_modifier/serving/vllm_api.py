@@ -16,11 +16,13 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader import get_model_architecture
 from vllm.model_executor.models import ModelRegistry
 from vllm.utils.torch_utils import direct_register_custom_op
 
 __all__ = [
+    "BaseKVCacheMethod",
     "CompressedTensorsConfig",
     "FusedMoEConfig",
     "FusedMoEMethodBase",
