@@ -1,6 +1,7 @@
 """Experts of layers for multi-token prediction, packed on request: DeepSeek-V3's spelling and Qwen3-Next's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,10 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
         oneshot(model=load(source), dataset=calibration(vocab=30), recipe=[modifier])
     inventory = take_inventory(model, source)
     strange = {k.replace("eh_proj", "mixing"): s for k, s in inventory.beside.items()}
-    renamed = type(inventory)(inventory.loaded, strange, frozenset(strange))
+    renamed = replace(inventory, beside=strange, mtp=frozenset(strange))
     with pytest.raises(RecipeError, match=r"how the input of model\.layers\.3 is made"):
         find_mtp_layers(renamed)
     strange = {k: s for k, s in inventory.beside.items() if "q_a_proj" not in k}
-    (layer,) = find_mtp_layers(type(inventory)(inventory.loaded, strange, frozenset(strange)))
+    (layer,) = find_mtp_layers(replace(inventory, beside=strange, mtp=frozenset(strange)))
     with pytest.raises(RecipeError, match=r"none has its tensors \(different: self_attn\.q_a_proj\.weight\)"):
         like(model, layer)

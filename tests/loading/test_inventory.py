@@ -94,8 +94,14 @@ def test_oneshot_on_a_folder_keeps_them(tmp_path: Path) -> None:
     """llm-compressor's own entry point, which saves what transformers has loaded and nothing else."""
     source, out = publish(tiny_model("qwen3_moe", num_hidden_layers=2), tmp_path / "source", MTP), tmp_path / "out"
     (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]  # as it was published
+    (source / "config.json").write_text(json.dumps(config))
     modifier = BitsMoEModifier(bits=6.0, block_size=16, scope="layer", solver="lagrangian", refine_passes=0)
     oneshot(model=str(source), dataset=calibration(vocab=30), recipe=[modifier], output_dir=out)
     stored = stored_tensors(out)
     assert all(torch.equal(stored[key].float(), tensor.float()) for key, tensor in MTP.items())
     assert len(packed_modules(load(out))) == 2
+    made = json.loads((out / "config.json").read_text())
+    assert made.pop("quantization_config")
+    assert made == {**config, "transformers_version": made["transformers_version"]}

@@ -84,9 +84,10 @@ def test_everything_else_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_file_holds_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(monkeypatch, "model.layers.2.mlp.experts", "model.layers.3.mlp.experts")
     model.norm, model.lm_head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4, bias=False)
+    model.gate, model.router = [torch.nn.Linear(4, 4, bias=False)] * 2
     model.lm_head.placeholder = torch.nn.Parameter(torch.empty(0))
     model.lm_head.input_scale_ub = torch.nn.Parameter(torch.ones(1))
-    model.load_weights(stream("model.layers.3.mlp.experts.layout", "norm.weight"))
+    model.load_weights(stream("model.layers.3.mlp.experts.layout", "norm.weight", "router.weight"))
     assert [layer.quant_method.missing for layer in model.layers] == [{"norm.bias", "lm_head.weight"}] * 2
     model.load_weights(stream("model.layers.2.mlp.experts.layout", "lm_head.weight"))
     assert [layer.quant_method.missing for layer in model.layers] == [{"norm.bias"}] * 2

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError
 from ..sources.decoded import Decoded
 from ..sources.precision import source_tensors
+from ..sources.published import keep_config
 from ..sources.stacks import StoredStack, stored_parameters
 from ..storage.mtp import COUNTS, decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
@@ -38,11 +39,13 @@ class Inventory:
     """The tensors of a source.
 
     Attributes:
+        folder: of the source.
         loaded: by their keys in the files, the names of the model's tensors that they go into.
         beside: those that the model's class does not have, by key.
         mtp: keys of those among them that belong to multi-token prediction.
     """
 
+    folder: Path
     loaded: dict[str, str]
     beside: dict[str, Stored]
     mtp: frozenset[str]
@@ -104,6 +107,7 @@ def take_inventory(model: Any, folder: Path) -> Inventory:
     layers = decoder_layers(folder)
     beside = {key: stored for key, stored in found.items() if names[key] not in expected}
     return Inventory(
+        folder=Path(folder),
         loaded={key: name for key, name in names.items() if key not in beside},
         beside=beside,
         mtp=frozenset(key for key in beside if is_mtp(key, layers)),
@@ -134,7 +138,7 @@ def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> d
 def keep_beside(
     inventory: Inventory, target: Path, mtp: str = "keep", as_stored: bool = True, instead: Sequence[Instead] = ()
 ) -> Kept:
-    """Copy what is beside the model to a checkpoint that was made of it.
+    """Copy what is beside the model to a checkpoint that was made of it, and the source's config.json (`keep_config`).
 
     Args:
         inventory: of the source.
@@ -143,6 +147,7 @@ def keep_beside(
         as_stored: whether what the source has in low precision stays so, with a config group for it.
         instead: what stands in for some of it.
     """
+    keep_config(inventory.folder, target)
     there = scan(map(str, checkpoint_files(target)))
     dropped = inventory.mtp if mtp == "drop" else frozenset()
     replaced = frozenset(key for one in instead for key in one.keys)

@@ -90,11 +90,13 @@ def _missing(model: torch.nn.Module, loaded: set[str]) -> frozenset[str]:
 
     It need not hold, as in vLLM's own check, scales of the key-value cache, a bound from config.json and what is empty.
     """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(named[name]) for name in loaded & named.keys()}  # under any of its names
     missing = {
         name
         for name, parameter in model.named_parameters()
-        if parameter.numel() and name.rsplit(".", 1)[-1] not in _FROM_CONFIG
-    } - loaded
+        if parameter.numel() and id(parameter) not in there and name.rsplit(".", 1)[-1] not in _FROM_CONFIG
+    }
     for name, module in model.named_modules():
         if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
             missing -= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}

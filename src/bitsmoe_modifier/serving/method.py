@@ -23,6 +23,9 @@ from .vllm_api import (
 #: Name under which the runtime module hangs below vLLM's layer.
 _CHILD = "packed"
 
+#: By which vLLM is told not to look for missing parameters.
+_AS_IT_IS = """--model-loader-extra-config '{"enable_weights_track": false}'"""
+
 #: Ways to exchange tokens between data-parallel ranks that leave expert ids as the router gave them.
 _PLAIN_ALL2ALL = ("naive", "allgather_reducescatter")
 
@@ -91,6 +94,8 @@ class BitsMoEMethod(FusedMoEMethodBase):
         vllm_config = get_current_vllm_config()
         self.eager = bool(vllm_config.model_config.enforce_eager)
         self.dummy = vllm_config.load_config.load_format == "dummy"
+        extra = vllm_config.load_config.model_loader_extra_config
+        self.complete = not isinstance(extra, dict) or extra.get("enable_weights_track") is not False
         self.model = ", ".join(vllm_config.model_config.architectures)
 
     def take(self, layer: RoutedExperts, name: str, tensor: torch.Tensor) -> None:
@@ -113,10 +118,10 @@ class BitsMoEMethod(FusedMoEMethodBase):
             CheckpointError: naming the layer and the tensor that is missing, or the model if none ever arrived, or
                 what is missing elsewhere in the model.
         """
-        if self.missing:
+        if self.missing and self.complete:
             raise CheckpointError(
-                f"no file of the checkpoint holds what {self.model} has as {', '.join(sorted(self.missing))}; fetch the "
-                "checkpoint again, or run it with transformers"
+                f"no file of the checkpoint holds what {self.model} has as {', '.join(sorted(self.missing))}; "
+                f"fetch the checkpoint again, or, where the model does without, add {_AS_IT_IS}"
             )
         part, device = self.loader.part, self.moe.device
         if not hasattr(layer, _CHILD):
