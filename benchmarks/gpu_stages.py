@@ -45,6 +45,7 @@ TRIED: dict[str, tuple[int, ...]] = {
     "parts": (1, 2, 4, 8, 16),
     "rows": (32, 64, 128),
     "warps": (1, 2, 4, 8),
+    "splits": (1, 2, 3, 6),
     "stages_in": (2, 3, 4),
     "stages_out": (2, 3, 4),
 }
@@ -184,6 +185,7 @@ def candidates(shape: Shape, batch: int, experts: PreparedExperts) -> list[tuned
         "parts": ruled.parts,
         "rows": ruled.br,
         "warps": ruled.warps,
+        "splits": ruled.splits,
         "stages_in": 3,
         "stages_out": 3,
     }

@@ -10,13 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
-def arrive(arrivals, mask):
-    """Count this program at the given counters, once all of its stores are visible on the device.
+def arrive(arrivals, mask, count=1):
+    """Count this program, as so many, at the given counters, once all of its stores are visible on the device.
 
     Returns what they held before; 0 where ``mask`` is false. Loads after it see what every program stored that counted
     itself before, if they bypass the first cache (``.cg``).
     """
     tl.debug_barrier()  # the stores of all threads come before the count of any
-    before = tl.atomic_add(arrivals, 1, mask=mask, sem="acq_rel", scope="gpu")
+    before = tl.atomic_add(arrivals, count, mask=mask, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
     return tl.where(mask, before, 0)

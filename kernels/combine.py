@@ -14,13 +14,14 @@ from .launcher import run
 
 @triton.jit
 def token_sum(
-    t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, here, E,
+    t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, here, T, E,
     TOP_K: tl.constexpr, N: tl.constexpr, HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
-    CACHE: tl.constexpr,
+    SPLIT: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """``base + sum_j p_j (t_j + bias[id_j])`` of elements n of tokens' rows of N, float32; ``here`` masks them.
 
-    token, an int64, and n broadcast to the shape of ``here``; CACHE: cache modifier of the loads of t.
+    token, an int64, and n broadcast to the shape of ``here``; CACHE: cache modifier of the loads of t. SPLIT: t comes
+    as that many parts ``[T k, N]``, one after another, as the grid's third axis has programs.
     """
     acc = tl.zeros(here.shape, tl.float32)
     if HAS_BASE:
@@ -35,6 +36,15 @@ def token_sum(
             acc += p * tl.load(t_ptr + pair * N + n, mask=chosen, other=0.0, cache_modifier=CACHE).to(tl.float32)
         if HAS_BIAS:
             acc += p * tl.load(bias_ptr + e * N + n, mask=chosen, other=0.0).to(tl.float32)
+    if SPLIT:
+        for _ in tl.range(1, tl.num_programs(2)):
+            t_ptr += T.to(tl.int64) * (TOP_K * N)
+            for j in tl.static_range(TOP_K):  # a part's rows are loaded all at once
+                pair = token * TOP_K + j
+                e = tl.where(here, tl.load(ids_ptr + pair), -1)
+                p = tl.load(p_ptr + pair).to(tl.float32)
+                chosen = (e >= 0) & (e < E)
+                acc += p * tl.load(t_ptr + pair * N + n, mask=chosen, other=0.0, cache_modifier=CACHE).to(tl.float32)
     return acc
 
 
@@ -48,7 +58,7 @@ def combine_kernel(
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = token_sum(
-        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, n < N, E, TOP_K, N, HAS_T, HAS_BIAS, HAS_BASE, ""
+        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, n < N, 0, E, TOP_K, N, HAS_T, HAS_BIAS, HAS_BASE, False, ""
     )
     tl.store(y_ptr + token * N + n, acc.to(y_ptr.dtype.element_ty), mask=n < N)
 

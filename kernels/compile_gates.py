@@ -82,7 +82,7 @@ def _gate_up(
 
 def _down(
     cc: int, widths: tuple[int, ...], tile: int, dtype: str = "bf16", total: bool | None = None, block: int = 128,
-    group: int | None = None, rows: int = 128,
+    group: int | None = None, rows: int = 128, split: bool = False,
 ) -> Case:  # fmt: skip
     group = group or block
     total = tile <= 16 if total is None else total
@@ -91,15 +91,16 @@ def _down(
     constants = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
         "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile, "BR": rows,
+        "SPLIT": split,
     }  # fmt: skip
     if not total:
         constants |= dict.fromkeys(("ids_ptr", "p_ptr", "y_ptr", "arrivals_ptr"))
     signature = {
         **_INPUTS, **_META, "z_ptr": f"*{dtype}", "t_ptr": "*fp32" if total else f"*{dtype}", "ids_ptr": "*i64",
-        "p_ptr": "*fp32", "y_ptr": f"*{dtype}", "T": "i32", "TILES": "i32",
+        "p_ptr": "*fp32", "y_ptr": f"*{dtype}", "T": "i32", "TILES": "i32", "EACH": "i32",
     }  # fmt: skip
     name = _name("down", widths, tile, dtype, block, group) + (f", {rows} rows" if rows < block and tile <= 16 else "")
-    name += "" if total or tile > 16 else ", not summed"
+    name += ("" if total or tile > 16 else ", not summed") + (", split" if split else "")
     return Case(name, kernel, signature, constants, how, *_loop(widths, rows * block, tile, how), flies=how.stages > 2)
 
 
@@ -190,6 +191,8 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
         yield make(cc, mixed, 8)
         if make is _gate_up:
             yield make(cc, mixed, 8, shared=True)
+        elif every:
+            yield make(cc, mixed, 8, rows=32, split=True)
         if every:
             yield make(cc, mixed, 64)
             yield make(cc, (2,), 8, "fp16")
@@ -222,7 +225,7 @@ def shapes(cc: int) -> Iterator[Case]:
                 found.append(_down(cc, widths, tile, block=block, group=group))
             found.append(_gate_up(cc, widths, 8, shared=True, block=block, group=group))
             if block > 32:
-                found.append(_down(cc, widths, 8, block=block, group=group, rows=32))
+                found.append(_down(cc, widths, 8, block=block, group=group, rows=32, split=True))
             found += trellis_shapes(cc, widths, block, group, _R, _I)
     basis = [_basis(bits, tokens=t, group=g) for bits in (4, 8) for t in (8, 16) for g in BASIS_GROUPS[::-1]]
     for case in basis + found:

@@ -7,6 +7,10 @@ width 0 come last in the order and store zeros, so that the sum over the token's
 For few tokens the sum is part of the kernel: every pair's program of a token and BR directions counts itself, and the
 last one adds the token's experts in their order. The programs of one more row of the grid see to tokens none of whose
 experts is here.
+
+Where such programs are few, several of them share a tile and a unit (SPLIT), EACH groups to one: a unit has one width,
+so equal numbers of groups are equal work. Each stores a part of t in float32, and the last one of the token adds the
+parts of all experts, in their order. A unit of width 0 has one program, which counts for all.
 """
 
 import torch
@@ -53,15 +57,16 @@ def _group(
 
 @triton.jit
 def _finish_tokens(
-    tokens, n, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
-    TOP_K: tl.constexpr, R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+    tokens, n, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, T, E,
+    TOP_K: tl.constexpr, R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store y of the directions n ``[BR]`` of those of ``tokens`` ``[BM]`` that are ``last``."""
     token = tl.where(last, tokens, 0).to(tl.int64)[None, :]
     here = last[None, :] & (n >= 0)[:, None]
     acc = token_sum(
-        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n[:, None], here, E, TOP_K, R, True, HAS_BIAS, HAS_BASE, ".cg"
-    )
+        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n[:, None], here, T, E,
+        TOP_K, R, True, HAS_BIAS, HAS_BASE, SPLIT, ".cg",
+    )  # fmt: skip
     tl.store(y_ptr + token * R + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=here)
 
 
@@ -75,22 +80,97 @@ def _present(ids_ptr, tokens, here, E, TOP_K: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["T", "TILES", "E"])
-def down_kernel(
-    z_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, t_ptr,
-    ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E,
-    TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+@triton.jit
+def finish_tile(
+    total, pair, here, kept, direction, block, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, E,
+    TOP_K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_BASE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Store a program's ``total [BR, BM]`` as (its part of) t of the pairs ``[BM]`` that are ``here``; SUM: the last
+    program of a token stores y.
+
+    kept: whether the unit has codes; direction: ``[BR]`` of R'; block: which BR of R' they are.
+    """
+    t = t_ptr + pair[None, :].to(tl.int64) * R + direction[:, None]
+    splits = 1
+    counts = 1
+    if SPLIT:
+        splits = tl.num_programs(2)
+        counts = tl.where(kept, 1, splits)
+        for s in tl.range(tl.program_id(2), tl.program_id(2) + counts):
+            part = t + s * T.to(tl.int64) * (TOP_K * R)
+            tl.store(part, total.to(t_ptr.dtype.element_ty), mask=here[None, :])
+    else:
+        tl.store(t, total.to(t_ptr.dtype.element_ty), mask=here[None, :])
+    if SUM:
+        tokens = tl.where(here, pair // TOP_K, 0)
+        before = arrive(arrivals_ptr + tokens * (R // BR) + block, here, counts)
+        last = here & (before + counts == splits * _present(ids_ptr, tokens, here, E, TOP_K))
+        if tl.max(last.to(tl.int32), 0) > 0:
+            _finish_tokens(
+                tokens, direction, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, T, E,
+                TOP_K, R, HAS_BIAS, HAS_BASE, SPLIT,
+            )  # fmt: skip
+
+
+@triton.jit
+def finish_without_experts(
+    row, ids_ptr, base_ptr, y_ptr, T, E,
+    TOP_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    """Store y, which is the base or 0, of those of the ``row``-th BM tokens none of whose experts is here."""
+    end = tl.where(tl.program_id(2) == 0, T, 0)  # one program of those that share a tile
+    tokens = row * BM + tl.arange(0, BM)
+    alone = (tokens < end) & (_present(ids_ptr, tokens, tokens < end, E, TOP_K) == 0)
+    n = tl.program_id(1) * BR + tl.arange(0, BR)
+    place = tl.where(alone, tokens, 0).to(tl.int64)[None, :] * R + n[:, None]
+    here = alone[None, :] & (n >= 0)[:, None]
+    y = tl.zeros((BR, BM), tl.float32)
+    if HAS_BASE:
+        y += tl.load(base_ptr + place, mask=here, other=0.0).to(tl.float32)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _unit_sum(
+    z, here, n, codes_ptr, steps, head, code, place, begin, end,
+    BS: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of pairs, tile of BR directions in payload order): t [P, R'] from z [P, I].
+    """``[BR, BM]``: a unit, the ``place``-th of its matrix, times the groups from ``begin`` to ``end`` of z; steps: of
+    the first of them."""
+    QUANTUM: tl.constexpr = BS * GS // 8
+    acc = tl.zeros((BR, BM), tl.float32)
+    lo = 0
+    for s in tl.static_range(len(WIDTHS)):
+        hi = tl.load(head + 2 + s)
+        stop = tl.where((place >= lo) & (place < hi), end, begin)  # a loop of no rounds instead of a branch
+        step = tl.load(steps, mask=n * 0 + stop > begin, other=0.0)
+        for g in tl.range(begin, stop, num_stages=STAGES):
+            codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
+            part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
+            acc += part * step.to(tl.float32)[:, None]
+            step = tl.load(steps + (g + 1 - begin) * BS, mask=n * 0 + (stop - g) > 1, other=0.0)
+        code += (hi - lo) * GROUPS * WIDTHS[s]
+        lo = hi
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "TILES", "E", "EACH"])
+def down_kernel(
+    z_ptr, tiles_ptr, pairs_ptr, codes_ptr, steps_ptr, head_ptr, order_ptr, t_ptr,
+    ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E, EACH,
+    TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of pairs, tile of BR directions in payload order, SPLIT: EACH groups): t [P, R'] from z [P, I].
 
     SUM: also y [T, R'] = base + sum_j p_j (t_j + bias), with arrivals int32 [T, R' / BR]; rows of programs from TILES
-    on see to tokens without experts.
+    on see to tokens without experts. SPLIT, with SUM only: t [programs of the third axis, P, R'].
     """
     UNITS: tl.constexpr = R // BS
     GROUPS: tl.constexpr = I // GS
-    QUANTUM: tl.constexpr = BS * GS // 8
     PER: tl.constexpr = BS // BR
     program = tl.program_id(0)
     if program < TILES:
@@ -102,41 +182,23 @@ def down_kernel(
             head = head_ptr + e * (2 + len(WIDTHS))
             code, row = tl.load(head), tl.load(head + 1)
             unit = tl.load(order_ptr + e * UNITS + place)
-            z = z_ptr + pair[None, :].to(tl.int64) * I
-            steps = steps_ptr + (row + place * GROUPS).to(tl.int64) * BS + n
-            acc = tl.zeros((BR, BM), tl.float32)
-            lo = 0
-            for s in tl.static_range(len(WIDTHS)):
-                hi = tl.load(head + 2 + s)
-                rounds = tl.where((place >= lo) & (place < hi), GROUPS, 0)  # a loop of no rounds instead of a branch
-                step = tl.load(steps, mask=n * 0 + rounds > 0, other=0.0)
-                for g in tl.range(0, rounds, num_stages=STAGES):
-                    codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
-                    part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
-                    acc += part * step.to(tl.float32)[:, None]
-                    step = tl.load(steps + (g + 1) * BS, mask=n * 0 + (rounds - g) > 1, other=0.0)
-                code += (hi - lo) * GROUPS * WIDTHS[s]
-                lo = hi
-            direction = unit * BS + n
-            t = t_ptr + pair[None, :].to(tl.int64) * R + direction[:, None]
-            tl.store(t, acc.to(t_ptr.dtype.element_ty), mask=here[None, :])
-            if SUM:
-                tokens = tl.where(here, pair // TOP_K, 0)
-                block = unit * PER + tl.program_id(1) % PER
-                before = arrive(arrivals_ptr + tokens * (R // BR) + block, here)
-                last = here & (before + 1 == _present(ids_ptr, tokens, here, E, TOP_K))
-                if tl.max(last.to(tl.int32), 0) > 0:
-                    _finish_tokens(
-                        tokens, direction, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E,
-                        TOP_K, R, HAS_BIAS, HAS_BASE,
-                    )  # fmt: skip
+            begin = tl.program_id(2) * EACH if SPLIT else 0
+            end = tl.minimum(begin + EACH, GROUPS) if SPLIT else GROUPS
+            kept = place < tl.load(head + 1 + len(WIDTHS)) if SPLIT and len(WIDTHS) else len(WIDTHS) > 0
+            if (not SPLIT) or (kept | (tl.program_id(2) == 0)):
+                z = z_ptr + pair[None, :].to(tl.int64) * I
+                steps = steps_ptr + (row + place * GROUPS + begin).to(tl.int64) * BS + n
+                total = _unit_sum(
+                    z, here, n, codes_ptr, steps, head, code, place, begin, end,
+                    BS, GS, GROUPS, WIDTHS, BM, BR, STAGES, PACK,
+                )  # fmt: skip
+                finish_tile(
+                    total, pair, here, kept, unit * BS + n, unit * PER + tl.program_id(1) % PER,
+                    t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, E,
+                    TOP_K, R, BR, SUM, HAS_BIAS, HAS_BASE, SPLIT,
+                )  # fmt: skip
     elif SUM:
-        tokens = (program - TILES) * BM + tl.arange(0, BM)
-        n = tl.program_id(1) * BR + tl.arange(0, BR)
-        alone = (tokens < T) & (_present(ids_ptr, tokens, tokens < T, E, TOP_K) == 0)
-        _finish_tokens(
-            tokens, n, alone, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, E, TOP_K, R, HAS_BIAS, HAS_BASE
-        )
+        finish_without_experts(program - TILES, ids_ptr, base_ptr, y_ptr, T, E, TOP_K, R, BM, BR, HAS_BASE)
 
 
 def down_reference(z: torch.Tensor, ids: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

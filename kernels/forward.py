@@ -17,6 +17,7 @@ from .combine import combine
 from .launch import (
     DECODE_PAIRS,
     decode_tile,
+    down_splits,
     down_tile,
     expected_tiles,
     gate_up_tile,
@@ -28,7 +29,7 @@ from .launch import (
     trellis_rows,
 )
 from .prepare import PreparedExperts
-from .products import down, gate_up
+from .products import down, down_launch, gate_up
 from .routing import route, tile_count
 from .tuned import RULES, sizes_of
 
@@ -47,6 +48,7 @@ class Plan:
         total: down adds a token's experts up.
         swap: the order of z (`launch.swaps`).
         warps: of a program of down with trellis codes.
+        splits: programs of down that share a tile's groups.
         ahead: the weights are fetched by the programs that write the tiles (`ahead.py`).
         stages: of gate_up and of down; 0: as `launch` has them.
     """
@@ -60,6 +62,7 @@ class Plan:
     total: bool
     swap: bool
     warps: int
+    splits: int
     ahead: bool
     stages: tuple[int, int] = (0, 0)
 
@@ -89,11 +92,18 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     arrivals = (tiles * (layout.intermediate_size // bn) if parts > 1 else 0, tokens * (layout.rank_out // br))
     swap = swaps(tile, br, experts.capability)
     warps = tuned.warps or trellis_down_warps(tile, br, layout.group_size, filled, layout.units_out)
+    splits = 1
+    if total:
+        own = down_launch(tile, br, layout.group_size, warps, experts.capability, bool(layout.codes))[1].warps
+        groups = layout.intermediate_size // layout.group_size
+        splits = tuned.splits or down_splits(
+            filled, layout.rank_out // br, groups, br * layout.group_size, own, experts.processors
+        )
     sides = experts.side_in, experts.side_out
     payload = sum(side.codes.nbytes + side.steps.nbytes for side in sides)
     ahead = experts.spans is not None and fits_ahead(pairs, layout.num_experts, payload, experts.cache)
     counters, stages = (arrivals[0], arrivals[1] if total else 0), (tuned.stages_in or 0, tuned.stages_out or 0)
-    return Plan(tile, tiles, bn, parts, br, counters, total, swap, warps, ahead, stages)
+    return Plan(tile, tiles, bn, parts, br, counters, total, swap, warps, splits, ahead, stages)
 
 
 def moe_forward(
@@ -165,7 +175,7 @@ def _products(
     total = (ids, p, bias, base) if step.total else (None,) * 4
     y = down(
         z, tiles, pairs, arrivals[step.arrivals[0] :], side_out.factor, *total, list(side_out.widths), *sizes,
-        step.tile, step.br, step.warps, dtype, step.stages[1],
+        step.tile, step.br, step.warps, dtype, step.stages[1], step.splits,
     )  # fmt: skip
     if step.total:
         return y

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import triton
 
-from .prepare import SHARED_BYTES
+from .prepare import PROCESSORS, SHARED_BYTES
 
 #: Pairs (tokens × experts per token) up to which every pair has programs; beyond it the pairs are sorted.
 DECODE_PAIRS = 512
@@ -21,6 +21,12 @@ BASIS_TOKENS = 64
 
 #: Programs of two warps that fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS_WANTED = 1056
+
+#: Warps of down for each multiprocessor that its groups are split for, those of absent units among them.
+WARPS_WANTED = 16
+
+#: Weights that a warp of down decodes at least where its groups are split, beside what beginning and ending cost it.
+SPLIT_WEIGHTS = 8192
 
 
 def _known_options() -> set[str]:
@@ -139,7 +145,8 @@ def launch_trellis(tile: int, rows: int, columns: int, cc: int, warps: int | Non
 def launch_trellis_down(tile: int, rows: int, columns: int, cc: int, warps: int | None = None) -> Launch:
     """`launch_trellis` for down."""
     how = launch_trellis(tile, rows, columns, cc, warps)
-    return replace(how, registers=200) if tile <= 8 else how
+    # three programs of four warps share a multiprocessor
+    return replace(how, registers=168 if how.warps == 4 else 200) if tile <= 8 else how
 
 
 def trellis_down_warps(tile: int, rows: int, columns: int, tiles: int, units: int) -> int:
@@ -263,3 +270,32 @@ def down_tile(tiles: int, directions: int, block: int) -> int:
     while br > 32 and tiles * (directions // br) < PROGRAMS_WANTED // 2:
         br //= 2
     return br
+
+
+def down_splits(tiles: int, blocks: int, groups: int, weights: int, warps: int, processors: int = PROCESSORS) -> int:
+    """Programs of down that share a tile of pairs and a block of directions, each for a part of the groups: 1 where
+    tiles and blocks fill the GPU, as from some 8 tokens on.
+
+    Args:
+        tiles: of pairs that have any (`expected_tiles`).
+        blocks: of directions that a program has: R' / BR.
+        groups: of a matrix's columns: I / group size.
+        weights: of a group and a block.
+        warps: of a program.
+        processors: multiprocessors of the GPU.
+
+    Returns:
+        from 1 to ``groups``; each takes the same number of groups, the last perhaps fewer.
+    """
+    splits, wanted = 1, WARPS_WANTED * processors
+    while tiles * blocks * warps * (splits + 1) <= wanted and splits < groups:
+        each = -(-groups // (splits + 1))
+        if each * weights < warps * SPLIT_WEIGHTS:
+            break
+        splits += 1
+    return even_splits(splits, groups)
+
+
+def even_splits(splits: int, groups: int) -> int:
+    """How many of ``splits`` programs have work where each takes as many of the groups: 4 of 6 groups are 3 of 2."""
+    return -(-groups // -(-groups // splits))

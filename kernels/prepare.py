@@ -32,6 +32,9 @@ BASIS_GROUPS = (32, 64, 128, 256)
 #: kernels of every layer that is taken need no more there: `compile_gates --shapes` compiles them.
 SHARED_BYTES = 99 * 1024
 
+#: Multiprocessors of an H100 and an H200: what is assumed where no GPU is.
+PROCESSORS = 132
+
 
 @dataclass(frozen=True)
 class PreparedSide:
@@ -77,6 +80,7 @@ class PreparedExperts:
         spans: from `line_spans`.
         cache: bytes of weights that a step may fetch ahead (`ahead.py`): a third of the GPU's second cache.
         sizes: launch sizes that were tried on this GPU, by pairs (`tuned.py`).
+        processors: multiprocessors of the layer's GPU; `PROCESSORS` where there is none.
     """
 
     layout: ExpertsLayout
@@ -87,6 +91,7 @@ class PreparedExperts:
     spans: torch.Tensor | None = None
     cache: int = 0
     sizes: dict[int, Sizes] = field(default_factory=dict)
+    processors: int = PROCESSORS
 
 
 def unsupported(
@@ -151,7 +156,9 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
     sizes = entries_of(gpu.name, layout)
     spans = line_spans(side_in, side_out, layout)
     cache = int(getattr(gpu, "L2_cache_size", 0)) // 3
-    return PreparedExperts(layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache, sizes)
+    return PreparedExperts(
+        layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache, sizes, gpu.multi_processor_count
+    )
 
 
 def line_spans(side_in: PreparedSide, side_out: PreparedSide, layout: ExpertsLayout) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .gate_up import gate_up_kernel
 from .launch import (
     Launch,
     capability,
+    even_splits,
     launch,
     launch_down,
     launch_trellis,
@@ -189,6 +190,7 @@ def down(
     warps: int,
     dtype: torch.dtype,
     stages: int = 0,
+    splits: int = 1,
 ) -> torch.Tensor:
     """``t = F z`` of every pair, ``[T k, R']``; with ids ``y = base + sum_j p_j (F[id_j] z_j + bias[id_j])`` of every
     token, ``[T, R']``, which is `combine` in the same launch. Both of ``dtype``.
@@ -215,9 +217,13 @@ def down(
         warps: of a program with trellis codes (`launch.trellis_down_warps`); 0: by the rules of `launch`.
         dtype: of the result; sums are float32.
         stages: of the pipeline; 0: by the rules of `launch`.
+        splits: programs that share a tile's groups (`launch.down_splits`), with ids only; fewer where some of them
+            would have none.
     """
     directions, device, total = factor[3].shape[1] * block_size, z.device, ids is not None
-    t = torch.empty(z.shape[0], directions, dtype=torch.float32 if total else dtype, device=device)
+    groups = z.shape[1] // group_size
+    splits = even_splits(splits, groups) if total else 1
+    t = torch.empty(splits * z.shape[0], directions, dtype=torch.float32 if total else dtype, device=device)
     tokens, top_k = (0, 1) if ids is None else ids.shape
     y = torch.empty(tokens, directions, dtype=dtype, device=device) if total else t
     if not len(y):
@@ -227,17 +233,17 @@ def down(
     kernel, how, share = down_launch(pair_tile, rows, group_size, warps, capability(device), trellis)
     run(
         kernel,
-        (tiles.shape[0] + triton.cdiv(tokens, pair_tile), directions // rows),
+        (tiles.shape[0] + triton.cdiv(tokens, pair_tile), directions // rows, splits),
         (
             z, tiles, pairs, *payload, t, *((ids, p, bias, base, y, arrivals) if total else (None,) * 6),
-            tokens, tiles.shape[0], len(order),
+            tokens, tiles.shape[0], len(order), triton.cdiv(groups, splits),
         ),
         _staged(how, stages),
         device,
         {
             "TOP_K": top_k, "R": directions, "I": z.shape[1], "BS": block_size, "GS": group_size,
             "WIDTHS": tuple(widths), "BM": pair_tile, "BR": rows, "SPREAD": share, "JOINED": block_size < 128,
-            "SUM": total, "HAS_BIAS": bias is not None, "HAS_BASE": base is not None,
+            "SUM": total, "HAS_BIAS": bias is not None, "HAS_BASE": base is not None, "SPLIT": splits > 1,
         },
     )  # fmt: skip
     return y
@@ -263,5 +269,6 @@ def _(
     warps: int,
     dtype: torch.dtype,
     stages: int = 0,
+    splits: int = 1,
 ) -> torch.Tensor:
     return z.new_empty(z.shape[0] if ids is None else ids.shape[0], factor[3].shape[1] * block_size, dtype=dtype)

@@ -20,7 +20,7 @@ ENCODER_BUDGET = {1: 66, 2: 64, 3: 84, 4: 99, 6: 129, 8: 98}
 PREFILL_BUDGET = 8.0
 
 _INPUTS = {"tiles_ptr": "*i32", "pairs_ptr": "*i32", "codes_ptr": "*u16", "steps_ptr": "*bf16", "z_ptr": "*fp16"}
-_INPUTS |= {"arrivals_ptr": "*i32", "P": "i32", "PARTS": "i32", "T": "i32", "TILES": "i32", "E": "i32"}
+_INPUTS |= {"arrivals_ptr": "*i32", "P": "i32", "PARTS": "i32", "T": "i32", "TILES": "i32", "E": "i32", "EACH": "i32"}
 
 
 def _case(
@@ -35,7 +35,7 @@ def _case(
         name, kernel, signature, constants, how,
         weights=rows * (block if "BN" in constants else group) / (32 * how.warps) if one else 0,
         budget=(wide * BUDGET[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
-        programs=3 if tile <= 8 and how.warps <= 2 else 2 if how.warps <= 4 else 1,
+        programs=3 if tile <= 8 and how.warps <= 4 else 2 if how.warps <= 4 else 1,
         stack=16 if len(widths) > 3 or block < 128 or group < 128 else 0,
         flies=True,
         stores=4 if one else None,
@@ -85,20 +85,22 @@ def down_case(
     block: int = 128,
     warps: int = 0,
     group: int | None = None,
+    split: bool = False,
 ) -> Case:
-    """One case; warps: 0 leaves them to the rules; group: as the block unless given."""
+    """One case; warps: 0 leaves them to the rules; group: as the block unless given; split: programs share groups."""
     group, total = group or block, tile <= 16
     kernel, how, share = down_launch(tile, trellis_rows(tile, block, widths), group, warps, cc, trellis=True)
     constants: dict[str, object] = {
         "bias_ptr": None, "base_ptr": None, "HAS_BIAS": False, "HAS_BASE": False, "SUM": total, "TOP_K": 8,
         "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile,
-        "BR": trellis_rows(tile, block, widths), "SPREAD": share, "JOINED": block < 128,
+        "BR": trellis_rows(tile, block, widths), "SPREAD": share, "JOINED": block < 128, "SPLIT": split,
     }  # fmt: skip
     if not total:
         constants |= dict.fromkeys(("ids_ptr", "p_ptr", "y_ptr", "arrivals_ptr"))
     signature = _INPUTS | {"places_ptr": "*i32", "t_ptr": "*fp32" if total else f"*{dtype}", "ids_ptr": "*i64"}
     signature |= {"p_ptr": "*fp32", "y_ptr": f"*{dtype}"}
-    name = _name("down", widths, tile, dtype, block, group, f", {how.warps} warps" if warps else "")
+    more = (f", {how.warps} warps" if warps else "") + (", split" if split else "")
+    name = _name("down", widths, tile, dtype, block, group, more)
     return _case(name, kernel, signature, constants, how)
 
 
@@ -129,6 +131,7 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
         yield encoder_case(width)
     yield gate_up_case(cc, mixed, 8, r, i, shared=True)
     yield down_case(cc, mixed, 8, r, i)
+    yield down_case(cc, mixed, 8, r, i, warps=4, split=True)  # as at one token
     if every:
         for tile in (16, 32):
             yield gate_up_case(cc, (2,), tile, r, i)
@@ -137,6 +140,7 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
             yield down_case(cc, mixed, tile, r, i)
         yield gate_up_case(cc, (2,), 8, r, i, "fp16")
         yield down_case(cc, mixed, 8, r, i, warps=4)
+        yield down_case(cc, mixed, 8, r, i, split=True)
         for tile in (8, 16):
             yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), tile, r, i)
         yield down_case(cc, (8, 6, 4, 3, 2, 1), 16, r, i)
@@ -151,4 +155,4 @@ def trellis_shapes(cc: int, widths: tuple[int, ...], block: int, group: int, r: 
         yield down_case(cc, widths, tile, r, i, block=block, group=group)
     yield gate_up_case(cc, widths, 8, r, i, shared=True, block=block, group=group)
     if group >= 64:
-        yield down_case(cc, widths, 8, r, i, block=block, warps=4, group=group)
+        yield down_case(cc, widths, 8, r, i, block=block, warps=4, group=group, split=True)

@@ -25,6 +25,7 @@ class Sizes:
         parts: programs of gate_up that share a tile: 1, 2, 4, 8 or 16.
         rows: directions of a program of down: 32, 64 or 128, at most the block; scalar codes only.
         warps: of a program of down: 1, 2, 4 or 8, of 16 columns of a group or more; trellis codes only.
+        splits: programs of down that share a tile's groups: 1 to 8.
         stages_in: of gate_up's pipeline, 2 to 5.
         stages_out: of down's.
     """
@@ -33,13 +34,15 @@ class Sizes:
     parts: int | None = None
     rows: int | None = None
     warps: int | None = None
+    splits: int | None = None
     stages_in: int | None = None
     stages_out: int | None = None
 
     def __post_init__(self) -> None:
         known = {"tile": (8, 16), "parts": (1, 2, 4, 8, 16), "rows": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}
+        known |= {"splits": tuple(range(1, 9)), "stages_in": (2, 3, 4, 5), "stages_out": (2, 3, 4, 5)}
         for field in fields(self):
-            value, allowed = getattr(self, field.name), known.get(field.name, (2, 3, 4, 5))
+            value, allowed = getattr(self, field.name), known[field.name]
             if value is not None and value not in allowed:
                 raise ValueError(f"{field.name} {value} is no launch size (known: {', '.join(map(str, allowed))})")
 
@@ -47,7 +50,8 @@ class Sizes:
         """Whether a layer can be launched so."""
         rows = self.rows is None or (not layout.codes and layout.block_size % self.rows == 0)
         warps = self.warps is None or (bool(layout.codes) and layout.group_size >= 16 * self.warps)
-        return rows and warps and (self.parts is None or self.parts <= max(1, layout.units_in))
+        splits = self.splits is None or self.splits <= layout.intermediate_size // layout.group_size
+        return rows and warps and splits and (self.parts is None or self.parts <= max(1, layout.units_in))
 
 
 RULES = Sizes()

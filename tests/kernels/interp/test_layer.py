@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from bitsmoe_kernels import moe_forward, prepare, unsupported
+from bitsmoe_kernels import moe_forward, prepare, tuned, unsupported
 from bitsmoe_kernels.forward import plan
 from bitsmoe_kernels.prepare import line_spans
 from bitsmoe_kernels.reference import moe_reference
@@ -177,16 +177,17 @@ def test_launches_of_a_decoding_step(monkeypatch):
         assert len(count) == launches, count
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 300])
-def test_a_captured_graph_gives_what_launches_one_by_one_give(tokens):
+@pytest.mark.parametrize(("tokens", "splits"), [(1, None), (1, 2), (9, None), (9, 2), (300, None)])
+def test_a_captured_graph_gives_what_launches_one_by_one_give(tokens, splits):
     if not COMPILED:
         pytest.skip("the interpreter has no CUDA graphs")
     layout = ExpertsLayout(4, 128, 128, 128, 128, 64, 64, 4, 16, 64, num_dense=1, has_bias=1)
     ids = torch.randint(-1, 4, (tokens, 2), generator=seeded(0))
-    x, p, packed, eager = check(layout, (0, 2, 4, 6), ids)
-    experts, graph = prepare(packed), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = moe_forward(x, ids, p, experts, Gating())
+    with tuned.forcing(tuned.Sizes(splits=splits)):
+        x, p, packed, eager = check(layout, (0, 2, 4, 6), ids)
+        experts, graph = prepare(packed), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = moe_forward(x, ids, p, experts, Gating())
     for _ in range(2):
         y.zero_()
         graph.replay()
@@ -211,6 +212,17 @@ def test_repeated_runs_are_bit_equal():
     ids = torch.randint(0, 2, (9, 2), generator=seeded(0))
     x, p, packed, first = check(SMALL, (2, 4), ids)
     assert torch.equal(first, moe_forward(x, ids, p, prepare(packed), Gating()))
+
+
+@pytest.mark.parametrize("codes", [0, 1], ids=["scalar", "trellis"])
+def test_a_layer_whose_groups_are_shared_by_programs(codes):
+    """3 groups in parts of 2 and 1; units of width 0, ids of another rank, a token none of whose experts is here."""
+    layout = ExpertsLayout(3, 32, 96, 32, 32, 16, 32, 0, 0, 32, codes=codes, stripes=codes)
+    ids = torch.tensor([[0, 2], [-1, 1], [3, -1]])
+    with tuned.forcing(tuned.Sizes(splits=2)):
+        x, p, packed, first = check(layout, (0, 2, 4), ids)
+        assert plan(*ids.shape, prepare(packed)).splits == 2
+        assert torch.equal(first, moe_forward(x, ids, p, prepare(packed), Gating()))
 
 
 @pytest.mark.parametrize("bases", [(0, 0), (16, 16)], ids=["plain", "bases"])

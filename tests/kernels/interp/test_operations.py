@@ -11,14 +11,22 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bitsmoe_kernels import prepare
+from bitsmoe_kernels import launch, prepare
 from bitsmoe_kernels.activation import gating_arguments
 from bitsmoe_kernels.ahead import FETCHED_PAIRS, fetch, fits_ahead
 from bitsmoe_kernels.basis import basis, basis_and_route, basis_reference
 from bitsmoe_kernels.combine import combine, combine_reference
 from bitsmoe_kernels.down import down_reference
 from bitsmoe_kernels.gate_up import gate_up_reference
-from bitsmoe_kernels.launch import capability, down_tile, swaps
+from bitsmoe_kernels.launch import (
+    capability,
+    down_splits,
+    down_tile,
+    even_splits,
+    expected_tiles,
+    swaps,
+    trellis_down_warps,
+)
 from bitsmoe_kernels.prepare import line_spans
 from bitsmoe_kernels.products import down, gate_up
 from bitsmoe_kernels.reference import decode_expert_factors
@@ -165,10 +173,10 @@ def test_each_width_in_blocks_of_128(width):
     ids = torch.zeros(1, 1, dtype=torch.int32)
     h = torch.randn(1, 128, generator=seeded(2)).to(torch.float16)
     check_gate_up(layout, packed, ids, h, Gating(), 1, 8)
-    check_down(layout, packed, ids, h, 8)
+    check_down(layout, packed, ids, h, 8, 1)
 
 
-def check_down(layout, packed, ids, z, tile):
+def check_down(layout, packed, ids, z, tile, splits):
     """`down` element by element, and with the sum over a token's experts, a bias and a base."""
     _, f = decode_expert_factors(packed)
     side = prepare(packed).side_out
@@ -189,7 +197,7 @@ def check_down(layout, packed, ids, z, tile):
     weights = torch.rand(tokens, k, generator=g).to(z.device)
     bias = torch.randn(layout.num_experts, layout.rank_out, generator=g).to(z.device, z.dtype)
     base = torch.randn(tokens, layout.rank_out, generator=g).to(z.device)
-    y = down(given, tiles, pairs, arrivals, side.factor, ids, weights, bias, base, *last)
+    y = down(given, tiles, pairs, arrivals, side.factor, ids, weights, bias, base, *last, 0, splits)
     assert y.dtype == z.dtype
     total = combine_reference(want, ids, weights, bias, base, layout.num_experts, layout.rank_out)
     bound = combine_reference(bounds, ids, weights, None, None, layout.num_experts, layout.rank_out)
@@ -206,7 +214,41 @@ def test_down_equals_its_oracle(data):
     ids = data.draw(routings(sizes[0], tokens))
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
     z = torch.randn(ids.numel(), layout.intermediate_size, generator=seeded(0)).to(dtype)
-    check_down(layout, packed, ids, z, data.draw(st.sampled_from([8, 16])))
+    check_down(layout, packed, ids, z, data.draw(st.sampled_from([8, 16])), data.draw(st.sampled_from([1, 2])))
+
+
+#: Of 2 experts: one token with both, one with the same twice and none of this rank's, one without any.
+SHARED_IDS = torch.tensor([[0, 1, 2], [1, -1, 1], [2, -1, 5]])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4, 7])
+def test_groups_are_shared_by_programs(splits):
+    """5 groups: parts of 3 and 2, of 2, 2 and 1 (for 3 and for 4), of one each; units of width 0 among them."""
+    layout, packed = layer_of((2, 160, 48, 16, 32), (0, 2, 6), 4)
+    z = torch.randn(SHARED_IDS.numel(), 160, generator=seeded(3)).to(torch.bfloat16)
+    check_down(layout, packed, SHARED_IDS, z, 8, splits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "warps", "splits"),
+    [(1, 4, 3), (2, 4, 2), (4, 2, 2), (8, 2, 1), (16, 2, 1), (64, 2, 1)],
+)
+def test_groups_are_shared_where_programs_are_few(monkeypatch, tokens, warps, splits):
+    """A layer of Qwen3-30B-A3B with trellis codes."""
+    monkeypatch.setattr(launch, "PROGRAMS_WANTED", 1056)  # interpreted tests have smaller grids
+    tiles, units, groups = expected_tiles(8 * tokens, 128, 8), 2048 // 128, 768 // 128
+    assert trellis_down_warps(8, 128, 128, tiles, units) == warps
+    assert down_splits(tiles, units, groups, 128 * 128, warps) == splits
+    few = down_splits(tiles, units, groups, 128 * 128, warps, processors=20)
+    assert few == 1
+    assert down_splits(tiles, units, 1, 128 * 128, warps) == 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "groups", "even"), [(1, 6, 1), (4, 6, 3), (5, 6, 3), (6, 6, 6), (9, 6, 6), (3, 5, 3)]
+)
+def test_no_program_is_without_groups(splits, groups, even):
+    assert even_splits(splits, groups) == even
 
 
 @pytest.mark.parametrize("parts", ["experts", "bias", "both on a base"])

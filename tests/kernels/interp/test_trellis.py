@@ -22,7 +22,16 @@ from bitsmoe_kernels.trellis_gate_up import trellis_gate_up_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_backend import seeded
-from test_operations import DTYPES, EXAMPLES, GATINGS, assert_within, layer_of, product_bound, routings
+from test_operations import (
+    DTYPES,
+    EXAMPLES,
+    GATINGS,
+    SHARED_IDS,
+    assert_within,
+    layer_of,
+    product_bound,
+    routings,
+)
 
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.storage.planes import WIDTHS
@@ -123,10 +132,10 @@ def test_each_width_in_blocks_of_128(width):
     ids = torch.zeros(1, 1, dtype=torch.int32)
     h = torch.randn(1, 128, generator=seeded(2)).to(torch.float16)
     check_gate_up(layout, packed, ids, h, Gating(), 1, 8)
-    check_down(layout, packed, ids, h, 8, 8)
+    check_down(layout, packed, ids, h, 8, 8, 1)
 
 
-def check_down(layout, packed, ids, z, tile, warps):
+def check_down(layout, packed, ids, z, tile, warps, splits):
     """`down` element by element, and with the sum over a token's experts, a bias and a base."""
     _, f = decode_expert_factors(packed)
     side, (tokens, k) = prepare(packed).side_out, ids.shape
@@ -145,7 +154,7 @@ def check_down(layout, packed, ids, z, tile, warps):
     weights = torch.rand(tokens, k, generator=g)
     bias = torch.randn(layout.num_experts, layout.rank_out, generator=g)
     base = torch.randn(tokens, layout.rank_out, generator=g)
-    y = down(given, tiles, pairs, arrivals, side.factor, ids, weights, bias, base, *last)
+    y = down(given, tiles, pairs, arrivals, side.factor, ids, weights, bias, base, *last, 0, splits)
     total = combine_reference(want, ids, weights, bias, base, layout.num_experts, layout.rank_out)
     bound = combine_reference(bounds, ids, weights, None, None, layout.num_experts, layout.rank_out)
     sizes = combine_reference(want.abs(), ids, weights, bias.abs(), base.abs(), layout.num_experts, layout.rank_out)
@@ -162,7 +171,16 @@ def test_down_equals_its_oracle(data):
     ids = data.draw(routings(sizes[0], tokens))
     # a sixteenth of these is a normal float16 number or zero
     z = torch.randint(-2048, 2048, (ids.numel(), layout.intermediate_size), generator=seeded(0)).to(torch.float16) / 64
-    check_down(layout, packed, ids, z, data.draw(st.sampled_from([8, 16])), data.draw(st.sampled_from([2, 8])))
+    tile, warps, splits = (data.draw(st.sampled_from(values)) for values in ([8, 16], [2, 8], [1, 2]))
+    check_down(layout, packed, ids, z, tile, warps, splits)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_groups_are_shared_by_programs(splits):
+    """5 groups: parts of 3 and 2, of 2, 2 and 1, of one each; units of width 0 among them, chains of two units."""
+    layout, packed = layer_of((2, 160, 64, 16, 32), (0, 2, 6, 2), 4, codes=1, stripes=1)
+    z = torch.randint(-2048, 2048, (SHARED_IDS.numel(), 160), generator=seeded(3)).to(torch.float16) / 64
+    check_down(layout, packed, SHARED_IDS, z, 8, 2, splits)
 
 
 def test_z_beyond_the_range_is_infinite_and_not_wrong():
