@@ -11,7 +11,7 @@ import torch
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Let vLLM on a CPU route as its GPU code does, and build layers of experts without a gate."""
+    """Let vLLM on a CPU route as its GPU code does, build layers of experts without a gate, and start beside numba."""
     from vllm.model_executor.layers.fused_moe import config
     from vllm.model_executor.layers.fused_moe.router import cpu_router
 
@@ -27,6 +27,30 @@ def install(patch: pytest.MonkeyPatch) -> None:
     # the check guards vLLM's own expert kernels, of which packed experts need none
     gpu = SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False)
     patch.setattr(config, "current_platform", gpu)
+    _hide_dunders()
+
+
+def _hide_dunders() -> None:
+    """A model file for GPUs imports numba, over whose library object vLLM's search for kernels on a CPU stumbles.
+
+    That object has an attribute of every name, ``__dict__`` too, and ends every later engine of the process, as long as
+    which this stays.
+    """
+    try:
+        from llvmlite.binding.ffi import _lib_wrapper
+    except ImportError:
+        return
+    original = _lib_wrapper.__getattr__
+    if getattr(original, "hides_dunders", False):
+        return
+
+    def getattribute(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    getattribute.hides_dunders = True
+    _lib_wrapper.__getattr__ = getattribute
 
 
 _SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}

@@ -1,6 +1,8 @@
 """Tiny checkpoints of any family with random packed experts, and the dense models that they stand for."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from building import model_of
@@ -32,9 +34,20 @@ def packed_family(row: Row, folder: Path, decoded: Path | None = None) -> None:
     save_packed(model, folder)
     if decoded:
         dense.save_pretrained(decoded)
-    for one in (folder, decoded):
-        if one and row.has_tower:
+    for one in filter(None, (folder, decoded)):
+        _publish(one / "config.json", row.published)
+        if row.has_tower:
             add_processor(one)
+
+
+def _publish(path: Path, fields: dict[str, Any]) -> None:
+    config = json.loads(path.read_text())
+    for name, value in fields.items():
+        if isinstance(value, dict) and isinstance(config.get(name), dict):
+            config[name].update(value)
+        else:
+            config[name] = value
+    path.write_text(json.dumps(config))
 
 
 @torch.no_grad()

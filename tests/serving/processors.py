@@ -4,6 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+#: tokens without which vLLM does not take a model's tokenizer
+_ALSO = {
+    "inkling_mm_model": (
+        *(f"<|message_{name}|>" for name in ("user", "model", "system", "tool")),
+        *(f"<|content_{name}|>" for name in ("text", "image", "thinking", "audio_input", "xml")),
+        *(
+            f"<|{name}|>"
+            for name in ("content_model_end_sampling", "content_invoke_tool_json", "end_message", "audio_end")
+        ),
+    )
+}
 #: model type to the class of its processor
 _QWEN = {"qwen3_vl_moe": "Qwen3VLProcessor", "qwen3_5_moe": "Qwen3VLProcessor"}
 #: of messages whose content is text or a list of texts and images
@@ -40,7 +51,8 @@ def add_processor(folder: Path) -> None:
         vocabulary[token] = i
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    also = _ALSO.get(config["model_type"], ())
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*special, *also)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     fast.save_pretrained(folder)
     kind = _QWEN.get(config["model_type"])

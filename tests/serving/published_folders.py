@@ -30,7 +30,7 @@ _SOURCES: dict[str, Callable[[Path], object]] = {"gpt_oss": publish_mxfp4, "mini
 _DEEPSEEK = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
 _QWEN = ("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.fc.weight")
 _BEYOND_THE_LAST = ("glm4_moe", "deepseek_v3")
-_UNDER_MTP = ("qwen3_next", "qwen3_5_moe")
+_UNDER_MTP = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
 def quantize(row: Row, folder: Path) -> None:

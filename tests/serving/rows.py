@@ -46,6 +46,7 @@ class Row:
         model_type: as in config.json.
         sizes: fields of its config beyond those in tests/families: sizes that vLLM's kernels have, and fields of
             published files that vLLM reads and transformers does not.
+        published: fields of its published config.json that transformers has under other names.
         like: what its tokens are compared with: "transformers", or "dense", which is vLLM with the decoded model.
         dtype: that vLLM on a CPU runs it in.
         settings: of vLLM's engine beyond those of every row.
@@ -55,6 +56,7 @@ class Row:
 
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
     like: str = "transformers"
     dtype: str = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +94,68 @@ _DELTA = "in bfloat16, which vLLM's gated delta rule on a CPU needs"
 _OTHER = "vLLM's own dense model differs from transformers there"
 _TEXT_ALONE: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
 _BACKEND = "by vLLM's Transformers backend"
+
+_NO_SPARSE = "vLLM has no sparse attention on a CPU"
+_SPARSE = "Sparse Attention is not supported on CPU"
+_TRITON = "vLLM's class starts Triton kernels, which it has no replacement for on a CPU; the packed layers are loaded"
+_FLASH = "vLLM's attention of this family is for GPUs alone"
+#: what transformers derives in a way of its own
+_MIMO: dict[str, Any] = {
+    **dict.fromkeys(("head_dim", "v_head_dim", "swa_head_dim", "swa_v_head_dim"), 32),
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "sliding_window_size": 16,
+    "hybrid_layer_pattern": [0, 1, 1],
+    "moe_layer_freq": [0, 1, 1],
+    "layernorm_epsilon": 1e-5,
+    "rope_theta": 5e6,
+    "swa_rope_theta": 1e4,
+    "partial_rotary_factor": 0.334,
+    "add_swa_attention_sink_bias": True,
+}
+_QWEN4: dict[str, Any] = {
+    **_HEADS,
+    **_LINEAR,
+    **_rope(4, 6, 6),
+    "indexer_head_dim": 32,
+    "output_gate_type": "sigmoid",
+}
+_MINIMAX_M3: dict[str, Any] = {
+    "text_config": {
+        "model_type": "minimax_m3_text",
+        "moe_layer_freq": [1, 1],
+        "hidden_act": "swigluoai",
+        "sparse_attention_config": {
+            "sparse_index_dim": 32,
+            "sparse_num_index_heads": 2,
+            "sparse_topk_blocks": 16,
+            "sparse_block_size": 8,
+            "sparse_attention_freq": [0, 0],
+        },
+    },
+    "vision_config": {"img_token_compression_config": {"temporal_patch_size": 2, "spatial_merge_size": 2}},
+}
+_INKLING: dict[str, Any] = {
+    "text_config": {
+        "local_layer_ids": [0, 1],
+        "dense_mlp_idx": 0,
+        "sconv_kernel_size": 4,
+        **dict.fromkeys(("use_sconv", "use_embed_norm", "use_gate_bias", "use_global_scale"), True),
+    },
+    "audio_config": {
+        "decoder_dmodel": 64,
+        "dmel_min_value": -7.0,
+        "dmel_max_value": 2.0,
+        "use_audio_norm": True,
+        "audio_mode": "dmel",
+    },
+    "vision_config": {
+        "decoder_dmodel": 64,
+        "vision_encoder_type": "hmlp",
+        "n_channels": 3,
+        "use_vision_norm": True,
+    },
+}
 
 ROWS = (
     Row("qwen3_moe", _HEADS),
@@ -141,27 +205,93 @@ ROWS = (
     Row(
         "deepseek_v32",
         {**_LATENT, "topk_method": "noaux_tc", "first_k_dense_replace": 1, "index_head_dim": 128},
-        note="vLLM has no sparse attention on a CPU",
-        error="Sparse Attention is not supported on CPU",
+        note=_NO_SPARSE,
+        error=_SPARSE,
+    ),
+    Row(
+        "glm4v_moe",
+        {"text_config": {**_HEADS, "use_qk_norm": False, **_rope(4, 6, 6)}},
+        settings=_TEXT_ALONE,
+        note="text alone",
+    ),
+    Row("axk1", {**_LATENT, "topk_method": "noaux_tc", "first_k_dense_replace": 0}, like="dense", note=_OTHER),
+    Row("mimo_v2_flash", _MIMO, like="dense", note=_OTHER),
+    Row("qwen3_5_moe_text", {**_HEADS, **_LINEAR}, dtype="bfloat16", note=_DELTA),
+    Row("glm_moe_dsa", {**_LATENT, "index_head_dim": 128}, note=_NO_SPARSE, error=_SPARSE),
+    Row(
+        "glm5_next",
+        {
+            "text_config": {
+                **_LATENT,
+                "qk_rope_head_dim": 0,
+                "head_dim": 0,
+                "mla_use_nope": True,
+                "mhc": True,
+                "topk_method": "noaux_tc",
+                "scoring_func": "sigmoid",
+                "indexer_rope_interleave": True,
+            }
+        },
+        settings=_TEXT_ALONE,
+        note=_NO_SPARSE,
+        error=_SPARSE,
+    ),
+    Row(
+        "hy_v4",
+        {**_LATENT, "index_head_dim": 128},
+        note=_NO_SPARSE,
+        error="no valid sparse MLA backend is available for current runtime",
+    ),
+    Row("qwen4_exp_text", _QWEN4, dtype="bfloat16", note=_FLASH, error="Qwen4Exp QSA requires FlashAttention"),
+    Row(
+        "qwen4_exp",
+        {"text_config": _QWEN4, "vision_config": {"deepstack_visual_indexes": []}},
+        dtype="bfloat16",
+        settings=_TEXT_ALONE,
+        note=_FLASH,
+        error="Qwen4Exp QSA requires FlashAttention",
+    ),
+    Row("kimi_linear", _LATENT, note="vLLM's class is written for GPUs alone", error="No module named 'cutlass'"),
+    Row(
+        "minimax_m3_vl",
+        {"text_config": {**_HEADS, "rotary_dim": 16, "index_head_dim": 32}},
+        published=_MINIMAX_M3,
+        settings=_TEXT_ALONE,
+        note="vLLM's class is written for GPUs alone",
+        error="No module named 'flashinfer'",
+    ),
+    Row(
+        "inkling_mm_model",
+        {
+            "text_config": {
+                **_HEADS,
+                "swa_head_dim": 32,
+                "swa_num_attention_heads": 4,
+                "swa_num_key_value_heads": 2,
+            }
+        },
+        published=_INKLING,
+        dtype="bfloat16",
+        settings=_TEXT_ALONE,
+        note=_TRITON,
+        error="'function' object is not subscriptable",
+    ),
+    Row(
+        "mistral3",
+        {"text_config": {**_LATENT, "head_dim": 96}},
+        settings=_TEXT_ALONE,
+        note="vLLM has no class for the language model, Mistral4ForCausalLM",
+        error="No model architectures are specified",
+    ),
+    Row(
+        "step3p7",
+        {"text_config": _HEADS},
+        settings=_TEXT_ALONE,
+        note="vLLM reads config.json through transformers, which renames fields that vLLM's class looks for",
+        error="'Step3p7VisionConfig' object has no attribute",
     ),
     Row("jamba", _TWO_HEADS, note="vLLM's build for CPUs has no selective scan (Mamba 1)", error="selective_scan_fwd"),
 )
 
 #: families that vLLM has a model class for and no test: whether their tokens are right is not known
-UNTESTED = (
-    "axk1",
-    "deepseek_v4",
-    "glm4v_moe",
-    "glm5_next",
-    "glm_moe_dsa",
-    "hy_v4",
-    "inkling_mm_model",
-    "kimi_linear",
-    "mimo_v2_flash",
-    "minimax_m3_vl",
-    "mistral3",
-    "qwen3_5_moe_text",
-    "qwen4_exp",
-    "qwen4_exp_text",
-    "step3p7",
-)
+UNTESTED = ("deepseek_v4",)

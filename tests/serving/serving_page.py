@@ -15,16 +15,15 @@ from rows import FAMILIES, ROWS, UNTESTED, Row
 _PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 _BEGIN = "<!-- written by tests/serving/serving_page.py, not by hand: begin -->\n"
 _END = "<!-- end -->\n"
-#: looked up at once: an engine in this process replaces configs of transformers (deepseek_v32's) by vLLM's own
-_CLASSES = {row.model_type: str(config_of(FAMILIES[row.model_type]).architectures[0]) for row in ROWS}
+#: of every family that is not refused; looked up at once: an engine replaces configs of transformers by vLLM's own
+CLASSES = {name: str(config_of(family).architectures[0]) for name, family in FAMILIES.items() if not family.refusal}
 
 
 def table() -> str:
     """The table and what stands below it."""
     head = "| model_type | class | vLLM on a CPU | |\n" + "|---" * 4 + "|\n"
-    lines = [f"| {row.model_type} | {_CLASSES[row.model_type]} | {_found(row)} | {row.note} |\n" for row in ROWS]
-    rest = [name for name, family in FAMILIES.items() if not family.refusal and name not in UNTESTED]
-    without = sorted(set(rest) - {row.model_type for row in ROWS})
+    lines = [f"| {row.model_type} | {CLASSES[row.model_type]} | {_found(row)} | {row.note} |\n" for row in ROWS]
+    without = sorted(CLASSES.keys() - set(UNTESTED) - {row.model_type for row in ROWS})
     return (
         head
         + "".join(lines)

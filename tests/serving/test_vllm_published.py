@@ -31,6 +31,7 @@ _OFFLINE = (
     "qwen3_moe",
     "qwen3_next",
     "qwen3_5_moe",
+    "qwen3_5_moe_text",
     "glm4_moe",
     "gpt_oss",
     "minimax_m2",
