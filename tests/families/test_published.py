@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from building import Family, model_of
+from text_families import TEXT_FAMILIES
 from wrapper_families import WRAPPER_FAMILIES
 
+import published_names
 from bitsmoe_modifier.checkpoints.export import fused_weights
 from bitsmoe_modifier.cli import main
-from helpers import load, packed_modules
+from bitsmoe_modifier.loading.inventory import take_inventory
+from bitsmoe_modifier.loading.source_keys import restore_keys
+from helpers import load, logits, packed_modules
 from published import BESIDE, PROCESSOR, publish, stored_tensors
 from tiny_text import write_text
 
@@ -60,3 +64,40 @@ def test_a_wrapper_keeps_its_tower(model_type: str, tmp_path: Path) -> None:
         expected = fused_weights(module, dense_again.get_submodule(name), torch.bfloat16)
         own = dict(dense_again.get_submodule(name).named_parameters())
         assert all(torch.equal(own[leaf], tensor) for leaf, tensor in expected.items())
+
+
+def test_published_names_come_out_again_in_shards(tmp_path: Path) -> None:
+    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
+    source, target = publish(model_of(own), tmp_path / "dense", rewrite=published_names.deepseek_v4), tmp_path / "again"
+    (source / "generation_config.json").unlink()
+    model = load(source)
+    inventory = take_inventory(model, source)
+    model.save_pretrained(target, max_shard_size="100KB")
+    assert restore_keys(inventory, model, target)
+    after = stored_tensors(target)
+    assert {name for name in stored_tensors(source) if ".experts." not in name} < set(after)
+    assert set(json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]) == set(after)
+    assert torch.equal(logits(load(target)), logits(model))
+    assert not restore_keys(inventory, model, target)
+
+
+def test_published_names_come_out_again(tmp_path: Path) -> None:
+    """transformers cannot turn all of its own names of DeepSeek-V4 back: neither the tensors' nor config.json's."""
+    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
+    source, out, back = (tmp_path / name for name in ("dense", "packed", "back"))
+    publish(model_of(own, torch.bfloat16), source, rewrite=published_names.deepseek_v4)
+    assert quantize(source, out) == 0
+    before, after = stored_tensors(source), stored_tensors(out)
+    others = {name for name in before if ".experts." not in name}
+    assert {"embed.weight", "hc_head_fn", "layers.0.attn.kv_norm.weight", "norm.weight", "head.weight"} < others
+    assert others == {name for name in after if ".experts." not in name}
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    published, made = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
+    assert made.pop("quantization_config")
+    assert made == {**published, "transformers_version": made["transformers_version"]}
+    packed = load(out, dtype=torch.float32)
+    assert len(packed_modules(packed)) == 2
+
+    assert main(["export", str(out), "--to", "dense", "--out", str(back), "--dtype", "float32"]) == 0
+    assert {name for name in stored_tensors(back) if ".experts." not in name} == others
+    torch.testing.assert_close(logits(load(back, dtype=torch.float32)), logits(packed), rtol=1e-4, atol=1e-4)

@@ -36,6 +36,8 @@ def packed_family(row: Row, folder: Path, decoded: Path | None = None) -> None:
         dense.save_pretrained(decoded)
     for one in filter(None, (folder, decoded)):
         _publish(one / "config.json", row.published)
+        if row.rewrite:
+            row.rewrite(one)
         if row.has_tower:
             add_processor(one)
 

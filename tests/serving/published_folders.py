@@ -42,7 +42,7 @@ def quantize(row: Row, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.data.mul_(3)
-    dense = publish(model, folder / "dense", rewrite=_SOURCES.get(row.model_type))
+    dense = publish(model, folder / "dense", rewrite=row.rewrite or _SOURCES.get(row.model_type))
     mtp = _mtp(row.model_type, stored_tensors(dense))
     if mtp:
         add_shard(dense, mtp, "mtp.safetensors")

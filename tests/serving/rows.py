@@ -4,13 +4,17 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from building import Family
 from text_families import TEXT_FAMILIES
 from wrapper_families import WRAPPER_FAMILIES
+
+import published_names
 
 FAMILIES = {family.model_type: family for family in (*WRAPPER_FAMILIES, *TEXT_FAMILIES)}
 
@@ -47,6 +51,7 @@ class Row:
         sizes: fields of its config beyond those in tests/families: sizes that vLLM's kernels have, and fields of
             published files that vLLM reads and transformers does not.
         published: fields of its published config.json that transformers has under other names.
+        rewrite: puts a folder that transformers saved into the form in which the family is published.
         like: what its tokens are compared with: "transformers", or "dense", which is vLLM with the decoded model.
         dtype: that vLLM on a CPU runs it in.
         settings: of vLLM's engine beyond those of every row.
@@ -57,6 +62,7 @@ class Row:
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
+    rewrite: Callable[[Path], object] | None = None
     like: str = "transformers"
     dtype: str = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -277,6 +283,24 @@ ROWS = (
         error="'function' object is not subscriptable",
     ),
     Row(
+        "deepseek_v4",
+        {
+            "head_dim": 512,
+            "index_head_dim": 128,
+            "o_groups": 2,
+            "o_lora_rank": 64,
+            "q_lora_rank": 64,
+            "scoring_func": "sqrtsoftplus",
+            "topk_method": "noaux_tc",
+        },
+        rewrite=published_names.deepseek_v4,
+        dtype="bfloat16",
+        settings={"block_size": 256},
+        note="vLLM on a CPU has no layout for its caches, and where one is set (`VLLM_KV_CACHE_LAYOUT=BLHNC`) starts "
+        "Triton kernels; the packed layers are loaded",
+        error="page size is not divisible by the maximum page size",
+    ),
+    Row(
         "mistral3",
         {"text_config": {**_LATENT, "head_dim": 96}},
         settings=_TEXT_ALONE,
@@ -292,6 +316,3 @@ ROWS = (
     ),
     Row("jamba", _TWO_HEADS, note="vLLM's build for CPUs has no selective scan (Mamba 1)", error="selective_scan_fwd"),
 )
-
-#: families that vLLM has a model class for and no test: whether their tokens are right is not known
-UNTESTED = ("deepseek_v4",)

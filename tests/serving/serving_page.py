@@ -10,7 +10,7 @@ if __name__ == "__main__":
     runpy.run_path(str(Path(__file__).with_name("torchvision_ops") / "sitecustomize.py"))
 
 from building import config_of
-from rows import FAMILIES, ROWS, UNTESTED, Row
+from rows import FAMILIES, ROWS, Row
 
 _PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 _BEGIN = "<!-- written by tests/serving/serving_page.py, not by hand: begin -->\n"
@@ -23,12 +23,11 @@ def table() -> str:
     """The table and what stands below it."""
     head = "| model_type | class | vLLM on a CPU | |\n" + "|---" * 4 + "|\n"
     lines = [f"| {row.model_type} | {CLASSES[row.model_type]} | {_found(row)} | {row.note} |\n" for row in ROWS]
-    without = sorted(CLASSES.keys() - set(UNTESTED) - {row.model_type for row in ROWS})
+    without = sorted(CLASSES.keys() - {row.model_type for row in ROWS})
     return (
         head
         + "".join(lines)
-        + f"\nvLLM has a model class for these too, which no test runs: {', '.join(sorted(UNTESTED))}.\n"
-        + "\nIt has none for these, and would run them by its Transformers backend, which no test does: "
+        + "\nvLLM has no model class for these, and would run them by its Transformers backend, which no test does: "
         + f"{', '.join(without)}.\n"
     )
 

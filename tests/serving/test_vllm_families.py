@@ -8,7 +8,7 @@ import pytest
 from engines import check_equal, run
 from expected import check, expected
 from packed_families import packed_family
-from rows import ROWS, UNTESTED, Row
+from rows import ROWS, Row
 from serving_page import CLASSES, current_table, table
 
 pytestmark = pytest.mark.vllm
@@ -57,8 +57,7 @@ def test_every_family_that_vllm_knows_has_a_row() -> None:
 
     known = set(ModelRegistry.get_supported_archs())
     named = {model_type for model_type, name in CLASSES.items() if name in known}
-    assert named == {row.model_type for row in ROWS} | set(UNTESTED)
-    assert not {row.model_type for row in ROWS} & set(UNTESTED)
+    assert named == {row.model_type for row in ROWS}
 
 
 def test_page_is_current() -> None:

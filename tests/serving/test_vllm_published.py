@@ -159,3 +159,11 @@ def test_a_published_folder_in_the_engine(model_type: str, quantized: Callable[[
         assert written.prompt_token_ids == tokenizer(_TEXT)["input_ids"], "the folder's own tokenizer"
         found = generate(llm, wanted.prompts)
     check(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_published_folder_whose_names_transformers_changes(quantized: Callable[[str], Path]) -> None:
+    """vLLM gets as far with DeepSeek-V4's quantized folder as a CPU lets it: to the caches, past all weights."""
+    one, folder = row("deepseek_v4"), quantized("deepseek_v4")
+    with pytest.raises(NotImplementedError, match=one.error), engine(folder, dtype=one.dtype, **one.settings):
+        pass

@@ -24,6 +24,7 @@ from ..errors import BitsMoEError
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
+from ..loading.source_keys import restore_keys
 from ..sources.classes import auto_class_of, read_auto_config
 from ..sources.companions import copy_companions, let_save
 from ..sources.precision import is_low_precision_source
@@ -178,6 +179,7 @@ def _quantize(
             model.save_pretrained(temporary)
             treatment = str(settings.mtp or getattr(model, "mtp_treatment", "keep"))
             instead = [one.instead() for one in packed_mtp(model)]
+            restore_keys(inventory, model, temporary)
             kept = keep_beside(inventory, temporary, treatment, as_stored, instead)
             check_nothing_lost(inventory, model, temporary)
             for sentence in kept.sentences():

@@ -29,6 +29,7 @@ from torch import nn
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
+from ..loading.source_keys import restore_keys
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
 from ..sources.model import load_tokenizer
 from ..sources.precision import is_low_precision_source
@@ -127,6 +128,7 @@ def _install_processors() -> None:
         if inventory is not None:
             instead = [one.instead() for one in getattr(model, "packed_mtp", [])]
             treatment = getattr(model, "mtp_treatment", "keep")
+            restore_keys(inventory, model, target)
             for sentence in keep_beside(inventory, target, treatment, instead=instead).sentences():
                 logger.info(sentence)
             check_nothing_lost(inventory, model, target)

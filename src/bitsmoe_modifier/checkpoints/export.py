@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..loading.inventory import Instead, Inventory, keep_beside, take_inventory
+from ..loading.source_keys import restore_keys
 from ..method.gating import Gating
 from ..runtime.experts import BitsMoEExperts
 from ..sources.classes import load_published
@@ -68,6 +69,7 @@ def _export(checkpoint: Path, output: OutputFolder, dtype: torch.dtype) -> None:
     with output.written() as folder:
         dense.save_pretrained(folder)
         gating = next(iter(packed.values())).gating
+        restore_keys(inventory, dense, folder)
         keep_beside(inventory, folder, instead=_dense_mtp(inventory, checkpoint, gating, dtype))
         copy_companions(checkpoint, folder)
         source = read_source(checkpoint)

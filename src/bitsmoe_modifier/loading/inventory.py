@@ -123,16 +123,26 @@ def _stacks(model: Any) -> dict[str, StoredStack]:
     }
 
 
-def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> dict[str, str]:
-    """The model's names of stored tensors, by transformers' own conversion."""
+def model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """The model's names of stored tensors, by transformers' own conversion, and whether it converts them otherwise too.
+
+    Args:
+        model: of transformers.
+        keys: in the files.
+        expected: the model's tensors by name.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     names = {}
     for key in keys:
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
-        names[key] = key if name not in expected and key in expected else name
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        names[key] = (key if name not in expected and key in expected else name, pattern is not None)
     return names
+
+
+def _model_names(model: Any, keys: Iterable[str], expected: dict[str, Any]) -> dict[str, str]:
+    return {key: name for key, (name, _) in model_names(model, keys, expected).items()}
 
 
 def keep_beside(
@@ -170,7 +180,7 @@ def keep_beside(
         files.update(dict.fromkeys(one.tensors, name))
     packed = tuple(one.experts for one in instead if one.experts)
     if copied or instead:
-        _write_index(target, files)
+        write_index(target, files)
     if packed:
         _declare_packed(target / "config.json", packed)
     add_groups(target / "config.json", {key.removesuffix(".weight"): one for key, one in low.items()})
@@ -231,7 +241,8 @@ def _shards(tensors: Mapping[str, Stored]) -> list[list[str]]:
     return shards
 
 
-def _write_index(target: Path, files: Mapping[str, str]) -> None:
+def write_index(target: Path, files: Mapping[str, str]) -> None:
+    """Write the index of a checkpoint's files: name of the file by tensor."""
     total = sum((target / name).stat().st_size for name in set(files.values()))
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     (target / _INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
