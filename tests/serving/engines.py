@@ -57,13 +57,18 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
 
 def generate(llm: Any, prompts: list[list[int]] = PROMPTS) -> list[Generated]:
     """Greedy continuations of ``prompts``, all in one batch."""
+    return continuations(llm, [{"prompt_token_ids": ids} for ids in prompts])
+
+
+def continuations(llm: Any, prompts: list[dict[str, Any]]) -> list[Generated]:
+    """`generate` of prompts as vLLM takes them, with images."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
         temperature=0, max_tokens=TOKENS, logprobs=5, prompt_logprobs=5, ignore_eos=True, detokenize=False
     )
     found = []
-    for request in llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False):
+    for request in llm.generate(prompts, sampling, use_tqdm=False):
         completion = request.outputs[0]
         places = [*request.prompt_logprobs[1:], *completion.logprobs]
         logprobs = [{token: entry.logprob for token, entry in place.items()} for place in places]

@@ -54,7 +54,7 @@ def expected(folder: Path, dtype: str = "float32") -> Expected:
     return Expected(PROMPTS, tokens, logprobs, [TOLERANCE] * len(PROMPTS))
 
 
-def clear(model: torch.nn.Module, rounded: torch.nn.Module, prompts: torch.Tensor) -> Expected:
+def clear(model: torch.nn.Module, rounded: torch.nn.Module, prompts: torch.Tensor, **inputs: Any) -> Expected:
     """The prompts whose greedy tokens stand out most from what rounding to bfloat16 changes.
 
     Args:
@@ -62,11 +62,12 @@ def clear(model: torch.nn.Module, rounded: torch.nn.Module, prompts: torch.Tenso
         rounded: the same in bfloat16. Its error, of the five likeliest tokens at every place of the continuation, in
             the median of all prompts, times `_TIMES` is the tolerance; every greedy token has to lead by twice that.
         prompts: ids ``[n, tokens]``.
+        inputs: those beside the ids, of images.
     """
     start = prompts.shape[1]
-    ids = greedy(model, prompts)
-    logprobs = _logprobs(model, ids)
-    exact, other = (found[:, start - 1 : -1] for found in (logprobs, _logprobs(rounded, ids)))
+    ids = greedy(model, prompts, **inputs)
+    logprobs = _logprobs(model, ids, **inputs)
+    exact, other = (found[:, start - 1 : -1] for found in (logprobs, _logprobs(rounded, ids, **inputs)))
     top = exact.topk(2).values
     lead = (top[..., 0] - top[..., 1]).amin(1)
     tolerance = _TIMES * float((exact - other).gather(2, exact.topk(5).indices).abs().amax((1, 2)).median())
@@ -95,8 +96,8 @@ def check(found: list[Generated], wanted: Expected) -> None:
                     assert abs(logprob - float(logprobs[place, token])) < tolerance
 
 
-def _logprobs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return _logits(model, ids).float().log_softmax(-1)
+def _logprobs(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    return _logits(model, ids, **inputs).float().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from wrapper_families import WRAPPER_FAMILIES
 
 import published_names
 
+#: ids from here on are those of a wrapper's special tokens (`building.config_of`)
+_SPECIAL = 100
 FAMILIES = {family.model_type: family for family in (*WRAPPER_FAMILIES, *TEXT_FAMILIES)}
 
 #: vLLM's CPU attention has kernels for heads of 32 and more
@@ -81,12 +83,14 @@ class Row:
     def sharpen(self, model: torch.nn.Module) -> None:
         """Scale a random model's output so that its next tokens are far from equally likely.
 
-        In bfloat16, by which the likeliest are often turned over, a few tokens stand out of all others.
+        In bfloat16, by which the likeliest are often turned over, a few tokens stand out of all others. Those that
+        stand for images are never next.
         """
         head = model.get_output_embeddings().weight.data
         head.mul_(4)
         if self.dtype == "bfloat16":
             head[::16].mul_(4)
+            head[_SPECIAL:].mul_(float(not self.has_tower))
 
     @property
     def has_tower(self) -> bool:

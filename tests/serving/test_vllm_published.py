@@ -12,14 +12,15 @@ from pathlib import Path
 import cpu_stand_ins
 import pytest
 import torch
-from engines import TOKENS, engine, generate
-from expected import check, expected, greedy
+from engines import TOKENS, continuations, engine, generate
+from expected import check, clear, expected, greedy
 from processors import SIDE
 from rows import ROWS, Row
 from servers import ask, server
 
 from helpers import load
 from published import stored_tensors
+from tiny_text import LETTERS
 
 pytestmark = pytest.mark.vllm
 
@@ -39,7 +40,10 @@ _OFFLINE = (
     "nemotron_h",
 )
 _TEXT = "some text, and more"
-_WITH_IMAGE = "ab<|vision_start|><|image_pad|><|vision_end|>cd"
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_WITH_IMAGE = f"ab{_IMAGE}cd"
+#: prompts with an image of which some are taken
+_DRAWN = 512
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +163,25 @@ def test_a_published_folder_in_the_engine(model_type: str, quantized: Callable[[
         assert written.prompt_token_ids == tokenizer(_TEXT)["input_ids"], "the folder's own tokenizer"
         found = generate(llm, wanted.prompts)
     check(found, wanted)
+
+
+@pytest.mark.slow
+def test_images_in_the_engine(quantized: Callable[[str], Path]) -> None:
+    """Of many prompts with an image those whose continuation rounding to bfloat16 does not turn over."""
+    one, folder, images = row("qwen3_5_moe"), quantized("qwen3_5_moe"), pictures()
+    draw = torch.randint(len(LETTERS), (_DRAWN, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    words = ["".join(LETTERS[n] for n in letters) for letters in draw]
+    texts = [word[:4] + _IMAGE + word[4:] for word in words]
+    ids, inputs = image_inputs(folder, texts, [images[n % 2] for n in range(_DRAWN)])
+    model = load(folder, dtype=torch.float32)
+    wanted = clear(model, load(folder, dtype=torch.bfloat16), ids, **inputs)
+    chosen = [ids.tolist().index(prompt) for prompt in wanted.prompts]
+    _, swapped = image_inputs(folder, [texts[n] for n in chosen], [images[(n + 1) % 2] for n in chosen])
+    others = greedy(model, ids[chosen], **swapped)[:, ids.shape[1] :]
+    assert others.tolist() != wanted.tokens, "the image has to change what follows"
+    prompts = [{"prompt": texts[n], "multi_modal_data": {"image": images[n % 2]}} for n in chosen]
+    with engine(folder, dtype=one.dtype, skip_tokenizer_init=False) as llm:
+        check(continuations(llm, prompts), wanted)
 
 
 @pytest.mark.slow
