@@ -1,35 +1,45 @@
 """A model of a decoding step's time on GPUs that nobody here has: `python benchmarks/roofline.py --gpu H100`.
 
-It compiles the kernels for the GPU, reads their instructions per weight, programs per multiprocessor and rounds of
-copies in flight from the machine code (`bitsmoe_kernels.compile_gates`), and prints microseconds per layer, beside a
-bf16 layer, a 4-bit and a plain 2-bit kernel at fixed shares of the bandwidth. A kernel takes
+It compiles the kernels for the GPU, reads their instructions per weight and beside the loops, programs per
+multiprocessor and rounds of copies in flight from the machine code (`bitsmoe_kernels.compile_gates`), and prints
+microseconds per layer, beside a bf16 layer, a 4-bit and a plain 2-bit kernel at fixed shares of the bandwidth. A kernel
+takes
 
-    launch + start + max(bytes / bandwidth, instructions / issue rate, rounds one after another, bytes in flight)
+    launch + beginning and end + max(bytes / bandwidth, issue, rounds one after another, bytes in flight)
 
-and a layer the sum of its kernels. Where the weights of a step are fetched ahead (`bitsmoe_kernels.ahead`), gate_up and
-down read the second cache, at its latency and bandwidth, and end no earlier than their weights have come from memory.
-`LAUNCH` to `IDLE_PROGRAM` below are assumptions, from what such kernels usually show, and so are those of the other
-layers (`OTHERS`). `START_LOADS` and `ISSUE_SHARE` were fitted to three steps measured on an H200 with trellis codes
-(docs/kernels.md): before, they were 3 and 0.7, and the model promised 19, 49 and 97 µs where 46, 129 and 250 were
-measured. The model cannot know: how evenly a router loads experts (it assumes random choices), caches (all bytes come
-from memory), clocks under load, contention of programs for an issue slot or a bank, how often a warp waits for its next
-instructions, and whether the compiled code is right. Order is more reliable than size.
+and a layer the sum of its kernels. *Issue* is the time of the busiest multiprocessor: so many instructions as a warp
+has, one each `ALONE` cycles and `SHARED` more for every warp that is there with it. Where the weights of a step are
+fetched ahead (`bitsmoe_kernels.ahead`), gate_up and down read the second cache, at its latency and bandwidth, and end
+no earlier than their weights have come from memory. `LAUNCH`, `LATENCY`, `CACHE_LATENCY`, `CACHE_BANDWIDTH`,
+`BANDWIDTH_SHARE` and `IDLE_PROGRAM` are assumptions, from what such kernels usually show, and so are those of the other
+layers (`OTHERS`). `ALONE`, `SHARED`, `GATE_UP` and `DOWN` were fitted to what steps and kernels of trellis codes took
+on an H200 (docs/kernels.md) at 1, 8 and 64 tokens and with other numbers of programs and of warps: 27 times of the code
+before programs shared down's groups; `--fit` prints 20 of them beside the model's. Instructions beside a loop count for
+every program, although one of several adds a token up. The model cannot know: how evenly a router loads experts (it
+assumes random choices), caches (all bytes come from memory), clocks under load, what instructions wait for, and whether
+the compiled code is right. Order is more reliable than size.
 """
 
 import argparse
+import functools
+import json
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bitsmoe_kernels import compile_gates, trellis_gates
 from bitsmoe_kernels.ahead import fits_ahead
 from bitsmoe_kernels.launch import (
     decode_tile,
+    down_splits,
     down_tile,
     expected_tiles,
     gate_up_tile,
+    launch,
     trellis_down_warps,
     trellis_warps,
 )
-from bitsmoe_kernels.machine_code import Report, compile_case
+from bitsmoe_kernels.machine_code import Case, compile_case
 from bitsmoe_kernels.prepare import width_set
 from bitsmoe_kernels.routing import tile_count
 from layers import SHAPES, Shape, markdown
@@ -38,12 +48,16 @@ from bitsmoe_modifier.method.viterbi import PRELUDE
 
 #: Seconds between the end of a kernel and the start of one that depends on it, inside a CUDA graph.
 LAUNCH = 1.5e-6
-#: Seconds of one load that the next instruction needs, and how many of them come before the first copy of weights.
-LATENCY, START_LOADS = 0.7e-6, 10
+#: Seconds of one load that the next instruction needs.
+LATENCY = 0.7e-6
 #: The same from the second cache, and how many times the memory's bandwidth that has.
 CACHE_LATENCY, CACHE_BANDWIDTH = 0.35e-6, 1.6
-#: Share of the bandwidth and of the issue slots that a kernel reaches at best.
-BANDWIDTH_SHARE, ISSUE_SHARE = 0.85, 0.25
+#: Share of the bandwidth that a kernel reaches at best.
+BANDWIDTH_SHARE = 0.85
+#: Cycles between two instructions of a warp that is alone on its multiprocessor, and for every warp that is there.
+ALONE, SHARED = 2.1, 0.7
+#: Seconds before the first copy of weights and after the last product: of the basis as assumed, of the others fitted.
+BASIS, GATE_UP, DOWN = 1.4e-6, 3.0e-6, 4.0e-6
 #: Share of the issue slots that the encoder reaches, whose loop is short; not measured.
 ENCODER_ISSUE_SHARE = 0.7
 #: Seconds that a program takes to find that it has nothing to do, per multiprocessor.
@@ -52,8 +66,6 @@ IDLE_PROGRAM = 0.03e-6
 TRACE = 15
 #: Sizes that kernels of trellis codes are compiled for; nothing that is read from them depends on these.
 _R, _I = 2048, 768
-_SCALAR = compile_gates._gate_up, compile_gates._down
-_TRELLIS = trellis_gates.gate_up_case, trellis_gates.down_case
 #: Other layers: bits of a weight, seconds besides, share of the bandwidth; of bf16 as measured on an H200
 #: (`fused_moe.py`).
 OTHERS = {"bf16": (16, 12e-6, 0.92), "W4": (4 + 16 / 128, 9e-6, 0.6), "plain 2 bit": (2 + 16 / 128, 8e-6, 0.6)}
@@ -88,32 +100,43 @@ class Kernel:
         planes: instructions per weight of a 4-bit and a 2-bit plane; of trellis codes, of every width.
         resident: programs per multiprocessor of the kernel of all widths.
         flying: its rounds of copies in flight.
-        start: its instructions before the first copy.
+        outside: instructions beside the loop of the kernel of the narrowest width: a program has units of few widths.
+        warps: of a program.
     """
 
     planes: dict[int, float]
     resident: int
     flying: float
-    start: int
+    outside: int
+    warps: int
 
 
-def compiled(make: object, cc: int, widths: tuple[int, ...], block: int) -> Kernel:
-    """Compile the kernel for its widths and each plane alone."""
-    case = make(cc, widths, 8, block=block)  # type: ignore[operator]
-    whole = compile_case(case, cc)
-    planes = {f: compile_case(make(cc, (f,), 8, block=block), cc).per_weight for f in (4, 2)}  # type: ignore[operator]
-    return Kernel(planes, whole.resident, whole.flying or 0.0, whole.start or 0)
+#: The basis kernel, whose rounds go to the four warps of its programs.
+BASIS_KERNEL = Kernel({4: 3.0}, 6, 2.0, 200, 4)
 
 
-def compiled_trellis(make: object, cc: int, widths: tuple[int, ...], block: int) -> Kernel:
-    """`compiled` for trellis codes; make: of `trellis_gates`."""
+@functools.cache
+def compiled(
+    name: str, cc: int, widths: tuple[int, ...], block: int, trellis: bool, warps: int = 0, rows: int = 128
+) -> Kernel:
+    """Compile "gate_up" or "down" for all widths together, and each width (of scalar codes each plane) alone.
 
-    def report(some: tuple[int, ...]) -> Report:
-        return compile_case(make(cc, some, 8, _R, _I, block=block), cc)  # type: ignore[operator]
+    warps: of a program of down with trellis codes; four are split. rows: of a program of down with scalar codes.
+    """
+    more: dict[str, object] = {"shared": True} if name == "gate_up" else {}
+    if name == "down":
+        more = {"warps": warps, "split": warps == 4} if trellis else {"rows": rows}
 
-    whole = report(widths)
-    planes = {b: report((b,)).per_weight for b in widths}
-    return Kernel(planes, whole.resident, whole.flying or 0.0, whole.start or 0)
+    def case(some: tuple[int, ...]) -> Case:
+        if trellis:
+            return (trellis_gates.gate_up_case if name == "gate_up" else trellis_gates.down_case)(
+                cc, some, 8, _R, _I, block=block, **more
+            )
+        return (compile_gates._gate_up if name == "gate_up" else compile_gates._down)(cc, some, 8, block=block, **more)
+
+    whole, alone = compile_case(case(widths), cc), {b: compile_case(case((b,)), cc) for b in widths if trellis or b < 6}
+    planes = {b: report.per_weight for b, report in alone.items()}
+    return Kernel(planes, whole.resident, whole.flying or 0.0, alone[min(alone)].outside, case(widths).how.warps)
 
 
 def encoder_table(name: str, weights: float) -> str:
@@ -129,38 +152,59 @@ def encoder_table(name: str, weights: float) -> str:
 
 
 def kernel_seconds(
-    gpu: Gpu, kernel: Kernel, nbytes: float, instructions: float, programs: float, idle: float, rounds: float,
-    cached: bool = False,
+    gpu: Gpu, kernel: Kernel, begin: float, nbytes: float, instructions: float, programs: float, rounds: float,
+    idle: float = 0, cached: bool = False,
 ) -> float:  # fmt: skip
     """The formula above.
 
-    ``rounds``: of one program, each of which waits for its copies at least; ``cached``: the weights come from the
+    begin: seconds before and after; instructions: of all threads, in loops; programs: that work; rounds: of one
+    program, each of which waits for its copies at least; idle: programs without work; cached: the weights come from the
     second cache.
     """
     latency, bandwidth = LATENCY, gpu.bandwidth * BANDWIDTH_SHARE
     if cached:
         latency, bandwidth = CACHE_LATENCY, bandwidth * CACHE_BANDWIDTH
-    held = min(programs, gpu.processors * kernel.resident)
-    waves = programs / held
-    in_flight = held * (1 + kernel.flying) * nbytes / (programs * rounds)
+    each = programs / gpu.processors
+    held = min(math.ceil(each), kernel.resident)
+    waves = 1.0 if held == math.ceil(each) else each / held
+    of_warp = instructions / (programs * 32 * kernel.warps) + kernel.outside
+    in_flight = min(programs, gpu.processors * kernel.resident) * (1 + kernel.flying) * nbytes / (programs * rounds)
     bounds = (
         nbytes / bandwidth,
-        instructions / (gpu.processors * 128 * gpu.clock * ISSUE_SHARE) * max(1.0, gpu.processors / programs),
-        max(1.0, waves) * rounds * latency / (1 + kernel.flying),
+        waves * of_warp * (ALONE + SHARED * held * kernel.warps) / gpu.clock,
+        waves * rounds * latency / (1 + kernel.flying),
         nbytes / (in_flight / latency),
     )
-    begin = START_LOADS * latency + kernel.start / (gpu.clock / 2)
     return LAUNCH + begin + max(bounds) + idle * IDLE_PROGRAM / gpu.processors
 
 
-def layer_seconds(
-    gpu: Gpu, shape: Shape, batch: int, gate_up: Kernel, down: Kernel, trellis: bool = False
-) -> tuple[float, float]:
-    """(seconds, bytes) of one step: three launches with a 4-bit input basis."""
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step's three kernels; bytes that it reads; programs of down that share a tile's groups."""
+
+    basis: float
+    gate_up: float
+    down: float
+    nbytes: float
+    splits: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all."""
+        return self.basis + self.gate_up + self.down
+
+
+def step_of(
+    gpu: Gpu, shape: Shape, batch: int, trellis: bool = True, parts: int = 0, warps: int = 0, splits: int = 0,
+    then: bool = False,
+) -> Step:  # fmt: skip
+    """One step with a 4-bit input basis; parts of gate_up, warps and splits of down: 0 as they are launched; then: with
+    down as it was when it was measured."""
     pairs, tile = batch * shape.top_k, decode_tile(batch * shape.top_k, shape.experts)
     reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
     tiles, laid = expected_tiles(pairs, shape.experts, tile), tile_count(pairs, shape.experts, tile)
     kept, mean = sum(b > 0 for b in shape.widths) / len(shape.widths), sum(shape.widths) / len(shape.widths)
+    used = width_set(shape.widths)
 
     def work(kernel: Kernel) -> float:
         """Instructions per stored weight position, over the mixture of widths; the kernel's planes of 4 and 2 bits."""
@@ -171,65 +215,101 @@ def layer_seconds(
     matrix = weights * (mean + kept * 16 / shape.group) / 8
     basis = shape.hidden**2 * (4 + 16 / 128) / 8
     reads = max(1.0, tiles / reached)  # tiles of one expert meet in the second cache: bytes once, instructions twice
+    cached = fits_ahead(pairs, shape.experts, int(3 * matrix * shape.experts), gpu.cache // 3)
 
-    bn, parts = gate_up_tile(tiles, shape.inner, shape.group, shape.hidden // shape.block)
-    columns = shape.inner // bn
-    units = shape.hidden // shape.block * kept * 2 / parts  # rounds of a program
-    matrices = 3 * matrix * shape.experts
-    cached = fits_ahead(pairs, shape.experts, int(matrices), gpu.cache // 3)
+    kernel = compiled("gate_up", gpu.cc, used, shape.block, trellis)
+    units = shape.hidden // shape.block
+    bn, shared = gate_up_tile(tiles, shape.inner, shape.group, units)
+    parts = parts or shared
+    programs = shape.inner // bn * parts  # of a tile
     first = kernel_seconds(
-        gpu, gate_up, 2 * matrix * reached, 2 * weights * work(gate_up) * reached * reads, tiles * columns * parts,
-        (laid - tiles) * columns * parts, max(1.0, units), cached=cached,
+        gpu, kernel, GATE_UP, 2 * matrix * reached, 2 * weights * work(kernel) * reached * reads, tiles * programs,
+        max(1.0, units * kept * 2 / parts), (laid - tiles) * programs, cached,
     )  # fmt: skip
-    rows = shape.hidden // (shape.block if trellis else down_tile(tiles, shape.hidden, shape.block))
-    if trellis:  # whole units, of more warps where they are few
-        least = trellis_warps(tile, shape.block, shape.group)
-        warps = trellis_down_warps(tile, shape.block, shape.group, tiles, rows)
-        down = replace(down, resident=max(1, down.resident * least // warps))
+
+    rows, groups = shape.block if trellis else down_tile(tiles, shape.hidden, shape.block), shape.inner // shape.group
+    blocks = shape.hidden // rows
+    if trellis:
+        warps = warps or trellis_down_warps(tile, rows, shape.group, tiles, blocks)
+        least = trellis_warps(tile, rows, shape.group)
+    else:
+        warps = least = launch(min(tile, 8), rows, gpu.cc).warps  # whose kernels are compiled for 8 pairs
+    kernel = compiled("down", gpu.cc, used, shape.block, trellis, warps if trellis and warps != least else 0, rows)
+    if then:
+        kernel = replace(kernel, outside=_DOWN_THEN[warps][0], resident=_DOWN_THEN[warps][1])
+    splits = splits or down_splits(tiles, blocks, groups, rows * shape.group, warps, gpu.processors)
     second = kernel_seconds(
-        gpu, down, matrix * reached, weights * work(down) * reached * reads, tiles * rows * kept,
-        (laid - tiles) * rows, shape.inner / shape.group, cached=cached,
+        gpu, kernel, DOWN, matrix * reached, weights * work(kernel) * reached * reads, tiles * blocks * kept * splits,
+        math.ceil(groups / splits), (laid - tiles) * blocks * splits, cached,
     )  # fmt: skip
-    # the basis kernel deals its rounds to the warps of 128 programs and more
-    rounds = shape.hidden / 128 / 4
-    base = kernel_seconds(gpu, Kernel({}, 6, 2.0, 100), basis, shape.hidden**2 * 3.0, shape.hidden / 16, 0, rounds)
-    shared = LAUNCH + 2 * LATENCY  # the last arrivals add parts up
+
+    turns = math.ceil(batch / 16)  # tiles of tokens, each of which decodes the basis
+    base = kernel_seconds(
+        gpu, BASIS_KERNEL, BASIS, basis, shape.hidden**2 * BASIS_KERNEL.planes[4] * turns, shape.hidden / 16 * turns,
+        shape.hidden / 128 / 4,
+    )  # fmt: skip
     if cached:  # requests leave once ids and places are read
         begun = LAUNCH + 2 * LATENCY
         first = max(base + first, begun + (basis + 2 * matrix * reached) / (gpu.bandwidth * BANDWIDTH_SHARE)) - base
         arrived = begun + (basis + 3 * matrix * reached) / (gpu.bandwidth * BANDWIDTH_SHARE)
         second = max(base + first + second, arrived) - base - first
-    return base + first + second + shared, 3 * matrix * reached + basis
+    return Step(base, first, second, 3 * matrix * reached + basis, splits)
+
+
+def micro(seconds: float) -> str:
+    """In a table."""
+    return f"{seconds * 1e6:.0f}"
 
 
 def table(name: str, shapes: list[str], batches: list[int], codes: str = "trellis") -> str:
     """The Markdown table of one GPU, for "trellis" or "scalar" codes."""
-    gpu, rows = GPUS[name], []
-    kernels: dict[int, tuple[Kernel, Kernel]] = {}
+    gpu, rows, trellis = GPUS[name], [], codes == "trellis"
     for shape_name in shapes:
         shape = SHAPES[shape_name]
-        if shape.block not in kernels:
-            widths = width_set(shape.widths)
-            if codes == "trellis":
-                pair = [compiled_trellis(make, gpu.cc, widths, shape.block) for make in _TRELLIS]
-            else:
-                pair = [compiled(make, gpu.cc, widths, shape.block) for make in _SCALAR]
-            kernels[shape.block] = pair[0], pair[1]
         for batch in batches:
-            ours, nbytes = layer_seconds(gpu, shape, batch, *kernels[shape.block], codes == "trellis")
+            step = step_of(gpu, shape, batch, trellis)
+            whole = step.down if step.splits == 1 else step_of(gpu, shape, batch, trellis, splits=1).down
             reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
             weights = 3 * shape.hidden * shape.inner * reached
             others = [weights * bits / 8 / (gpu.bandwidth * share) + fixed for bits, fixed, share in OTHERS.values()]
-            row = [shape_name, str(batch), f"{ours * 1e6:.0f}", f"{nbytes / ours / gpu.bandwidth:.0%}"]
-            rows.append(row + [f"{other * 1e6:.0f}" for other in others] + [f"{others[0] / ours:.1f}"])
+            rows.append([
+                shape_name, str(batch), micro(step.seconds), f"{step.nbytes / step.seconds / gpu.bandwidth:.0%}",
+                micro(step.gate_up), micro(step.down), str(step.splits), micro(whole), *map(micro, others),
+                f"{others[0] / step.seconds:.1f}",
+            ])  # fmt: skip
     figures = "; ".join(
         f"{name_}, {codes} codes, blocks of {block}: {k.planes[2]:.2f} and {k.planes[4]:.2f} instructions per 2- and "
         f"4-bit weight, {k.resident} programs per multiprocessor"
-        for block, pair in kernels.items()
-        for name_, k in zip(("gate_up", "down"), pair, strict=True)
+        for block in sorted({SHAPES[shape].block for shape in shapes}, reverse=True)
+        for name_ in ("gate_up", "down")
+        for k in [compiled(name_, gpu.cc, width_set(SHAPES[shapes[0]].widths), block, trellis)]
     )
-    header = ["layer", "batch", "µs modelled", "of bandwidth", *(f"{k} µs" for k in OTHERS), "bf16 / ours"]
+    header = [
+        "layer", "batch", "µs modelled", "of bandwidth", "gate_up µs", "down µs", "splits of down", "down µs unsplit",
+        *(f"{k} µs" for k in OTHERS), "bf16 / ours",
+    ]  # fmt: skip
     return f"{name}: {figures}\n\n{markdown(header, rows)}"
+
+
+#: Programs of gate_up for a tile and warps of down by the rules of the code that tune.jsonl is of, by batch.
+_RULES_THEN = {1: (16, 8), 8: (2, 2)}
+#: Of that code's down (commit 0a939c9) as Triton 3.6 compiled it, by its warps: instructions beside its loops, through
+#: which programs of all widths went; programs per multiprocessor.
+_DOWN_THEN = {1: (4085, 6), 2: (2455, 6), 4: (1763, 2), 8: (1634, 1)}
+
+
+def fit_table() -> str:
+    """Steps as measured on an H200 with other launch sizes (`measured/h200/tune.jsonl`), beside the model's."""
+    rows = []
+    for text in (Path(__file__).parent / "measured/h200/tune.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        ruled = _RULES_THEN[line["batch"]]
+        sizes = {name: line["sizes"][name] or rule for name, rule in zip(("parts", "warps"), ruled, strict=True)}
+        step = step_of(
+            GPUS["H200"], SHAPES[line["shape"]], line["batch"], line["kind"] == "trellis", **sizes, splits=1, then=True
+        )
+        rows.append([str(line["batch"]), *map(str, sizes.values()), micro(line["seconds"]), micro(step.seconds)])
+    return markdown(["batch", "parts of gate_up", "warps of down", "µs measured", "µs modelled"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,7 +320,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", default="1,4,8,32", help="comma-separated numbers of tokens")
     parser.add_argument("--codes", choices=("trellis", "scalar"), default="trellis")
     parser.add_argument("--encoder", action="store_true", help="the encoder of trellis codes instead")
+    parser.add_argument("--fit", action="store_true", help="steps measured on an H200 beside the model's instead")
     options = parser.parse_args(argv)
+    if options.fit:
+        print(fit_table())
+        return
     if options.encoder:
         print("Modelled, not measured.\n\n" + "\n\n".join(encoder_table(name, 29e9) for name in options.gpu))
         return

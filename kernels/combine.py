@@ -13,6 +13,13 @@ from .launcher import run
 
 
 @triton.jit
+def _chosen(id_ptr, here, E):
+    """The expert at ``id_ptr``, int64 of the shape of ``here``; -1 where that is false or no expert of 0 to E - 1."""
+    e = tl.where(here, tl.load(id_ptr).to(tl.int64), -1)
+    return tl.where(e < E, e, -1)
+
+
+@triton.jit
 def token_sum(
     t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n, here, T, E,
     TOP_K: tl.constexpr, N: tl.constexpr, HAS_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr,
@@ -26,25 +33,20 @@ def token_sum(
     acc = tl.zeros(here.shape, tl.float32)
     if HAS_BASE:
         acc += tl.load(base_ptr + token * N + n, mask=here, other=0.0).to(tl.float32)
-    for j in tl.static_range(TOP_K):
-        pair = token * TOP_K + j
-        e = tl.load(ids_ptr + pair).to(tl.int64)
-        e = tl.where(here, e, -1)
-        chosen = (e >= 0) & (e < E)  # rows of other ids were never written
-        p = tl.load(p_ptr + pair).to(tl.float32)
-        if HAS_T:
-            acc += p * tl.load(t_ptr + pair * N + n, mask=chosen, other=0.0, cache_modifier=CACHE).to(tl.float32)
-        if HAS_BIAS:
-            acc += p * tl.load(bias_ptr + e * N + n, mask=chosen, other=0.0).to(tl.float32)
-    if SPLIT:
-        for _ in tl.range(1, tl.num_programs(2)):
-            t_ptr += T.to(tl.int64) * (TOP_K * N)
-            for j in tl.static_range(TOP_K):  # a part's rows are loaded all at once
+    if HAS_T:
+        for _ in tl.range(0, tl.num_programs(2) if SPLIT else 1):
+            for j in tl.static_range(TOP_K):  # the rows of a part are loaded all at once
                 pair = token * TOP_K + j
-                e = tl.where(here, tl.load(ids_ptr + pair), -1)
-                p = tl.load(p_ptr + pair).to(tl.float32)
-                chosen = (e >= 0) & (e < E)
-                acc += p * tl.load(t_ptr + pair * N + n, mask=chosen, other=0.0, cache_modifier=CACHE).to(tl.float32)
+                chosen = _chosen(ids_ptr + pair, here, E) >= 0  # rows of other ids were never written
+                t = tl.load(t_ptr + pair * N + n, mask=chosen, other=0.0, cache_modifier=CACHE)
+                acc += tl.load(p_ptr + pair).to(tl.float32) * t.to(tl.float32)
+            if SPLIT:
+                t_ptr += T.to(tl.int64) * (TOP_K * N)
+    if HAS_BIAS:
+        for j in tl.static_range(TOP_K):
+            e = _chosen(ids_ptr + token * TOP_K + j, here, E)
+            bias = tl.load(bias_ptr + e * N + n, mask=e >= 0, other=0.0).to(tl.float32)
+            acc += tl.load(p_ptr + token * TOP_K + j).to(tl.float32) * bias
     return acc
 
 

@@ -57,17 +57,24 @@ def _group(
 
 @triton.jit
 def _finish_tokens(
-    tokens, n, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, T, E,
+    tokens, n, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, T, E,
     TOP_K: tl.constexpr, R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Store y of the directions n ``[BR]`` of those of ``tokens`` ``[BM]`` that are ``last``."""
-    token = tl.where(last, tokens, 0).to(tl.int64)[None, :]
-    here = last[None, :] & (n >= 0)[:, None]
-    acc = token_sum(
-        t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, token, n[:, None], here, T, E,
-        TOP_K, R, True, HAS_BIAS, HAS_BASE, SPLIT, ".cg",
-    )  # fmt: skip
-    tl.store(y_ptr + token * R + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=here)
+    """Store y of the directions n ``[BR]`` of ``tokens`` ``[BM]``; -1: of none.
+
+    One token after another, mostly there is one: ids and weights are scalars then, and all threads have a token's
+    directions. Of all tokens at once, every expert's mask passed through shared memory.
+    """
+    token = tl.max(tokens, 0)
+    while token >= 0:
+        row = token.to(tl.int64)
+        acc = token_sum(
+            t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, row, n, n >= 0, T, E,
+            TOP_K, R, True, HAS_BIAS, HAS_BASE, SPLIT, ".cg",
+        )  # fmt: skip
+        tl.store(y_ptr + row * R + n, acc.to(y_ptr.dtype.element_ty))
+        tokens = tl.where(tokens == token, -1, tokens)
+        token = tl.max(tokens, 0)
 
 
 @triton.jit
@@ -106,11 +113,10 @@ def finish_tile(
         tokens = tl.where(here, pair // TOP_K, 0)
         before = arrive(arrivals_ptr + tokens * (R // BR) + block, here, counts)
         last = here & (before + counts == splits * _present(ids_ptr, tokens, here, E, TOP_K))
-        if tl.max(last.to(tl.int32), 0) > 0:
-            _finish_tokens(
-                tokens, direction, last, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, T, E,
-                TOP_K, R, HAS_BIAS, HAS_BASE, SPLIT,
-            )  # fmt: skip
+        _finish_tokens(
+            tl.where(last, tokens, -1), direction, t_ptr, ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, T, E,
+            TOP_K, R, HAS_BIAS, HAS_BASE, SPLIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -144,13 +150,13 @@ def _unit_sum(
     lo = 0
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
-        stop = tl.where((place >= lo) & (place < hi), end, begin)  # a loop of no rounds instead of a branch
-        step = tl.load(steps, mask=n * 0 + stop > begin, other=0.0)
-        for g in tl.range(begin, stop, num_stages=STAGES):
-            codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
-            part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
-            acc += part * step.to(tl.float32)[:, None]
-            step = tl.load(steps + (g + 1 - begin) * BS, mask=n * 0 + (stop - g) > 1, other=0.0)
+        if (place >= lo) & (place < hi):  # a loop of no rounds would begin all the same: copies to wait for, a barrier
+            step = tl.load(steps)
+            for g in tl.range(begin, end, num_stages=STAGES):
+                codes = codes_ptr + (code + ((place - lo) * GROUPS + g) * WIDTHS[s]).to(tl.int64) * QUANTUM
+                part = _group(codes, z + g * GS, here, n, WIDTHS[s], BS, GS, BM, BR, PACK)
+                acc += part * step.to(tl.float32)[:, None]
+                step = tl.load(steps + (tl.minimum(g + 1, end - 1) - begin) * BS)  # the last round loads its own again
         code += (hi - lo) * GROUPS * WIDTHS[s]
         lo = hi
     return acc

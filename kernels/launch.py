@@ -22,8 +22,9 @@ BASIS_TOKENS = 64
 #: Programs of two warps that fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS_WANTED = 1056
 
-#: Warps of down for each multiprocessor that its groups are split for, those of absent units among them.
-WARPS_WANTED = 16
+#: Warps of down for each multiprocessor that its groups are split for, those of absent units among them. Not measured:
+#: by `benchmarks/roofline.py` more splits take longer again at 1 to 8 tokens of a layer of Qwen3-30B-A3B.
+WARPS_WANTED = 24
 
 #: Weights that a warp of down decodes at least where its groups are split, beside what beginning and ending cost it.
 SPLIT_WEIGHTS = 8192

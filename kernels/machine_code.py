@@ -62,7 +62,8 @@ class Report:
     """What one compiled case uses.
 
     ``resident``: programs per multiprocessor; ``byte_loads``: in the loop; ``flying``: rounds of the loop whose copies
-    are under way while it waits, and ``start``: instructions before the first copy, None where nothing is copied.
+    are under way while it waits, and ``start``: instructions before the first copy, None where nothing is copied;
+    ``outside``: instructions of the kernel beside its innermost loops.
     """
 
     registers: int
@@ -75,6 +76,7 @@ class Report:
     start: int | None
     fits: bool
     stores: int
+    outside: int
 
     def failures(self, case: Case) -> list[str]:
         """The gates that this report misses."""
@@ -137,6 +139,7 @@ def compile_case(case: Case, cc: int) -> Report:
         start=len(_opcodes(code[: code.index("LDGSTS")])) if "LDGSTS" in code else None,
         fits=shared <= (SHARED[cc] - 1) * 1024,
         stores=sum(op.split(".")[0] in ("STS", "STSM") for op in opcodes.elements()),
+        outside=len(_opcodes(code)) - sum(len(_opcodes(text)) for text in inner_loops(code)),
     )
 
 
@@ -150,10 +153,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main_loop(code: str) -> str:
-    """The innermost loop that decodes: of those without another inside (waiting loops aside), the one with most HFMA2.
+    """The innermost loop that decodes: the one with most HFMA2.
 
     It is not found by its products: Blackwell's are issued by one thread, from code that lies outside the loop's text.
     """
+    return max(inner_loops(code), key=lambda text: text.count("HFMA2"), default="")
+
+
+def inner_loops(code: str) -> list[str]:
+    """The loops without another inside (waiting loops aside)."""
     lines = code.splitlines()
     labels, loops = {}, []
     for i, line in enumerate(lines):
@@ -165,8 +173,7 @@ def main_loop(code: str) -> str:
             text = "\n".join(lines[labels[jump[1]] : i + 1])
             if len(_opcodes(text)) >= 32:
                 loops.append((labels[jump[1]], i, text))
-    inner = [a for a in loops if not any(b is not a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max((text for *_, text in inner), key=lambda text: text.count("HFMA2"), default="")
+    return [a[2] for a in loops if not any(b is not a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 
 
 def _opcodes(code: str) -> list[str]:

@@ -42,20 +42,20 @@ def _unit_sum(
     steps = steps_ptr + row.to(tl.int64) * BS + n
     acc = tl.zeros((SPREAD, BR, BM), tl.float32)
     for s in tl.static_range(len(WIDTHS)):
-        stop = tl.where(width == WIDTHS[s], end, begin)  # a loop of no rounds instead of a branch
-        step = tl.load(steps + begin * BS, mask=n * 0 + stop > begin, other=0.0)
-        for g in tl.range(begin, stop, num_stages=STAGES):
-            tile = codes_ptr + (code + g * units * WIDTHS[s]).to(tl.int64) * QUANTUM
-            dot = tl.zeros((SPREAD, BR, BM), tl.float32)
-            for j in tl.static_range(SLICES):
-                values = tile_values(
-                    tile, pair + j * (K // 2), units * PER, number * PER + share, WIDTHS[s], BR,
-                    JOINED or PER > 1, PACK,
-                )  # fmt: skip
-                x = tl.load(z + (g * GS + j * K), mask=here[None, None, :], other=0.0)
-                dot = product(values.to(x.dtype), x, dot, PACK)
-            acc += dot * step.to(tl.float32)[None, :, None]
-            step = tl.load(steps + tl.minimum(g + 1, stop - 1) * BS)  # the last round loads its own once more
+        if width == WIDTHS[s]:  # a loop of no rounds would begin all the same: copies to wait for, and a barrier
+            step = tl.load(steps + begin * BS)
+            for g in tl.range(begin, end, num_stages=STAGES):
+                tile = codes_ptr + (code + g * units * WIDTHS[s]).to(tl.int64) * QUANTUM
+                dot = tl.zeros((SPREAD, BR, BM), tl.float32)
+                for j in tl.static_range(SLICES):
+                    values = tile_values(
+                        tile, pair + j * (K // 2), units * PER, number * PER + share, WIDTHS[s], BR,
+                        JOINED or PER > 1, PACK,
+                    )  # fmt: skip
+                    x = tl.load(z + (g * GS + j * K), mask=here[None, None, :], other=0.0)
+                    dot = product(values.to(x.dtype), x, dot, PACK)
+                acc += dot * step.to(tl.float32)[None, :, None]
+                step = tl.load(steps + tl.minimum(g + 1, end - 1) * BS)  # the last round loads its own once more
     return tl.sum(acc, 0) * (1 / Z_SCALE)
 
 
