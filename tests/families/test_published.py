@@ -1,6 +1,7 @@
 """Folders as they are published, through the command line and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.loading.inventory import take_inventory
 from bitsmoe_modifier.loading.source_keys import restore_keys
 from helpers import load, logits, packed_modules
+from low_precision import publish_v4
 from published import BESIDE, PROCESSOR, publish, stored_tensors
 from tiny_text import write_text
 
@@ -101,3 +103,25 @@ def test_published_names_come_out_again(tmp_path: Path) -> None:
     assert main(["export", str(out), "--to", "dense", "--out", str(back), "--dtype", "float32"]) == 0
     assert {name for name in stored_tensors(back) if ".experts." not in name} == others
     torch.testing.assert_close(logits(load(back, dtype=torch.float32)), logits(packed), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_published_names_come_out_again_in_low_precision(tmp_path: Path) -> None:
+    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
+    own = replace(own, sizes={"intermediate_size": 64, "moe_intermediate_size": 64})  # MXFP4 is in blocks of 32
+    stands: dict[str, torch.Tensor] = {}
+
+    def rewrite(folder: Path) -> None:
+        published_names.deepseek_v4(folder)
+        stands.update(publish_v4(folder))
+
+    source, out, back = (tmp_path / name for name in ("dense", "packed", "back"))
+    publish(model_of(own, torch.bfloat16), source, rewrite=rewrite)
+    assert quantize(source, out) == 0
+    wanted = {name.replace(".scale", ".weight_scale") for name in stored_tensors(source) if ".experts." not in name}
+    assert wanted == {name for name in stored_tensors(out) if ".experts." not in name}
+    assert sum(name.endswith(".weight_scale") for name in wanted) > 8
+    assert main(["export", str(out), "--to", "dense", "--out", str(back), "--dtype", "float32"]) == 0
+    decoded = stored_tensors(back)
+    kept = {name: tensor for name, tensor in stands.items() if ".experts." not in name}
+    assert all(torch.equal(decoded[name].float(), tensor.float()) for name, tensor in kept.items())

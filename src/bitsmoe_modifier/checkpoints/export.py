@@ -153,12 +153,18 @@ def _decompressed(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
     weights = {}
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
-        if scheme is None or isinstance(module, BitsMoEExperts) or getattr(module, "weight_packed", None) is None:
+        if scheme is None or isinstance(module, BitsMoEExperts) or not _is_stored_low(module):
             continue
         parameters = {leaf: tensor.detach() for leaf, tensor in module.named_parameters(recurse=False)}
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         weights[name] = compressor.decompress(parameters, scheme)["weight"].to(dtype)
     return weights
+
+
+def _is_stored_low(module: nn.Module) -> bool:
+    """Whether a Linear has codes: integers packed beside ``weight``, or 8-bit floats in its place."""
+    weight = getattr(module, "weight", None)
+    return getattr(module, "weight_packed", None) is not None or (weight is not None and weight.dtype.itemsize == 1)
 
 
 def _is_packed_part(key: str, module: str) -> bool:
