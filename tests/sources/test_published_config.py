@@ -65,6 +65,16 @@ _GLM: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "some_runtime_needs": {"this": 1},
 }
+_NEMOTRON: dict[str, Any] = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "num_hidden_layers": 2,
+    "hybrid_override_pattern": "ME",
+    "time_step_limit": [0.0, {"__float__": "Infinity"}],
+}
+
+
+_PUBLISHED = (_DEEPSEEK_V4, _MINIMAX_M3, _STEP, _GLM, _NEMOTRON)
 
 
 def saved(published: dict[str, Any], folder: Path, **changed: Any) -> tuple[Path, Path]:
@@ -80,7 +90,9 @@ def saved(published: dict[str, Any], folder: Path, **changed: Any) -> tuple[Path
     return source, target
 
 
-@pytest.mark.parametrize("published", [_DEEPSEEK_V4, _MINIMAX_M3, _STEP, _GLM], ids=lambda one: one["model_type"])
+@pytest.mark.parametrize(
+    "published", [_DEEPSEEK_V4, _MINIMAX_M3, _STEP, _GLM, _NEMOTRON], ids=lambda one: one["model_type"]
+)
 def test_published_fields_are_kept(published: dict[str, Any], tmp_path: Path) -> None:
     source, target = saved(published, tmp_path)
     written = AutoConfig.from_pretrained(target).to_dict()
@@ -105,6 +117,12 @@ def test_a_model_that_was_changed_keeps_its_own(tmp_path: Path) -> None:
     written = (target / "config.json").read_text()
     assert not keep_config(source, target)
     assert (target / "config.json").read_text() == written
+
+
+def test_what_transformers_does_not_take_is_left(tmp_path: Path) -> None:
+    source, target = saved(_NEMOTRON, tmp_path)
+    (source / "config.json").write_text(json.dumps({**_NEMOTRON, "time_step_limit": "none"}))
+    assert not keep_config(source, target)
 
 
 def test_a_model_of_another_class_keeps_its_own(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ and ``num_hash_layers``, MiniMax-M3's ``sparse_attention_config`` or Step 3.7's 
 left. Runtimes with configurations of their own, vLLM among them, know the published names alone.
 """
 
-import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..storage.shards import read_json
@@ -59,12 +59,15 @@ def _with_own(published: dict[str, Any], written: dict[str, Any]) -> dict[str, A
 
 def _as_read(content: dict[str, Any]) -> Any:
     """transformers' configuration of a config.json's content; None where it does not take it."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    try:
-        return CONFIG_MAPPING[content.get("model_type", "")].from_dict(copy.deepcopy(content))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
+    with TemporaryDirectory() as folder:  # from the file, where an infinite number is written as an object
+        (Path(folder) / _CONFIG).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            return CONFIG_MAPPING[content.get("model_type", "")].from_pretrained(folder)
+        except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError):
+            return None
 
 
 def _same(before: dict[str, Any], after: dict[str, Any], published: dict[str, Any]) -> bool:
