@@ -199,7 +199,7 @@ def step_of(
     then: bool = False,
 ) -> Step:  # fmt: skip
     """One step with a 4-bit input basis; parts of gate_up, warps and splits of down: 0 as they are launched; then: with
-    down as it was when it was measured."""
+    the kernels as they were when they were measured."""
     pairs, tile = batch * shape.top_k, decode_tile(batch * shape.top_k, shape.experts)
     reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
     tiles, laid = expected_tiles(pairs, shape.experts, tile), tile_count(pairs, shape.experts, tile)
@@ -218,6 +218,8 @@ def step_of(
     cached = fits_ahead(pairs, shape.experts, int(3 * matrix * shape.experts), gpu.cache // 3)
 
     kernel = compiled("gate_up", gpu.cc, used, shape.block, trellis)
+    if then:
+        kernel = replace(kernel, resident=_GATE_UP_THEN)
     units = shape.hidden // shape.block
     bn, shared = gate_up_tile(tiles, shape.inner, shape.group, units)
     parts = parts or shared
@@ -293,8 +295,9 @@ def table(name: str, shapes: list[str], batches: list[int], codes: str = "trelli
 
 #: Programs of gate_up for a tile and warps of down by the rules of the code that tune.jsonl is of, by batch.
 _RULES_THEN = {1: (16, 8), 8: (2, 2)}
-#: Of that code's down (commit 0a939c9) as Triton 3.6 compiled it, by its warps: instructions beside its loops, through
-#: which programs of all widths went; programs per multiprocessor.
+#: Of that code (commit 0a939c9) as Triton 3.6 compiled it: programs of gate_up per multiprocessor; and of down, by its
+#: warps: instructions beside its loops, through which programs of all widths went, and programs per multiprocessor.
+_GATE_UP_THEN = 4
 _DOWN_THEN = {1: (4085, 6), 2: (2455, 6), 4: (1763, 2), 8: (1634, 1)}
 
 

@@ -64,7 +64,7 @@ def _gate_up(
 ) -> Case:  # fmt: skip
     group = group or block
     rows = group if tile <= 16 else prefill_rows(group, cc)
-    kernel, how, share = gate_up_launch(tile, rows, block, widths, cc, trellis=False)
+    kernel, how, share = gate_up_launch(tile, rows, block, widths, cc, trellis=False, shared=shared)
     constants = {
         **_GATE, "TOP_K": 8, "R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths,
         "BM": tile, "BN": rows, "SHARED": shared, "SWAP": how.pack != 2,

@@ -5,6 +5,8 @@ Scalar and trellis codes have kernels of their own (`gate_up.py` and `down.py`, 
 one path.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -31,7 +33,7 @@ def z_dtype(dtype: torch.dtype, trellis: bool) -> torch.dtype:
 
 
 def gate_up_launch(
-    tile: int, columns: int, block: int, widths: tuple[int, ...], cc: int, trellis: bool
+    tile: int, columns: int, block: int, widths: tuple[int, ...], cc: int, trellis: bool, shared: bool
 ) -> tuple[triton.JITFunction, Launch, int]:
     """(kernel, launch, parts that its warps cut a unit's directions into) of gate_up.
 
@@ -42,9 +44,12 @@ def gate_up_launch(
         widths: that the kernel is compiled for.
         cc: `launch.capability`.
         trellis: the family of codes.
+        shared: whether several programs share a tile.
     """
     if trellis:
         how = launch_trellis(tile, columns, block, cc)
+        if shared and tile <= 8:  # five programs of two warps on a multiprocessor; not shared, it spills (Triton 3.6)
+            how = replace(how, registers=200)
         return trellis_gate_up_kernel, how, how.warps
     how = launch(tile, columns, cc)
     return gate_up_kernel, how, spread(tile, block, how.warps, widths)
@@ -129,7 +134,7 @@ def gate_up(
         return z
     shared, (codes, *rest) = parts > 1, factor
     part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=device) if shared else None
-    kernel, how, share = gate_up_launch(pair_tile, bn, block_size, tuple(widths), capability(device), trellis)
+    kernel, how, share = gate_up_launch(pair_tile, bn, block_size, tuple(widths), capability(device), trellis, shared)
     gain = 1.0 if h.dtype == torch.bfloat16 and not trellis else gain
     run(
         kernel,

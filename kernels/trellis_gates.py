@@ -61,11 +61,12 @@ def gate_up_case(
 ) -> Case:
     """One case; group: as the block unless given."""
     group = group or block
-    kernel, how, share = gate_up_launch(tile, trellis_rows(tile, group, widths), block, widths, cc, trellis=True)
+    rows = trellis_rows(tile, group, widths)
+    kernel, how, share = gate_up_launch(tile, rows, block, widths, cc, trellis=True, shared=shared)
     constants: dict[str, object] = {
         "bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": "silu", "LIMIT": None, "ALPHA": 1.0, "SHIFT": 0.0,
         "TOP_K": 8, "R": r, "I": i, "BS": block, "GS": group, "WIDTHS": widths, "BM": tile,
-        "BN": trellis_rows(tile, group, widths), "SHARED": shared, "SPREAD": share,
+        "BN": rows, "SHARED": shared, "SPREAD": share,
     }  # fmt: skip
     if not shared:
         constants |= {"part_ptr": None, "arrivals_ptr": None}
