@@ -77,6 +77,12 @@ _SOURCES = """
   vision tower of some families without a word. Calibration goes through the wrapper, on text by the command line, on
   images and text by `oneshot` with batches that hold `pixel_values` (tested for Qwen3-VL-MoE and Qwen3.5-MoE); an
   image's tokens are routed tokens like all others. Towers are not quantized.
+- **Names of tensors** are those of the source's files, packed experts apart: of DeepSeek-V4's, transformers cannot
+  turn all of its own back.
+- **config.json** is the source's own, with the checkpoint's quantization in place of the source's: transformers saves
+  published fields under other names, which vLLM's configurations of DeepSeek-V4, MiniMax-M3 or Step 3.7 do not know.
+  Where transformers would not read the same model from it (a model that was changed in memory, or loaded as another
+  class), what transformers saves stands there instead.
 - **Processors** and every other file beside the weights are copied as they are. Where the packages that a processor
   needs are missing, the tokenizer stands in for it during calibration.
 - **Layers for multi-token prediction** (`mtp.*`, `nextn`, decoder layers beyond the last), which transformers does not
