@@ -14,7 +14,7 @@ from bitsmoe_modifier.method.quantize import quantize_layer
 from bitsmoe_modifier.method.rounding import damp_, feedback_factor, round_with_feedback
 from bitsmoe_modifier.method.shrinkage import SHARES, absorbed_energy, sample_experts, towards_diagonal_
 from bitsmoe_modifier.method.statistics import RoutedTokens, collect_statistics, held_rows
-from bitsmoe_modifier.method.trial import trial_experts, trial_losses
+from bitsmoe_modifier.method.trial import Trials, trial_experts, trial_losses
 
 
 @pytest.mark.parametrize(("rows", "held"), [(1, 0), (3, 0), (4, 1), (7, 1), (8, 1), (16, 2), (20, 2), (128, 16)])
@@ -158,8 +158,9 @@ def test_samples_of_all_processes_make_the_whole_sample() -> None:
     assert sample_experts(1, range(1)) == [0]
 
 
+@pytest.mark.parametrize("codes", ["scalar", "trellis"])
 @pytest.mark.parametrize(("spread", "bits", "spectral"), [(2.5, 1.25, True), (0.0, 2.0, False)])
-def test_auto_takes_what_loses_less_on_held_out_rows(spread: float, bits: float, spectral: bool) -> None:
+def test_auto_takes_what_loses_less_on_held_out_rows(spread: float, bits: float, spectral: bool, codes: str) -> None:
     """Where few directions carry the inputs, the basis; where all carry alike, the channels."""
     gen = torch.Generator().manual_seed(9)
     turn = torch.linalg.qr(torch.randn(64, 64, generator=gen))[0]
@@ -169,7 +170,7 @@ def test_auto_takes_what_loses_less_on_held_out_rows(spread: float, bits: float,
     experts = DenseExperts(
         torch.randn(16, 64, 64, generator=gen) / 8, torch.randn(16, 64, 32, generator=gen) / 6, Gating()
     )
-    settings = QuantizerSettings(bits=bits, block_size=16, group_size=32)
+    settings = QuantizerSettings(bits=bits, block_size=16, group_size=32, codes=codes)
     plan = plan_layer(experts, tokens, settings)
     assert len(plan.under(1.4).inputs) == len(plan.under(1.4).outputs) == 2  # the cost tables decide
     plan = plan.under(1.5)
@@ -181,6 +182,25 @@ def test_auto_takes_what_loses_less_on_held_out_rows(spread: float, bits: float,
         losses[choice] = quantize_layer(experts, tokens, design, fixed)[1].relative_output_error
     assert (losses["spectral"] < losses["none"]) == spectral
     assert (plan.inputs[0].basis is not None) == spectral
+
+
+def test_a_trial_rounds_in_the_codes_of_the_run() -> None:
+    """Which basis is best depends on them: scalar codes lose many times more in a few experts of some layers."""
+    experts, x, ids, p, _ = make(16, 200)
+    tokens = RoutedTokens.from_router(x, ids, p, 4, rows=16)
+    fitted, held = tokens.fitted(), tokens.held_out()
+    assert held is not None
+    plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, block_size=16, group_size=16, codes="trellis"))
+    found = [
+        Trials(replace(plan.settings, codes=codes), experts, fitted, held, None).loss(plan, (1, 1))
+        for codes in ("trellis", "scalar")
+    ]
+    assert found[0] != found[1]
+    design = plan.under(2.0).choose(2.0 * experts.elements)
+    assert plan.tried is not None
+    direct = Trials(plan.settings, experts, fitted, held, None)
+    assert direct.loss(plan, plan.tried) <= direct.loss(plan, (1, 1))
+    assert quantize_layer(experts, tokens, design, plan.settings)[1].unseen_times >= 1
 
 
 def test_experts_of_a_trial() -> None:
