@@ -1,6 +1,7 @@
 """The base install, without llm-compressor and the rest of the extra: every command works or says what it needs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, s
     """By name: exit code, stdout and stderr of a command line of the base install."""
     folder = tmp_path_factory.mktemp("base")
     dense, text = str(save_tiny(folder / "model")), str(write_text(folder / "text.txt", 1500, seed=1))
-    packed = str(STORED / "packed")
+    packed = str(shutil.copytree(STORED / "packed", folder / "packed"))  # eval leaves its figures there
     measure = ["eval", packed, "--model", dense, "--eval-text", text, "--eval-rows", "4", "--seq-len", "32"]
     quantize = ["--model", dense, "--calibration", text, "--out", str(folder / "new")]
     lines = {
