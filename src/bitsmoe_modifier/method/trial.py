@@ -23,7 +23,7 @@ from .statistics import RoutedTokens
 
 #: Experts that are rounded for a trial: so many, or as many as have so many weights, which is most of a small layer.
 #: Losses differ more between experts than between bases, and a few experts can be what decides.
-_TRIAL_EXPERTS, _TRIAL_WEIGHTS = 8, 1 << 22
+_TRIAL_EXPERTS, _TRIAL_WEIGHTS = 8, 1 << 24
 #: Bits per weight, everything counted, at which bases are tried.
 _TRIAL_BITS = 2.0
 #: Shrinkage of their moments where it is not set.
@@ -113,7 +113,9 @@ class Trials:
         if not self.ids:
             return float("inf")
         found = trial_losses(experts, tokens, self.held, design, self.settings, self.metric, self.ids, ("held",))
-        return float(foretold.sum() * (found[0] / foretold[self.ids].clamp_min(1e-300)).mean())
+        times = (found[0] / foretold[self.ids].clamp_min(1e-300)).clamp_min(0)
+        # squares of mean roots: the held-out tokens of one expert may be unlike its others, and must not decide for all
+        return float(foretold.sum() * times.sqrt().mean().square())
 
 
 def predicted_losses(plan: LayerPlan, design: LayerDesign) -> torch.Tensor:
