@@ -1,6 +1,7 @@
 """Folders as they are published, through the command line and back."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bitsmoe_modifier.checkpoints.export import fused_weights
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.loading.inventory import take_inventory
 from bitsmoe_modifier.loading.source_keys import restore_keys
+from bitsmoe_modifier.storage.renaming import rename_tensors
 from helpers import load, logits, packed_modules
 from low_precision import publish_v4
 from published import BESIDE, PROCESSOR, publish, stored_tensors
@@ -66,6 +68,34 @@ def test_a_wrapper_keeps_its_tower(model_type: str, tmp_path: Path) -> None:
         expected = fused_weights(module, dense_again.get_submodule(name), torch.bfloat16)
         own = dict(dense_again.get_submodule(name).named_parameters())
         assert all(torch.equal(own[leaf], tensor) for leaf, tensor in expected.items())
+
+
+def test_the_index_says_what_the_files_hold_where_a_renaming_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that becomes full: the finished checkpoint stays one that can be read."""
+    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
+    source, target = publish(model_of(own), tmp_path / "dense", rewrite=published_names.deepseek_v4), tmp_path / "again"
+    (source / "generation_config.json").unlink()
+    model = load(source)
+    inventory = take_inventory(model, source)
+    model.save_pretrained(target, max_shard_size="100KB")
+    done: list[Path] = []
+
+    def rename(file: Path, names: Mapping[str, str]) -> None:
+        if len(done) == 2:
+            raise OSError("no space left on device")
+        done.append(file)
+        rename_tensors(file, names)
+
+    monkeypatch.setattr("bitsmoe_modifier.loading.source_keys.rename_tensors", rename)
+    with pytest.raises(OSError, match="no space left"):
+        restore_keys(inventory, model, target)
+    listed = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(listed) == set(stored_tensors(target))
+    monkeypatch.undo()
+    assert restore_keys(inventory, model, target)
+    assert torch.equal(logits(load(target)), logits(model))
 
 
 def test_published_names_come_out_again_in_shards(tmp_path: Path) -> None:

@@ -42,10 +42,15 @@ def restore_keys(inventory: Inventory, model: Any, target: Path) -> int:
         if leaf == same == "weight":
             beside = [one for one in there if one.startswith(f"{module}.{leaf}_") and one not in renamed]
             renamed.update({one: other + one.removeprefix(module) for one in beside})
-    for file in {there[key].file for key in renamed}:
-        rename_tensors(Path(file), renamed)
-    index = target / "model.safetensors.index.json"
-    if renamed and index.is_file():
-        files = read_json(index)["weight_map"]
-        write_index(target, {renamed.get(key, key): file for key, file in files.items()})
+    done: set[str] = set()
+    try:
+        for file in sorted({there[key].file for key in renamed}):
+            rename_tensors(Path(file), renamed)
+            done.add(file)
+    finally:  # the index says what the files hold, even where the disk became full on the way
+        index = target / "model.safetensors.index.json"
+        if done and index.is_file():
+            files = read_json(index)["weight_map"]
+            now = {key: renamed[key] for key in renamed if there[key].file in done}
+            write_index(target, {now.get(key, key): file for key, file in files.items()})
     return len(renamed)
