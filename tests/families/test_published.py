@@ -70,16 +70,22 @@ def test_a_wrapper_keeps_its_tower(model_type: str, tmp_path: Path) -> None:
         assert all(torch.equal(own[leaf], tensor) for leaf, tensor in expected.items())
 
 
+def saved_in_shards(folder: Path) -> tuple[Path, Path, torch.nn.Module]:
+    """DeepSeek-V4 as it is published, the same as transformers saves it, in shards, and the model."""
+    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
+    source, target = publish(model_of(own), folder / "dense", rewrite=published_names.deepseek_v4), folder / "again"
+    (source / "generation_config.json").unlink()
+    model = load(source)
+    model.save_pretrained(target, max_shard_size="100KB")
+    return source, target, model
+
+
 def test_the_index_says_what_the_files_hold_where_a_renaming_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that becomes full: the finished checkpoint stays one that can be read."""
-    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
-    source, target = publish(model_of(own), tmp_path / "dense", rewrite=published_names.deepseek_v4), tmp_path / "again"
-    (source / "generation_config.json").unlink()
-    model = load(source)
+    source, target, model = saved_in_shards(tmp_path)
     inventory = take_inventory(model, source)
-    model.save_pretrained(target, max_shard_size="100KB")
     done: list[Path] = []
 
     def rename(file: Path, names: Mapping[str, str]) -> None:
@@ -99,12 +105,8 @@ def test_the_index_says_what_the_files_hold_where_a_renaming_fails(
 
 
 def test_published_names_come_out_again_in_shards(tmp_path: Path) -> None:
-    own = next(one for one in TEXT_FAMILIES if one.model_type == "deepseek_v4")
-    source, target = publish(model_of(own), tmp_path / "dense", rewrite=published_names.deepseek_v4), tmp_path / "again"
-    (source / "generation_config.json").unlink()
-    model = load(source)
+    source, target, model = saved_in_shards(tmp_path)
     inventory = take_inventory(model, source)
-    model.save_pretrained(target, max_shard_size="100KB")
     assert restore_keys(inventory, model, target)
     after = stored_tensors(target)
     assert {name for name in stored_tensors(source) if ".experts." not in name} < set(after)
