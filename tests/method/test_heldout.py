@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bitsmoe_modifier.calibration.capture import more_text
-from bitsmoe_modifier.method.candidates import plan_layer
+from bitsmoe_modifier.method.candidates import plan_layer, unseen_bases
+from bitsmoe_modifier.method.distributed import Ranks
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
 from bitsmoe_modifier.method.quantize import quantize_layer
@@ -201,6 +202,23 @@ def test_a_trial_rounds_in_the_codes_of_the_run() -> None:
     direct = Trials(plan.settings, experts, fitted, held, None)
     assert direct.loss(plan, plan.tried) <= direct.loss(plan, (1, 1))
     assert quantize_layer(experts, tokens, design, plan.settings)[1].unseen_times >= 1
+
+
+def test_bases_on_trial_know_nothing_of_the_rows_that_judge_them() -> None:
+    experts, x, ids, p, _ = make(8, 64)
+    settings = QuantizerSettings(bits=2.0, block_size=16, group_size=16)
+    other = torch.where(torch.arange(len(x))[:, None] < 7 * 64, x, x.flip(1))
+    plans, unseen = [], []
+    for inputs in (x, other):
+        tokens = RoutedTokens.from_router(inputs, ids, p, 4, rows=8)
+        plans.append(plan_layer(experts, tokens, settings))
+        unseen.append(unseen_bases(plans[-1], experts, tokens, None, Ranks.alone()))
+    for side in ("inputs", "outputs"):
+        (one, _), (two, _) = (getattr(plan, side) for plan in unseen)
+        assert torch.equal(one.basis.matrix, two.basis.matrix)
+        (one, none), (two, _) = (getattr(plan, side) for plan in plans)
+        assert not torch.equal(one.basis.matrix, two.basis.matrix)
+        assert none.basis is None
 
 
 def test_experts_of_a_trial() -> None:

@@ -1,6 +1,7 @@
 """From statistics to a `LayerPlan`: candidate bases of both sides, each with its cost tables."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from .spectral import (
     round_and_refit,
 )
 from .statistics import LayerStatistics, RoutedTokens, collect_statistics, prior_share, shrink
-from .trial import settled
+from .trial import settled, to_be_tried
 
 #: An expert is super when its largest output norm exceeds this many times the median expert's.
 _SUPER_RATIO = 20.0
@@ -85,7 +86,33 @@ def plan_layer(
         tuple(warnings),
         int(experts.ungated),
     )
-    return settled(plan, experts, tokens, metric, ranks)
+    return settled(plan, unseen_bases(plan, experts, tokens, metric, ranks), experts, tokens, metric, ranks)
+
+
+def unseen_bases(
+    plan: LayerPlan, experts: DenseExperts, tokens: RoutedTokens, metric: torch.Tensor | None, ranks: Ranks
+) -> LayerPlan:
+    """The plan with bases made without the held-out rows, which are to judge them in a trial.
+
+    Its cost tables stay: what they allocate by differs little. A basis that these rows alone do not give (its inverse
+    does not exist) stays too.
+    """
+    if not to_be_tried(plan, tokens):
+        return plan
+    settings = plan.settings
+    statistics = collect_statistics(
+        tokens.fitted(), experts.gate_up, experts.down, experts.gating, experts.in_bias, metric, ranks
+    )
+
+    def remade(side: SidePlan, make: Callable[[], tuple[SharedBasis, torch.Tensor]]) -> SidePlan:
+        try:
+            return side if side.basis is None else replace(side, basis=make()[0])
+        except RecipeError:
+            return side
+
+    inputs = (remade(side, lambda: _input_basis(experts, statistics, settings, ranks)) for side in plan.inputs)
+    outputs = (remade(side, lambda: _output_basis(statistics, settings, metric, ranks)) for side in plan.outputs)
+    return replace(plan, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _constant_bits(experts: DenseExperts, num_dense: int) -> int:
@@ -133,6 +160,26 @@ def _candidates(choice: BasisChoice, plan: Callable[[bool], SidePlan]) -> tuple[
     return finite
 
 
+def _input_basis(
+    experts: DenseExperts, statistics: LayerStatistics, settings: QuantizerSettings, ranks: Ranks
+) -> tuple[SharedBasis, torch.Tensor]:
+    """The rounded basis of the inputs, and its inverse."""
+    moment, hidden = statistics.input_moment, experts.down.shape[1]
+    b = input_directions(moment, experts.gate_up, statistics.row_importance, hidden, settings.dampening_frac, ranks)
+    group = settings.resolve_basis_group(hidden)
+    return _decided(lambda: round_and_refit(b, settings.basis_bits, group, moment, "in"), b.device, ranks)
+
+
+def _output_basis(
+    statistics: LayerStatistics, settings: QuantizerSettings, metric: torch.Tensor | None, ranks: Ranks
+) -> tuple[SharedBasis, torch.Tensor]:
+    """The rounded basis of the outputs, and its inverse."""
+    hidden = len(statistics.down_output_moment)
+    u = output_directions(statistics.down_output_moment, hidden, metric)
+    group = settings.resolve_basis_group(hidden)
+    return _decided(lambda: round_and_refit(u, settings.basis_bits, group, None, "out"), u.device, ranks)
+
+
 def _plan_input(
     experts: DenseExperts,
     tokens: RoutedTokens,
@@ -142,13 +189,8 @@ def _plan_input(
     spectral: bool,
     ranks: Ranks,
 ) -> SidePlan:
-    num_experts, hidden, length = experts.down.shape
-    basis, inverse = None, None
-    if spectral:
-        moment, importance = statistics.input_moment, statistics.row_importance
-        b = input_directions(moment, experts.gate_up, importance, hidden, settings.dampening_frac, ranks)
-        group = settings.resolve_basis_group(hidden)
-        basis, inverse = _decided(lambda: round_and_refit(b, settings.basis_bits, group, moment, "in"), b.device, ranks)
+    num_experts, _, length = experts.down.shape
+    basis, inverse = _input_basis(experts, statistics, settings, ranks) if spectral else (None, None)
     weight = statistics.row_importance.view(2 * num_experts, length)
     gain = direction_gain(tokens, statistics, basis).repeat_interleave(2, dim=0)
     mine = ranks.mine(num_experts)
@@ -177,11 +219,7 @@ def _plan_output(
     ranks: Ranks,
 ) -> SidePlan:
     num_experts, hidden, _ = experts.down.shape
-    basis, inverse = None, None
-    if spectral:
-        u = output_directions(statistics.down_output_moment, hidden, metric)
-        group = settings.resolve_basis_group(hidden)
-        basis, inverse = _decided(lambda: round_and_refit(u, settings.basis_bits, group, None, "out"), u.device, ranks)
+    basis, inverse = _output_basis(statistics, settings, metric, ranks) if spectral else (None, None)
     coupling = output_coupling(basis, metric, hidden, experts.down.device)
     gain = coupling.diagonal().expand(num_experts, -1)
     weight = statistics.down_moment_diagonal
