@@ -50,6 +50,19 @@ def test_numbers_that_are_too_small(
         (["plan", "--model", DEMO, "--bits", "nan"], "bits: Input should be"),
         (["plan", "--model", DEMO, "--bits", "-2"], "bits: Input should be greater than 0"),
         (["plan", "--model", DEMO, "--bits", "99"], "bits: Input should be less than or equal to 8"),
+        (["plan", "--model", DEMO, "--json", "x.json"], "--json keeps what --survey finds; give --survey too"),
+        (["plan", "--model", DEMO, "--resume-dir", "x"], "--resume-dir keeps what --survey finds; give --survey too"),
+        (["quantize", "--out", "o", "--bits", ","], "--bits ',' is no number"),
+        (["quantize", "--out", "o", "--bits", "2, 2.0"], "--bits 2,2.0 has a size twice; give each once"),
+        (["quantize", "--out", "o", "--bits", "2", "--max-kld", "0.1"], "--bits and --max-kld exclude each other"),
+        (["quantize", "--out", "o", "--context", "32k"], "--context and --batch say what --fit shall hold; give --fit"),
+        (["quantize", "--out", "o", "--fit", "24GB", "--batch", "0"], "--batch 0 must be 1 or more"),
+        (
+            ["quantize", "--out", "o", "--size", "0.1MB"],
+            "100.00 KB is less than what is not a quantized expert, 743.79 KB",
+        ),
+        (["quantize", "--out", "o", "--private"], "--private says how to upload; give --push-to-hub too"),
+        (["eval", ".", "--engine", "x=1"], "--engine says how vLLM runs it; give --backend vllm too"),
         (["plan", "--model", ".", "--device", "cudaa"], "--device cudaa is unknown"),
     ],
     ids=str,
@@ -67,13 +80,18 @@ def test_other_numbers_and_devices(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", "x", "--html", "nowhere/page.html"], ["eval", "x", "--json", "nowhere/figures.json"]]
+    "arguments",
+    [
+        ["inspect", "x", "--html", "nowhere/page.html"],
+        ["eval", "x", "--json", "nowhere/figures.json"],
+        ["plan", "--survey", "--json", "nowhere/x.json"],
+    ],
 )
 def test_a_missing_folder_for_a_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    expected = f"bitsmoe {arguments[0]}: {arguments[2]} {arguments[3]}: there is no folder nowhere; create it first"
+    expected = f"bitsmoe {arguments[0]}: {arguments[-2]} {arguments[-1]}: there is no folder nowhere; create it first"
     assert said(capsys, *arguments) == expected
 
 

@@ -139,6 +139,12 @@ def test_one_kind_of_budget(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="'two' is no number"):
         Budget(("two",)).stages(stage, "nowhere")
     assert Budget().stages(stage, "nowhere") == [stage]
+    with pytest.raises(RecipeError, match=r"--bits 2,2\.0 has a size twice"):
+        Budget(("2", "2.0")).stages(stage, "nowhere")
+    with pytest.raises(RecipeError, match="--fit and --max-kld exclude each other"):
+        Budget(fit="24GB", max_kld=0.01).stages(stage, "nowhere")
+    with pytest.raises(RecipeError, match="the recipe's max_kld chooses the bits; drop it there, or leave out --bits"):
+        Budget(("2.0",)).stages(with_fields(stage, max_kld=0.01), "nowhere")
     gptq = Stage("q", (("GPTQModifier", {}), ("BitsMoEModifier", {})), "")
     with pytest.raises(RecipeError, match="BitsMoEModifier alone"):
         Budget(size="10GB").stages(gptq, "nowhere")

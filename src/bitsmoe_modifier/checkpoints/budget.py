@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import messages
 from ..calibration.recipe import Stage, with_fields
-from ..errors import RecipeError
+from ..errors import RecipeError, check_at_least
 from .plan import Headers, bitsmoe_fields, model_shape, read_headers
 from .planning import LayerShape, ModelShape
 
@@ -37,6 +37,7 @@ class Budget:
         fit: GPUs, e.g. ``24GB`` or ``2x24GB``.
         context: tokens of each sequence on those GPUs, e.g. ``32k``.
         batch: sequences on them at a time.
+        max_kld: nats per token, which the stage has already; given here so that no other budget goes with it.
     """
 
     bits: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Budget:
     fit: str | None = None
     context: str = "8k"
     batch: int = 1
+    max_kld: float | None = None
 
     def stages(self, stage: Stage, model: str) -> list[Stage]:
         """The stage at each of the budgets; says what it solved for.
@@ -55,10 +57,13 @@ class Budget:
         Raises:
             RecipeError: when there is more than one kind of budget, or one cannot be met.
         """
-        given = [name for name in ("bits", "size", "fit") if getattr(self, name)]
+        given = [name for name in ("bits", "size", "fit", "max_kld") if getattr(self, name)]
         if len(given) > 1:
-            raise RecipeError(f"{' and '.join(f'--{name}' for name in given)} exclude each other; give one of them")
-        if not given:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise RecipeError(f"{options} exclude each other; give one of them")
+        if not self.fit and (self.context, self.batch) != (Budget.context, Budget.batch):
+            raise RecipeError("--context and --batch say what --fit shall hold; give --fit, or leave them out")
+        if not given or self.max_kld:
             return [stage]
         fields = bitsmoe_fields(stage)
         if fields is None or (len(stage.modifiers) > 1 and not self.bits):
@@ -66,12 +71,20 @@ class Budget:
                 f"{stage.name}: --{given[0]} needs a recipe with a BitsMoEModifier"
                 + ("" if self.bits else " alone: what others make of the rest is not counted")
             )
+        if fields.get("max_kld") is not None:
+            raise RecipeError(
+                f"{stage.name}: the recipe's max_kld chooses the bits; drop it there, or leave out --{given[0]}"
+            )
         if self.bits:
-            return [with_fields(stage, bits=_number(bits)) for bits in self.bits]
+            wanted = [_number(bits) for bits in self.bits]
+            if len(set(wanted)) < len(wanted):
+                raise RecipeError(f"--bits {','.join(self.bits)} has a size twice; give each once")
+            return [with_fields(stage, bits=bits) for bits in wanted]
         if self.size:
             bits = bits_for_size(model, parse_size(self.size), fields)
             messages.say("note", f"--size {self.size}: {bits:.4f} bits per expert weight")
         else:
+            check_at_least(1, batch=self.batch)
             found = bits_for_memory(model, *parse_gpus(str(self.fit)), parse_tokens(self.context), self.batch, fields)
             bits = found.bits
             messages.say("note", f"--fit {self.fit}: {bits:.4f} bits per expert weight; {'; '.join(found.assumed)}")
@@ -259,4 +272,6 @@ def _shape(headers: Headers, fields: dict[str, Any]) -> ModelShape:
 
 
 def _gb(n: float) -> str:
-    return f"{n / 1e9:.2f} GB"
+    """Bytes in the unit in which they are no less than one."""
+    unit = next((unit for unit in ("TB", "GB", "MB", "KB") if n >= _UNITS[unit]), "")
+    return f"{n / _UNITS[unit]:.2f} {unit}" if unit else f"{n:.0f} bytes"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .. import messages
+from ..errors import BitsMoEError
 from . import options as o
 from .app import command
 
@@ -114,6 +115,8 @@ def evaluate(
         from ..storage.folders import check_file_place
 
         check_file_place(json_file, "--json")
+    if engine and backend != "vllm":
+        raise BitsMoEError("--engine says how vLLM runs it; give --backend vllm too, or leave it out")
     figures: dict[str, Any]
     if backend == "vllm":
         from ..serving.evaluation import evaluate_served, table

@@ -41,7 +41,7 @@ def colours_wanted() -> bool:
 
 def names(value: str) -> tuple[str, ...]:
     """A comma-separated list."""
-    return tuple(name for name in value.split(",") if name)
+    return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def settings(kind: type[T], context: typer.Context, **others: object) -> T:
@@ -68,7 +68,7 @@ NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Run even if m
 
 # ---------------------------------------------------------------------------------------------------- how much of it
 
-_SIZE = "Size (one of --bits, --size, --fit)"
+_SIZE = "Size (one of --bits, --size, --fit, --max-kld)"
 Bits = Annotated[
     str,
     typer.Option(
@@ -102,6 +102,15 @@ Context = Annotated[
 ]
 Batch = Annotated[
     int, typer.Option("--batch", metavar="N", help="Sequences at a time, for --fit.", rich_help_panel=_SIZE)
+]
+MaxKld = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kld",
+        metavar="NATS",
+        help="The smallest size whose predicted KL divergence is at most this.",
+        rich_help_panel=_SIZE,
+    ),
 ]
 Codes = Annotated[
     Literal["auto", "scalar", "trellis"] | None,

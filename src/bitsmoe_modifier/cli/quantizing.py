@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from .. import messages
+from ..errors import BitsMoEError, check_at_least
 from . import options as o
 from .app import command
 
@@ -40,10 +41,7 @@ def quantize(
     fit: o.FitOption = None,
     context: o.Context = "8k",
     batch: o.Batch = 1,
-    max_kld: Annotated[
-        float | None,
-        typer.Option(metavar="NATS", help="The smallest size whose predicted KL divergence is at most this."),
-    ] = None,
+    max_kld: o.MaxKld = None,
     codes: o.Codes = None,
     ignore: o.Ignore = "",
     fast: Annotated[
@@ -86,6 +84,11 @@ def quantize(
     """
     from ..calibration.recipe import one_stage, with_fields
 
+    sizes = o.names(bits)
+    if bits and not sizes:
+        raise BitsMoEError(f"--bits {bits!r} is no number; write --bits 2.0 or --bits 1.6,2.0,2.5")
+    if private and not push_to_hub:
+        raise BitsMoEError("--private says how to upload; give --push-to-hub too, or leave it out")
     chosen = with_fields(  # before the heavy imports
         one_stage(recipe, stage),
         ignore=list(o.names(ignore)) or None,
@@ -99,7 +102,6 @@ def quantize(
         os.environ.setdefault("TQDM_DISABLE", "1")  # one line of our own in place of the libraries' bars
     from ..checkpoints.budget import Budget
     from ..comparison.single import Options, quantize_each
-    from ..errors import BitsMoEError
     from ..sources.demo import demo_asset
     from ..storage.folders import resolved
     from ..storage.sizes import ExpertBits
@@ -112,8 +114,8 @@ def quantize(
         check_login(push_to_hub)
     o.say_whose_text(model, calibration, "--calibration")
     model = model or demo_asset("docmoe")
-    stages = Budget(o.names(bits), size, fit, context, batch).stages(chosen, model)
-    folders = [Path(out)] if len(stages) == 1 else [Path(out) / f"{text}-bits" for text in o.names(bits)]
+    stages = Budget(sizes, size, fit, context, batch, max_kld).stages(chosen, model)
+    folders = [Path(out)] if len(stages) == 1 else [Path(out) / f"{text}-bits" for text in sizes]
     made = quantize_each(
         model,
         list(zip(stages, folders, strict=True)),
@@ -175,10 +177,16 @@ def plan(
     """
     from ..calibration.recipe import one_stage, with_fields
     from ..checkpoints.plan import plan_command
-    from ..errors import check_at_least
 
     check_at_least(1, samples=samples)
     check_at_least(2, seq_len=seq_len)
+    for option, value in (("--json", json_file), ("--resume-dir", resume_dir)):
+        if value and not survey:
+            raise BitsMoEError(f"{option} keeps what --survey finds; give --survey too, or leave it out")
+    if json_file:
+        from ..storage.folders import check_file_place
+
+        check_file_place(json_file, "--json")
     from ..sources.demo import demo_asset
 
     chosen = with_fields(one_stage(recipe, stage), bits=bits, codes=codes)
