@@ -72,7 +72,7 @@ def gating_of(experts: nn.Module) -> Gating:
     name = type(experts).__name__
     owner = experts[0] if isinstance(experts, nn.ModuleList) and not hasattr(experts, "act_fn") else experts
     act_fn = getattr(owner, "act_fn", getattr(owner, "activation_fn", None))
-    activation = "" if act_fn is None else _activation_of(act_fn)
+    activation, place = ("", torch.device("cpu")) if act_fn is None else _activation_of(act_fn)
     limit = getattr(experts, "limit", None) or getattr(experts, "swiglu_limit", None)
     if limit is not None and math.isinf(limit):
         limit = None
@@ -88,7 +88,7 @@ def gating_of(experts: nn.Module) -> Gating:
         if alpha is not None:
             candidates += [Gating("silu", limit=float(limit), alpha=float(alpha), up_shift=1.0)]
     values = _probe_values(limit)
-    reference = _probe(experts, *values)
+    reference = _probe(experts, *(v.to(place) for v in values))
     for gating in candidates:
         if reference is None or torch.allclose(gating(*values), reference, rtol=1e-5, atol=1e-6):
             return gating
@@ -99,14 +99,16 @@ def gating_of(experts: nn.Module) -> Gating:
     )
 
 
-def _activation_of(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    """Name of the known activation with the values of ``act_fn`` (a module or a function); "" where there is none."""
+def _activation_of(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, torch.device]:
+    """Name of the known activation with the values of ``act_fn`` (a module or a function), "" where there is none; and
+    the device on which it gives them: calibration lets every module of a model move its inputs to the GPU."""
     gate, _ = _probe_values()
     try:
         values = act_fn(gate)
     except TypeError:  # a function of gate and up at once (Inkling 2): the class's own formula decides
-        return ""
-    return next((name for name, known in _ACTIVATIONS.items() if torch.allclose(values, known(gate), 1e-5, 1e-6)), "")
+        return "", gate.device
+    found = (name for name, known in _ACTIVATIONS.items() if torch.allclose(values.cpu(), known(gate), 1e-5, 1e-6))
+    return next(found, ""), values.device
 
 
 def _probe_values(limit: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,10 +118,10 @@ def _probe_values(limit: float | None = None) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _probe(experts: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
-    """The class's own formula on these values; None where the class defines none (plain ``act(gate) * up``)."""
+    """The class's own formula on these values, on the CPU; None where it defines none (plain ``act(gate) * up``)."""
     apply_gate = getattr(experts, "_apply_gate", None)
     if apply_gate is None:
         return None
     # llm-compressor's linearized experts (a ModuleList) always hand over halves, also for interleaved families
     interleaved = not getattr(experts, "is_concatenated", True) and not isinstance(experts, nn.ModuleList)
-    return apply_gate(torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up]))
+    return apply_gate(torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])).cpu()

@@ -1,0 +1,31 @@
+"""llm-compressor's `oneshot` on the emulated GPU, which it takes for the machine's accelerator."""
+
+from pathlib import Path
+
+import torch
+from emulated import GPU, emulated_gpu
+from llmcompressor import oneshot
+
+from bitsmoe_modifier import BitsMoEModifier
+from helpers import calibration, load, packed_modules, save_tokenizer, tiny_model
+
+FIELDS = {"bits": 3.0, "group_size": 16, "block_size": 16, "input_basis": "spectral", "refine_passes": 0}
+
+
+def test_a_model_is_quantized_on_the_gpu(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe", torch.float32, num_experts=4, hidden_size=32, moe_intermediate_size=16).save_pretrained(
+        tmp_path / "dense"
+    )
+    save_tokenizer(tmp_path / "dense")
+    recipe = [BitsMoEModifier(**FIELDS)]
+    with emulated_gpu():
+        model = oneshot(
+            model=load(tmp_path / "dense"), dataset=calibration(), recipe=recipe, output_dir=tmp_path / "out"
+        )
+        modules = packed_modules(model)
+        assert modules
+        assert all(module.codes_in.device == GPU for module in modules.values())
+        assert all(module.report.relative_output_error < 0.5 for module in modules.values())
+        made = {f"{name}.{leaf}": t.tolist() for name, module in modules.items() for leaf, t in module.packed.items()}
+    loaded = packed_modules(load(tmp_path / "out"))
+    assert made == {f"{name}.{leaf}": t.tolist() for name, one in loaded.items() for leaf, t in one.packed.items()}
