@@ -28,4 +28,5 @@ def test_what_is_said(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None
     logger.remove()
     said = capsys.readouterr().err
     assert "a warning" in said
+    assert verbose or said == "warning: a warning\n"
     assert ("time 0.03s" in said, "layer 0: said at the end" in said) == (verbose, verbose)

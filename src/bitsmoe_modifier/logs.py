@@ -39,7 +39,10 @@ def set_up_logging(verbose: bool) -> None:
     logger.remove()
     sink = _as_message if messages.mode() == "json" else sys.stderr
     level = "INFO" if verbose else "ERROR" if messages.mode() == "quiet" else "WARNING"
-    logger.add(sink, level=level, filter=None if verbose else _worth_saying)
+    if verbose:
+        logger.add(sink, level=level)
+    else:
+        logger.add(sink, level=level, filter=_worth_saying, format=_as_our_own)
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     for name in _INTERNAL:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
@@ -48,6 +51,11 @@ def set_up_logging(verbose: bool) -> None:
 def _as_message(text: Any) -> None:
     record = text.record
     messages.say("log", record["message"], level=record["level"].name, logger=record["name"])
+
+
+def _as_our_own(record: Any) -> str:
+    """loguru's format of a message that reads like those of `messages.say`: no time, no line of code."""
+    return f"{record['level'].name.lower()}: {{message}}\n{{exception}}"
 
 
 def _worth_saying(record: Any) -> bool:

@@ -230,7 +230,7 @@ def test_few_tokens_are_warned_about(messages: list[tuple[str, str]]) -> None:
     """64 tokens per expert: 256 for 8 experts of which every token takes 2."""
     modifier().initialize(state_of(linearized(), rows=2))
     warnings = [text for level, text in messages if level == "WARNING" and "experts" in text]
-    assert f"{FIRST}: 16 calibration tokens per expert are few; 256 tokens or more give better experts" in warnings
+    assert f"{FIRST}: 16 calibration tokens per expert are few; give 64 for each, 256 in all, or more" in warnings
     messages.clear()
     modifier().initialize(state_of(linearized(), rows=8))
     assert not [text for level, text in messages if level == "WARNING" and "tokens per expert" in text]

@@ -80,11 +80,12 @@ def test_select_refuses_unknown_arms_and_names_the_known(tmp_path):
         ("a: [", "not valid YAML"),
         ("a_stage:", "a_stage has no modifiers.*'_modifiers'"),
         ("a_stage: {quant: {X: {}}}", "has no modifiers"),
+        ("a_stage: {q_modifiers: [{X: {}}]}", "q_modifiers is a list; .* without dashes"),
         ("a_stage: {q_modifiers: {X: 3}}", "X must have its fields below it, found 3"),
         ("../up_stage: {q_modifiers: {X: {}}}", "names a folder"),
         ("_stage: {q_modifiers: {X: {}}}", "names a folder"),
     ],
-    ids=["empty", "no-stage", "list", "broken", "no-body", "no-group", "no-fields", "path", "no-name"],
+    ids=["empty", "no-stage", "list", "broken", "no-body", "no-group", "dashes", "no-fields", "path", "no-name"],
 )
 def test_unusable_recipes_are_refused(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message):

@@ -64,6 +64,18 @@ def test_an_occupied_folder_is_refused_first(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
+def test_a_group_size_that_does_not_divide_is_refused(tmp_path, capsys):
+    model = tiny_model("qwen3_moe")
+    pack_randomly(model)
+    save(model, tmp_path / "packed")
+    arguments = ["export", str(tmp_path / "packed"), "--to", "w4", "--out", str(tmp_path / "w4")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "--group-size 128 does not divide 64 and 32, the sizes of the experts of model.layers.0.mlp.experts" in said
+    assert "give a divisor of both, such as 32" in said
+    assert not (tmp_path / "w4").exists()
+
+
 @pytest.mark.slow
 def test_gptq_attention_is_decompressed_and_w4_can_be_written(tmp_path, capsys):
     model = save_tiny(tmp_path / "model")

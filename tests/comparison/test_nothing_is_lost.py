@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers.modeling_utils
+from safetensors.torch import save_file
 
 from bitsmoe_modifier.calibration.modifier import BitsMoEModifier
 from bitsmoe_modifier.cli import main
@@ -91,6 +93,16 @@ def test_tokenizer_and_chat_template_are_taken_along_as_they_are(inputs: Path, m
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes(), name
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").exists()
+
+
+def test_an_adapter_beside_the_model_is_no_part_of_it(
+    inputs: Path, model: Path, expected: bytes, tmp_path: Path
+) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 64)}, model / "adapter_model.safetensors")
+    assert main(command(inputs, tmp_path / "out", model=model)) == 0
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
 
 
 # -------------------------------------------------------------------------------------------------- what --out is

@@ -60,3 +60,8 @@ def test_command(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
     assert main(arguments) == 0
     assert "KL divergence" not in capsys.readouterr().out
     assert main(["try", str(one / "nowhere")]) == 2
+    capsys.readouterr()
+    assert main([*arguments, "--prompt", ""]) == 2
+    assert "bitsmoe try: --prompt '' has no token that could be continued" in capsys.readouterr().err
+    assert main(["try", str(one), "--length", "0"]) == 2
+    assert "--length 0 must be 1 or more" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import CalibrationError
+from bitsmoe_modifier.sources.model import load_tokenizer
 from bitsmoe_modifier.sources.text import calibration_rows, dataloader, evaluation_rows, read_text, tokenize
 
 TOKENS = torch.arange(1000)
@@ -75,6 +76,14 @@ def test_tokenize_adds_no_special_tokens(tmp_path: Path):
     path.write_text("some text")
     assert tokenize(read_text(str(path)), tokenizer).tolist() == [5, 6]
     assert seen["add_special_tokens"] is False
+
+
+def test_a_tokenizer_that_makes_no_tokens_is_named(tmp_path: Path) -> None:
+    """What transformers makes of a folder that has a model and no files of a tokenizer."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    (tmp_path / "t.txt").write_text("some text")
+    with pytest.raises(CalibrationError, match=r"the tokenizer of .* makes no tokens of .*t\.txt; are its files there"):
+        tokenize(read_text(str(tmp_path / "t.txt")), load_tokenizer(tmp_path))
 
 
 def test_a_text_file_is_read_as_it_is(tmp_path: Path):

@@ -193,10 +193,15 @@ def _modifier_groups(body: Any, where: str) -> dict[str, dict[str, dict[str, Any
     """The stage's groups of modifiers; one without fields gets an empty mapping, which llm-compressor insists on."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for group, modifiers in (body if isinstance(body, dict) else {}).items():
+        if str(group).endswith("_modifiers") and isinstance(modifiers, list):
+            raise RecipeError(f"{where}: {group} is a list; write its modifiers one below the other, without dashes")
         if str(group).endswith("_modifiers") and isinstance(modifiers, dict):
             for kind, args in modifiers.items():
                 if args is not None and not isinstance(args, dict):
-                    raise RecipeError(f"{where}: {kind} must have its fields below it, found {args!r}")
+                    raise RecipeError(
+                        f"{where}: {kind} must have its fields below it, found {args!r}; indent what is "
+                        f"meant for a modifier by more than the modifier's name"
+                    )
                 found.setdefault(str(group), {})[str(kind)] = args or {}
     if not found:
         raise RecipeError(f"{where} has no modifiers; write them under a key that ends in '_modifiers'")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import check_at_least
 from . import options as o
 from .app import command
 
@@ -39,6 +40,7 @@ def try_(
     itself would have written follows below. Without colours (NO_COLOR, or no terminal), tokens above 0.2 nats are
     marked by their divergence in brackets.
     """
+    check_at_least(1, length=length)
     from ..comparison.trying import load_both
     from ..evaluation.trying import LARGE, NOTICED, PROMPTS, generate
 

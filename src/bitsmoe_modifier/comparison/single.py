@@ -1,5 +1,6 @@
 """One checkpoint at a time, in this process: what `bitsmoe quantize` and `bitsmoe eval` do."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from ..calibration.recipe import Stage, check_stage, find_recipe, one_stage, wit
 from ..calibration.resume import reserved
 from ..calibration.sweep import leading, sweep_of
 from ..checkpoints.card import note_quality, write_card
+from ..checkpoints.describe import describe
 from ..checkpoints.export import export_dense
 from ..checkpoints.plan import check_machine, working_memory
 from ..errors import BitsMoEError, check_at_least
@@ -365,6 +367,13 @@ def export_one(checkpoint: str, out: Path, to: str, dtype: str, group_size: int,
     if to == "dense":
         export_dense(folder, out, DTYPES[dtype])
         return
+    for layer in describe(folder)["layers"]:
+        sizes = layer["hidden_size"], layer["intermediate_size"]
+        if any(size % group_size for size in sizes):
+            raise BitsMoEError(
+                f"--group-size {group_size} does not divide {sizes[0]} and {sizes[1]}, the sizes of the experts of "
+                f"{layer['name']}; give a divisor of both, such as {math.gcd(128, *sizes)}"
+            )
     with OutputFolder(out) as output, tempfile.TemporaryDirectory(dir=existing_parent(out.parent)) as scratch:
         export_dense(folder, Path(scratch) / "dense", DTYPES[dtype])
         recipe = _experts_w4(group_size)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..errors import BitsMoEError
 from .metrics import token_metrics
 
 #: shown where no prompt is given
@@ -43,8 +44,14 @@ def generate(model: Any, dense: Any | None, tokenizer: Any, prompt: str, length:
         tokenizer: of both.
         prompt: to continue.
         length: tokens at most.
+
+    Raises:
+        BitsMoEError: when the prompt is no token, and the tokenizer puts none before it.
     """
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    given = tokenizer(prompt)["input_ids"]
+    if not given:
+        raise BitsMoEError(f"--prompt {prompt!r} has no token that could be continued; write a word at least")
+    ids = torch.tensor([given], device=model.device)
     ends = _ends(model)
     caches: list[Any] = [None, None]
     written: list[int] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..sources.model import read_config
-from ..storage.shards import scan
+from ..storage.shards import checkpoint_files, scan
 
 _PACKED = ".weight_packed"
 #: llm-compressor's names of an expert's Linears, and what families that call their blocks `block_sparse_moe` store
@@ -72,7 +72,7 @@ def _family_name(found: re.Match[str]) -> str:
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
-    return scan(str(file) for file in sorted(folder.glob("*.safetensors")))
+    return scan(map(str, checkpoint_files(folder)))
 
 
 def _local_names(tensors: dict[str, torch.Tensor], prefix: str) -> list[str]:

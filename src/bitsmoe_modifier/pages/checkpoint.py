@@ -203,7 +203,7 @@ def layers_view(found: Mapping[str, Any], folder: Path) -> LayersView | None:
         )
         figures.append(Figure(chart, caption))
     worst, why = _worst(layers)
-    modules = packed_modules(scan(str(file) for file in sorted(folder.glob("*.safetensors"))))
+    modules = packed_modules(scan(map(str, checkpoint_files(folder))))
     return LayersView(figures, why, [_layer_view(layer, modules[layer["name"]]) for layer in worst])
 
 

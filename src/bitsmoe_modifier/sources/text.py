@@ -119,7 +119,11 @@ def _until(found: Iterable[Document], characters: int | None) -> Iterator[Docume
 
 
 def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
-    """All tokens of the text, int64 ``[N]``, without special tokens."""
+    """All tokens of the text, int64 ``[N]``, without special tokens.
+
+    Raises:
+        CalibrationError: when there are none: transformers makes an empty tokenizer where a folder has no files of one.
+    """
     ids = [
         id_
         for part in text.parts
@@ -127,6 +131,11 @@ def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
             tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if isinstance(part, str) else part
         )
     ]
+    if not ids:
+        raise CalibrationError(
+            f"the tokenizer of {tokenizer.name_or_path} makes no tokens of {text.source}; are its files there "
+            "(tokenizer.json, tokenizer_config.json)? copy them to it"
+        )
     return torch.tensor(ids, dtype=torch.int64)
 
 

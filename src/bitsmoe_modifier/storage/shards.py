@@ -87,7 +87,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those that its index names, or all there are.
+    """The safetensors files of a checkpoint folder: those that its index names, or model.safetensors, or all there are.
+
+    What lies beside model.safetensors (an adapter, a consolidated copy) is no part of it, as for transformers.
 
     Links that a download made inside the folder are followed.
 
@@ -97,6 +99,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
+        if (folder / "model.safetensors").is_file():
+            return [folder / "model.safetensors"]
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder} has no safetensors files; it is not a checkpoint, or of an older kind")
