@@ -177,6 +177,21 @@ def test_the_advised_pattern_works(model: PreTrainedModel, out: Path) -> None:
     assert list(packed_modules(model)) == [FIRST, SECOND]
 
 
+@pytest.mark.parametrize("pipeline", ["sequential", "independent"])
+def test_two_of_ours_in_one_recipe(model: PreTrainedModel, out: Path, tmp_path: Path, pipeline: str) -> None:
+    """Each has layers of its own, and a folder of its own to keep them in."""
+    both = [modifier(), modifier(bits=4.0, ignore=[SECOND])]
+    said = refused(model, out, both)
+    assert f"RecipeError: two BitsMoEModifiers of the recipe target {FIRST}; give one of them other `targets`" in said
+    kept = str(tmp_path / "kept")
+    apart = [modifier(ignore=[FIRST], resume_dir=kept), modifier(bits=4.0, ignore=[SECOND], resume_dir=kept)]
+    assert f"resume_dir: {kept} is for one BitsMoEModifier, the recipe has 2" in refused(model, out, apart)
+    model.get_input_embeddings()._forward_pre_hooks.clear()
+    apart = [modifier(ignore=[FIRST]), modifier(bits=4.0, ignore=[SECOND])]
+    oneshot(model=model, recipe=apart, dataset=calibration(), pipeline=pipeline)
+    assert sorted(packed_modules(model)) == [FIRST, SECOND]
+
+
 @pytest.fixture(scope="module")
 def packed_checkpoint(dense_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as `oneshot` writes it; not to be changed."""

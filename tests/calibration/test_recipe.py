@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bitsmoe_modifier.calibration.recipe import check_stage, find_recipe, read_stages, select
+from bitsmoe_modifier.calibration.recipe import check_stage, find_recipe, read_stages, select, with_fields
 from bitsmoe_modifier.calibration.recipe_names import fields_of, modifiers
+from bitsmoe_modifier.checkpoints.plan import plan_command
 from bitsmoe_modifier.errors import RecipeError
+from bitsmoe_modifier.sources.demo import demo_asset
 
 SHIPPED = ("ab_gptq_bitsmoe", "w2", "w2_attn_gptq_w4")
 
@@ -203,3 +205,14 @@ def test_autoround_is_calibrated_row_by_row() -> None:
     shipped = {stage.name: stage for stage in read_stages(find_recipe("ab_all"))}
     assert shipped["autoround_w3"].calibration_batch(16) == 1
     assert shipped["gptq_w3"].calibration_batch(16) == 16
+
+
+def test_fields_for_two_of_ours(tmp_path: Path) -> None:
+    text = "q_stage: {a_modifiers: {BitsMoEModifier: {ignore: [a]}}, b_modifiers: {BitsMoEModifier: {ignore: [b]}}}"
+    (stage,) = read_stages(recipe(tmp_path, text))
+    with pytest.raises(RecipeError, match="bits is of one BitsMoEModifier, the recipe has 2; write it in the recipe"):
+        with_fields(stage, bits=2.0)
+    both = [args["ignore"] for _, args in with_fields(stage, ignore=["c"]).modifiers]
+    assert both == [["a", "c"], ["b", "c"]]
+    with pytest.raises(RecipeError, match="plan counts one BitsMoEModifier, the stage q has 2"):
+        plan_command(demo_asset("docmoe"), stage, 1000, "auto", "cpu")

@@ -70,7 +70,7 @@ def test_what_the_quantization_noted_is_shown(packed, tmp_path: Path):
 
 def test_a_dense_checkpoint_is_described_too(tmp_path: Path):
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
-    found = describe(tmp_path)
+    found = describe(str(tmp_path))
     assert found["layers"] == []
     assert "no experts packed by BitsMoE" in render(found)
 

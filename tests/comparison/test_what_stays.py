@@ -275,6 +275,7 @@ def test_figures_are_kept_where_the_models_write_no_texts(
     assert main(evaluate(folder, inputs)) == 1
     assert "texts could not be written (ValueError: this tokenizer continues nothing)" in capsys.readouterr().err
     assert json.loads((folder / "bitsmoe_quality.json").read_text())["run"]["kld_mean"] > 0
+    assert "tokens of held_out.txt, computed in float32." in (folder / "README.md").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- comparisons

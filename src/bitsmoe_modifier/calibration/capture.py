@@ -75,7 +75,7 @@ def check_calibration(name: str, num_experts: int, tokens: int, choices: int) ->
         )
     if share < _GOOD_TOKENS_PER_EXPERT:
         logger.warning(
-            f"{name}: {share:.0f} calibration tokens per expert are few; give {_GOOD_TOKENS_PER_EXPERT} for each, "
+            f"{name}: {int(share)} calibration tokens per expert are few; give {_GOOD_TOKENS_PER_EXPERT} for each, "
             f"{_GOOD_TOKENS_PER_EXPERT * num_experts // choices} in all, or more"
         )
 

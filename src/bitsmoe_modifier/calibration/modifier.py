@@ -51,7 +51,15 @@ from .resume import ResumeFolder, SharedFolder
 from .stored_experts import is_kept_decoded, placed_module
 from .survey import Inputs, experts_inputs, survey_layers
 from .sweep import budgets, check_lead, decide_each, roundings
-from .targets import check_experts, check_super_experts, check_unclaimed, dense_experts, dense_ids, find_experts
+from .targets import (
+    check_experts,
+    check_super_experts,
+    check_targeted_once,
+    check_unclaimed,
+    dense_experts,
+    dense_ids,
+    find_experts,
+)
 
 #: What the survey does not depend on; one survey serves any value of these. (It tries bases with feedback or without.)
 _ROUNDING_FIELDS = {"bits", "max_kld", "solver", "compensation", "refine_passes"}
@@ -156,6 +164,7 @@ class BitsMoEModifier(BitsMoEFields):
             self.codes = "scalar"
         experts = find_experts(state.model, self.targets, self.ignore)
         check_unclaimed(experts.items())
+        self._check_others(state, experts)
         check_super_experts(self.super_experts, experts)
         self._ranks = Ranks()
         tokens = sum(self._ranks.everyones(count_tokens(state.data.calib if state.data is not None else None)))
@@ -183,6 +192,20 @@ class BitsMoEModifier(BitsMoEFields):
         self._progress = tqdm(total=len(experts), desc="Quantizing MoE layers")
         self._said = Progress(len(experts))
         return True
+
+    def _check_others(self, state: State, experts: Mapping[str, Any]) -> None:
+        """Refuse layers, or a ``resume_dir``, that another modifier of this kind in the recipe has too."""
+        together = active_session().lifecycle.recipe.modifiers
+        ours = [one for one in together if isinstance(one, BitsMoEModifier)]
+        others = (
+            [one for one in ours if one is not self] if any(one is self for one in ours) else []
+        )  # no older recipe's
+        check_targeted_once(experts, [find_experts(state.model, one.targets, one.ignore) for one in others])
+        if self.resume_dir is not None and any(one.resume_dir == self.resume_dir for one in others):
+            raise RecipeError(
+                f"resume_dir: {self.resume_dir} is for one BitsMoEModifier, the recipe has {len(ours)}; give each a "
+                "folder of its own in the recipe, or none"
+            )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""

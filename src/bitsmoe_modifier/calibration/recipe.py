@@ -146,15 +146,21 @@ def with_fields(stage: Stage, **fields: Any) -> Stage:
     if not any(kind == "BitsMoEModifier" for kind, _ in stage.modifiers):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise RecipeError(f"{stage.name}: only a BitsMoEModifier takes {options}; the recipe has none, drop them")
+    ours = sum(kind == "BitsMoEModifier" for kind, _ in stage.modifiers)
+    for name in ("bits", "max_kld"):
+        if ours > 1 and name in given:
+            raise RecipeError(
+                f"{stage.name}: {name} is of one BitsMoEModifier, the recipe has {ours}; write it in the recipe"
+            )
     content = yaml.safe_load(stage.text)
     for groups in content.values():
         for modifiers in groups.values():
             if "BitsMoEModifier" in modifiers:
                 own = modifiers["BitsMoEModifier"]
+                before = own.get("ignore", [])
                 own |= given
                 if "ignore" in given:
-                    before = dict(next(args for kind, args in stage.modifiers if kind == "BitsMoEModifier"))
-                    own["ignore"] = [*before.get("ignore", []), *given["ignore"]]
+                    own["ignore"] = [*before, *given["ignore"]]
     pairs = tuple(pair for groups in content.values() for group in groups.values() for pair in group.items())
     return Stage(stage.name, pairs, yaml.safe_dump(content, sort_keys=False))
 

@@ -121,6 +121,24 @@ def check_unclaimed(experts: Iterable[tuple[str, LinearExperts2D]]) -> None:
         )
 
 
+def check_targeted_once(experts: Iterable[str], others: Iterable[Iterable[str]]) -> None:
+    """Refuse experts that another BitsMoEModifier of the recipe targets too.
+
+    Args:
+        experts: names of the experts modules of one modifier.
+        others: those of the recipe's others.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    twice = [name for name in experts for other in others if name in other]
+    if twice:
+        raise RecipeError(
+            f"two BitsMoEModifiers of the recipe target {_some(twice)}; give one of them other `targets`, or add these "
+            "to its `ignore`"
+        )
+
+
 def check_experts(
     name: str, module: LinearExperts2D, settings: QuantizerSettings, num_dense: int = 0
 ) -> QuantizerSettings:

@@ -61,12 +61,13 @@ def describe_layer(name: str, stored: dict[str, Stored], report: dict[str, Any])
     return Layer(name, layout, dict(kinds), widths, report)
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path | str) -> dict[str, Any]:
     """Everything `inspect` prints, in JSON types.
 
     Raises:
         CheckpointError: when the folder is no checkpoint, or its files are damaged.
     """
+    folder = Path(folder)
     config = read_config(folder)
     scheme = config.get("quantization_config")
     sizes = tensor_sizes(folder)

@@ -204,6 +204,9 @@ def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str
     fields = bitsmoe_fields(chosen)
     if fields is None:
         raise RecipeError(f"the stage {chosen.name} has no BitsMoEModifier to plan for")
+    ours = sum(kind == "BitsMoEModifier" for kind, _ in chosen.modifiers)
+    if ours > 1:
+        raise RecipeError(f"plan counts one BitsMoEModifier, the stage {chosen.name} has {ours}; plan each alone")
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -328,7 +328,8 @@ def evaluate_one(
         },
     }
     if Path(checkpoint).is_dir():  # not a copy of the hub's in its cache
-        where = f"{len(rows)} rows of {options.seq_len} tokens of {place(text.source)}, computed in {dtype}"
+        computed = str(dtype).removeprefix("torch.")
+        where = f"{len(rows)} rows of {options.seq_len} tokens of {place(text.source)}, computed in {computed}"
         how = f"Measured by `bitsmoe eval` on {where}. {LEGEND}"
         figures_of = {"reference": found["reference"], "run": found["checkpoint"]}
         quality = {**figures_of, "how": how, "samples": samples}
