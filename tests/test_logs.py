@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from loguru import logger
+from tqdm import tqdm
 
 from bitsmoe_modifier.calibration.capture import log_layer
 from bitsmoe_modifier.logs import set_up_logging
@@ -30,3 +31,17 @@ def test_what_is_said(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None
     assert "a warning" in said
     assert verbose or said == "warning: a warning\n"
     assert ("time 0.03s" in said, "layer 0: said at the end" in said) == (verbose, verbose)
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_bars_of_libraries_that_show_themselves(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --quiet or --log-json there is none: compressed-tensors, transformers and lm-eval say ``disable=False``."""
+    monkeypatch.setattr(tqdm, "__init__", tqdm.__init__)
+    monkeypatch.setenv("TQDM_DISABLE", value)
+    for _ in range(2):
+        set_up_logging(verbose=False)
+    assert list(tqdm(range(3), desc="a bar", disable=False)) == [0, 1, 2]
+    logger.remove()
+    assert ("a bar" in capsys.readouterr().err) == (value == "0")

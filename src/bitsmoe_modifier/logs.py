@@ -1,5 +1,6 @@
 """What the libraries say while they work: quiet by default, everything on request."""
 
+import functools
 import logging
 import os
 import sys
@@ -10,8 +11,9 @@ from . import messages
 
 #: warnings that say nothing about the result; the experts are linearized by every oneshot
 _EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
-#: loggers that warn about the libraries' own affairs: deprecations, targets of experts that are fused while loading
-_INTERNAL = ("torch.fx", "compressed_tensors")
+#: loggers that warn about the libraries' own affairs: deprecations, targets of experts that are fused while loading,
+#: how lm-eval was called
+_INTERNAL = ("torch.fx", "compressed_tensors", "lm_eval")
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -24,7 +26,6 @@ def set_up_logging(verbose: bool) -> None:
     if not verbose:
         warnings.filterwarnings("ignore", category=UserWarning, module="transformers|compressed_tensors|torch")
     import transformers
-    from compressed_tensors.offload import dispatch
     from loguru import logger
 
     try:
@@ -34,8 +35,8 @@ def set_up_logging(verbose: bool) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "llmcompressor":
             raise
-    if os.environ.get("TQDM_DISABLE"):
-        dispatch.tqdm = lambda items, **_: items  # the one bar that ignores TQDM_DISABLE
+    if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
+        _hide_bars()
     logger.remove()
     sink = _as_message if messages.mode() == "json" else sys.stderr
     level = "INFO" if verbose else "ERROR" if messages.mode() == "quiet" else "WARNING"
@@ -46,6 +47,20 @@ def set_up_logging(verbose: bool) -> None:
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     for name in _INTERNAL:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def _hide_bars() -> None:
+    """Show no bar of any library: TQDM_DISABLE does not reach those that are told whether to show themselves."""
+    from tqdm.std import tqdm
+
+    begin = tqdm.__init__
+
+    @functools.wraps(begin)
+    def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **{**kwargs, "disable": True})
+
+    if getattr(begin, "__code__", None) is not begin_hidden.__code__:  # not hidden already
+        tqdm.__init__ = begin_hidden  # type: ignore[method-assign]
 
 
 def _as_message(text: Any) -> None:
