@@ -134,6 +134,11 @@ def test_a_model_without_calibration_says_that_the_demos_text_is_used(
     assert "the demo's text is used" not in capsys.readouterr().err
     assert main(["compare", "--model", str(tmp_path), "--calibration", "x.txt", "--out", str(tmp_path / "out")]) == 2
     assert "no --eval-text: the demo's text is used" in capsys.readouterr().err
+    assert main(["plan", "--survey", "--model", str(tmp_path)]) == 2
+    assert "no --calibration: the demo's text is used" in capsys.readouterr().err
+    datafree = ["--recipe", "experts_w4", "--pipeline", "datafree"]
+    assert main(["quantize", "--model", str(tmp_path), *datafree, "--out", str(tmp_path / "out")]) == 2
+    assert "the demo's text is used" not in capsys.readouterr().err
 
 
 def test_a_typo_in_a_recipe_says_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,8 @@ def quantize(
         from ..checkpoints.push import check_login
 
         check_login(push_to_hub)
-    o.say_whose_text(model, calibration, "--calibration")
+    if call.params["pipeline"] != "datafree":
+        o.say_whose_text(model, calibration, "--calibration")
     model = model or demo_asset("docmoe")
     stages = Budget(sizes, size, fit, context, batch, max_kld).stages(chosen, model)
     folders = [Path(out)] if len(stages) == 1 else [Path(out) / f"{text}-bits" for text in sizes]
@@ -190,6 +191,8 @@ def plan(
     from ..sources.demo import demo_asset
 
     chosen = with_fields(one_stage(recipe, stage), bits=bits, codes=codes)
+    if survey:
+        o.say_whose_text(model, calibration, "--calibration")
     model = model or demo_asset("docmoe")
     if survey:
         if not call.params["verbose"]:
