@@ -53,14 +53,16 @@ def _hide_bars() -> None:
     """Show no bar of any library: TQDM_DISABLE does not reach those that are told whether to show themselves."""
     from tqdm.std import tqdm
 
-    begin = tqdm.__init__
+    begin: Any = tqdm.__init__
+    if getattr(begin, "hides", False):
+        return
 
     @functools.wraps(begin)
     def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **{**kwargs, "disable": True})
 
-    if getattr(begin, "__code__", None) is not begin_hidden.__code__:  # not hidden already
-        tqdm.__init__ = begin_hidden  # type: ignore[method-assign]
+    begin_hidden.hides = True  # type: ignore[attr-defined]
+    tqdm.__init__ = begin_hidden
 
 
 def _as_message(text: Any) -> None:

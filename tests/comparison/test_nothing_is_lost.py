@@ -100,6 +100,7 @@ def test_an_adapter_beside_the_model_is_no_part_of_it(
 ) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({name: torch.zeros(4, 64)}, model / "adapter_model.safetensors")
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
     assert main(command(inputs, tmp_path / "out", model=model)) == 0
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected

@@ -39,6 +39,9 @@ _DTYPES = {
 #: the tensors of a layer that say how large the others are
 _HEADERS = ("layout", "widths_in", "widths_out")
 
+#: beginnings of names of safetensors files that may lie beside a model and are none of its
+_BESIDE = ("adapter_model", "consolidated")
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -87,9 +90,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those that its index names, or model.safetensors, or all there are.
+    """The safetensors files of a checkpoint folder: those that its index names, or all there are.
 
-    What lies beside model.safetensors (an adapter, a consolidated copy) is no part of it, as for transformers.
+    An adapter beside model.safetensors, or a consolidated copy of it, is no part of the model.
 
     Links that a download made inside the folder are followed.
 
@@ -99,9 +102,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        if (folder / "model.safetensors").is_file():
-            return [folder / "model.safetensors"]
         files = sorted(folder.glob("*.safetensors"))
+        if folder / "model.safetensors" in files:
+            files = [file for file in files if not file.name.startswith(_BESIDE)]
         if not files:
             raise CheckpointError(f"{folder} has no safetensors files; it is not a checkpoint, or of an older kind")
         return files
