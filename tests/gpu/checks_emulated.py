@@ -55,6 +55,7 @@ ALLOWED: dict[str, tuple[Callable[[torch.Tensor], object], object]] = {
     "in place, seen through a view": (lambda x: _changed(x.clone()), [0.0, 7.0, 7.0, 3.0]),
     "shape in place": (lambda x: x.clone().unsqueeze_(0), [[0.0, 1.0, 2.0, 3.0]]),
     "result given": (lambda x: torch.add(x, x, out=torch.empty_like(x)), [0.0, 2.0, 4.0, 6.0]),
+    "empty for the result": (lambda x: torch.add(x, x, out=x.new_empty(0)), [0.0, 2.0, 4.0, 6.0]),
     "fewer at once": (lambda x: x.nonzero()[:, 0], [1, 2, 3]),
 }
 

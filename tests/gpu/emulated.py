@@ -11,7 +11,7 @@ takes it for the machine's accelerator.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -67,7 +67,9 @@ class GPUTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor) -> "GPUTensor":
+    def __new__(cls, held: torch.Tensor, requires_grad: bool | None = None) -> Any:
+        if requires_grad is not None:  # taken for the class of a parameter
+            return torch.nn.Parameter(held, requires_grad)
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -181,7 +183,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = made.clone()  # a copy on another device, in any case
     written = _written(func)
     if not written:
-        return _wrapped(made) if there else made
+        if not there:
+            return made
+        # a view of an ordinary tensor is one in inference mode, too
+        ordinary = _aliased(func) and isinstance(args[0], torch.Tensor) and not args[0].is_inference()
+        with torch.inference_mode(False) if ordinary and torch.is_inference_mode_enabled() else nullcontext():
+            return _wrapped(made)
     targets = [args[at] if at < len(args) else kwargs.get(name) for at, name in written]
     if torch.Tag.inplace_view in func.tags:
         _reshaped(func, args, kwargs)
@@ -190,7 +197,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             target.held.shape,
             target.held.stride(),
         ):
-            raise NotImplementedError(f"{func} changes the shape of its result; the emulation does not follow")
+            target.data = GPUTensor(target.held)  # an empty one was given for the result
     return targets[0] if isinstance(made, torch.Tensor) else None if made is None else tuple(targets)
 
 
@@ -213,6 +220,12 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """Place and name of the arguments that an operation writes to."""
     arguments = enumerate(func._schema.arguments)
     return tuple((at, a.name) for at, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@cache
+def _aliased(func: Any) -> bool:
+    """Whether an operation gives views of what it is given."""
+    return any(result.alias_info is not None for result in func._schema.returns)
 
 
 def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -268,7 +268,11 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            torch.empty(0, device=chosen)
+        elif (chosen.index or 0) >= torch.cuda.device_count():  # counts without using CUDA (`use_device`)
+            raise RuntimeError(f"{torch.cuda.device_count()} CUDA GPUs are here")
     except (RuntimeError, AssertionError) as error:
         raise BitsMoEError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return device

@@ -215,10 +215,23 @@ def sizes_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def use_device(device: str) -> torch.device:
-    """Hide accelerators from llm-compressor, which takes the first it finds, where the CPU was asked for."""
-    if torch.device(device).type == "cpu":
+    """Hide the other accelerators from llm-compressor, which takes the first it finds, whatever was asked for.
+
+    To be called before this process has used CUDA, which looks for its devices once. Processes of torchrun, which take
+    a device each, see them all.
+
+    Returns:
+        The device by its number from now on.
+    """
+    chosen = torch.device(device)
+    if chosen.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return torch.device(device)
+    elif chosen.type == "cuda" and chosen.index and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[chosen.index].strip()
+        return torch.device("cuda", 0)
+    return chosen
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
