@@ -3,6 +3,7 @@
 import copy
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -92,6 +93,12 @@ def test_copies_do_not_share_memory() -> None:
         assert there.tolist() == [1.0, 1.0]
         assert type(back) is torch.Tensor
         assert back.numpy().tolist() == [0.0, 0.0]
+
+
+def test_other_threads_and_lists_make_tensors_there() -> None:
+    with emulated_gpu(), ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: (HERE.to(GPU, torch.bfloat16), torch.tensor([[1, 2]], device=GPU))).result()
+        assert [(t.device, t.tolist()) for t in there] == [(GPU, HERE.tolist()), (GPU, [[1, 2]])]
 
 
 def test_modules_and_gradients() -> None:

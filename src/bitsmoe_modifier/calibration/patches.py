@@ -2,7 +2,8 @@
 
 - Norms that multiply by ``1 + weight`` (Qwen3-Next, Qwen3.5, Gemma) are replaced by plain ones during calibration and
   put back as ``(1 + weight) - 1``, which rounds a bfloat16 weight to a multiple of 2⁻⁸ or more. A norm that no modifier
-  has touched gets its own weight back.
+  has touched gets its own weight back. All are put back as they were before the model was dispatched to a GPU, and stop
+  it from running there once more (`mtp`); here they are dispatched as what stood in for them.
 - Linearizing a model keeps the fused experts of all layers until the last one is done, which doubles the memory of
   an MoE model. `linearizing` lets go of each layer's, and knows more families.
 - Llama 4's experts are linearized from ``config.text_config``, which a text-only Llama 4 does not have.
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import get_cache_init_kwargs, offload_module
+from compressed_tensors.offload.cache import OffloadCache
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm
 from loguru import logger
@@ -44,9 +47,11 @@ def _install_norms() -> None:
 
     def restore_exactly(norm: CalibrationOffsetNorm, original: Any) -> nn.Module:
         untouched = (1.0 + original.weight.data.float()).to(original.weight.dtype)
-        if torch.equal(norm.weight.data.to(untouched.device), untouched):
-            return original
-        return restore(norm, original)
+        if not torch.equal(norm.weight.data.to(untouched.device), untouched):
+            restore(norm, original)
+        if isinstance(norm._parameters, OffloadCache) and not isinstance(original._parameters, OffloadCache):
+            offload_module(original, **get_cache_init_kwargs(norm))
+        return original
 
     restore_exactly.exact = True  # type: ignore[attr-defined]
     CalibrationOffsetNorm.restore = restore_exactly  # type: ignore[method-assign, assignment]
