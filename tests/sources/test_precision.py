@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_modifier import CheckpointError
+from bitsmoe_modifier.calibration.linearizing import experts_modules
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.loading.source import load_source
 from bitsmoe_modifier.sources.classes import class_of, load_published
@@ -177,6 +179,30 @@ def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
         for name in names:
             assert torch.equal(operator.attrgetter(name)(model)[:], dense.get_parameter(name))
     assert torch.allclose(logits(model), logits(dense), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", FOLDERS)
+def test_experts_in_files_are_known_to_a_process_that_saw_no_others(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llm-compressor registers a class when it meets its parameters: a plan does that before `quantize` loads, no plan
+    comes before a stage of `compare`."""
+    make(tmp_path / "source")
+    own = {kind: one for kind, one in LinearExperts2D._registry.items() if one.__name__ != "LinearExperts2D"}
+    monkeypatch.setattr(LinearExperts2D, "_registry", own)
+    assert len(experts_modules(load_source(tmp_path / "source"))) == 2
+
+
+def test_the_rest_stays_in_fp8_whatever_the_run_computes_in(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    fp8_folder(source)
+    config = source / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    assert quantize(source, out, "--dtype", "bfloat16") == 0
+    low = [key for key, one in source_tensors(source).items() if ".experts." not in key and isinstance(one, Decoded)]
+    stored = stored_tensors(out)
+    assert low
+    assert all(stored[key].dtype == torch.float8_e4m3fn for key in low)
 
 
 @pytest.mark.parametrize("make", [*FOLDERS[:4], *(pytest.param(make, marks=pytest.mark.slow) for make in FOLDERS[4:])])

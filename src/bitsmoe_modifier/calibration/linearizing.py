@@ -13,36 +13,43 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from llmcompressor.modeling.moe.helpers import get_use_experts_implementation_args
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 
-from ..sources.stacks import stored_parameters
+from ..sources.stacks import StoredStack, stored_parameters
 from .stored_experts import take_apart
 
 #: what transformers calls an experts module with
 _INTERFACE = ["self", "hidden_states", "top_k_index", "top_k_weights"]
+#: what an experts module holds: tensors, or those of a source in low precision that stay in its files
+_WEIGHTS = (nn.Parameter, StoredStack)
 _PLAIN = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of the routed experts of a model as transformers builds it, on any device."""
     for module in model.modules():
-        if LinearExperts2D.get_registration(type(module)) is None and _is_plain(module):
-            kind = type(module)
+        kind = type(module)
+        if LinearExperts2D.get_registration(kind) is not None:
+            continue
+        if _is_plain(module):
             namespace = {**_PLAIN, "_apply_gate": kind._apply_gate}  # type: ignore[attr-defined]
             LinearExperts2D._registry[kind] = type("LinearExperts2D", (LinearExperts2D,), namespace)
+        elif stored_parameters(module) and get_use_experts_implementation_args(kind):
+            LinearExperts2D.get_linear_experts_cls(kind)  # which it would know by parameters, were they not in files
     return get_non_linearized_moes(model)
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module has fused experts in rows of gate before rows of up, the interface, and a formula of its own."""
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
+    if not isinstance(gate_up, _WEIGHTS) or not isinstance(down, _WEIGHTS) or len(gate_up.shape) != 3:
         return False
     return (
-        len(gate_up) == len(down) == getattr(module, "num_experts", None)
+        gate_up.shape[0] == down.shape[0] == getattr(module, "num_experts", None)
         and gate_up.shape[1:] == (2 * down.shape[2], down.shape[1])
         and hasattr(module, "_apply_gate")
         and list(inspect.signature(type(module).forward).parameters) == _INTERFACE

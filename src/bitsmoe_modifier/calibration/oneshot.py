@@ -170,7 +170,7 @@ def _quantize(
     restore_dtypes(model, stored, stored_dtype)
     as_stored = settings.rest == "source" and is_low_precision_source(model_folder)
     if as_stored:
-        number = len(keep_as_stored(model, model_folder))
+        number = len(keep_as_stored(model, model_folder, settings.dtype))
         logger.info(f"{number} modules that were not quantized are stored as the source has them")
     if not is_source_process():
         model.save_pretrained(output.path)  # takes part in what the first process writes, and writes nothing

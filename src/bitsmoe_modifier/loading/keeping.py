@@ -24,12 +24,13 @@ from .source import NamesOf
 
 
 @torch.no_grad()
-def keep_as_stored(model: Any, folder: Path) -> list[str]:
+def keep_as_stored(model: Any, folder: Path, computed: torch.dtype | None = None) -> list[str]:
     """Put a source's low-precision weights back into the Linears that nothing has changed.
 
     Args:
         model: made by `load_source` from the folder, in the dtypes that it will be saved in.
         folder: of the source.
+        computed: what the weights were rounded to on the way; None: nothing.
 
     Returns:
         Names of the modules that are stored as the source has them now.
@@ -44,7 +45,8 @@ def keep_as_stored(model: Any, folder: Path) -> list[str]:
         if module is None:
             continue
         with disable_onloading():
-            same = torch.equal(module.weight.cpu(), stored.read(dtype=module.weight.dtype))
+            read = stored.read(dtype=module.weight.dtype)
+            same = torch.equal(module.weight.cpu(), read.to(computed or read.dtype).to(read.dtype))
         if same:
             found[name.removesuffix(".weight")] = stored.as_stored
     for group, members in _by_group(found):
