@@ -193,6 +193,20 @@ def test_experts_in_files_are_known_to_a_process_that_saw_no_others(
     assert len(experts_modules(load_source(tmp_path / "source"))) == 2
 
 
+def test_gptq_for_attention_beside_experts_of_an_fp8_source(tmp_path: Path) -> None:
+    """And a stage of GPTQ alone, whose experts are read into memory: targets in a list are texts, not recipes."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    fp8_folder(source)
+    weights = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 16}"
+    attention = f"GPTQModifier: {{config_groups: {{a: {{targets: ['re:.*self_attn[.]o_proj$'], weights: {weights}}}}}}}"
+    assert quantize(source, out, recipe=RECIPE.replace("{BitsMoE", f"{{{attention}, BitsMoE")) == 0
+    assert len(packed_modules(load(out))) == 2
+    assert "model.layers.0.self_attn.o_proj.weight_packed" in stored_tensors(out)
+    alone = attention.replace("self_attn[.]o_proj", "[.]experts[.][0-9]+[.](gate|up|down)_proj")
+    assert quantize(source, tmp_path / "gptq", recipe=f"quant_stage: {{quant_modifiers: {{{alone}}}}}") == 0
+    assert "model.layers.2.mlp.experts.7.down_proj.weight_packed" in stored_tensors(tmp_path / "gptq")
+
+
 def test_the_rest_stays_in_fp8_whatever_the_run_computes_in(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     fp8_folder(source)
@@ -291,10 +305,10 @@ def test_layers_for_multi_token_prediction_stay_in_fp8(tmp_path: Path) -> None:
     assert len(packed_modules(load(out))) == 2
 
 
-def quantize(source: Path, out: Path, *options: str) -> int:
-    recipe, text = out.with_name("recipe.yaml"), write_text(out.with_name("text"), 4000, seed=0)
-    recipe.write_text(RECIPE)
-    inputs = ["--model", str(source), "--recipe", str(recipe), "--calibration", str(text), "--out", str(out)]
+def quantize(source: Path, out: Path, *options: str, recipe: str = RECIPE) -> int:
+    file, text = out.with_name("recipe.yaml"), write_text(out.with_name("text"), 4000, seed=0)
+    file.write_text(recipe)
+    inputs = ["--model", str(source), "--recipe", str(file), "--calibration", str(text), "--out", str(out)]
     return main(["quantize", *inputs, "--samples", "16", "--seq-len", "32", *options])
 
 

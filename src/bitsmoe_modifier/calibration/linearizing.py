@@ -9,7 +9,7 @@ number stands for all layers.
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -39,7 +39,7 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             namespace = {**_PLAIN, "_apply_gate": kind._apply_gate}  # type: ignore[attr-defined]
             LinearExperts2D._registry[kind] = type("LinearExperts2D", (LinearExperts2D,), namespace)
         elif stored_parameters(module) and get_use_experts_implementation_args(kind):
-            LinearExperts2D.get_linear_experts_cls(kind)  # which it would know by parameters, were they not in files
+            LinearExperts2D.get_linear_experts_cls(cast(Any, kind))  # which it knows by parameters that are no files
     return get_non_linearized_moes(model)
 
 

@@ -163,13 +163,9 @@ def _bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
     if isinstance(recipe, (str, Path)):
         path = Path(recipe)
         is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and path.is_file()
-        yield from _bitsmoe_fields(yaml.safe_load(path.read_text(encoding="utf-8") if is_file else str(recipe)))
+        yield from _fields_within(yaml.safe_load(path.read_text(encoding="utf-8") if is_file else str(recipe)))
     elif isinstance(recipe, dict):
-        for name, value in recipe.items():
-            if name == "BitsMoEModifier":
-                yield value or {}
-            else:
-                yield from _bitsmoe_fields(value)
+        yield from _fields_within(recipe)
     elif isinstance(recipe, (list, tuple)):
         for one in recipe:
             yield from _bitsmoe_fields(one)
@@ -177,3 +173,14 @@ def _bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
         yield {"targets": recipe.targets, "ignore": recipe.ignore}
     else:
         yield from (_bitsmoe_fields(recipe.modifiers) if hasattr(recipe, "modifiers") else ())
+
+
+def _fields_within(content: Any) -> Iterator[dict[str, Any]]:
+    """The same of a recipe's content, in which a text is a value and no recipe."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if name == "BitsMoEModifier":
+            yield value or {}
+        else:
+            yield from _fields_within(value)
+    for one in content if isinstance(content, list) else ():
+        yield from _fields_within(one)
