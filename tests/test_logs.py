@@ -25,11 +25,15 @@ def test_what_is_said(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None
     set_up_logging(verbose)
     logger.warning("a warning")
     logger.log("METRIC", "time 0.03s")
+    logger.warning("block quantization strategy requires strict division of weight/activation size 576")
+    chosen = logger.patch(lambda record: record.update(name="llmcompressor.pipelines.registry"))
+    chosen.warning("Calibration pipeline is set to `datafree`")
     log_layer("layer 0", report)
     logger.remove()
     said = capsys.readouterr().err
     assert "a warning" in said
     assert verbose or said == "warning: a warning\n"
+    assert ("strict division" in said, "Calibration pipeline" in said) == (verbose, verbose)
     assert ("time 0.03s" in said, "layer 0: said at the end" in said) == (verbose, verbose)
 
 

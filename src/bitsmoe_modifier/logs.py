@@ -9,8 +9,15 @@ from typing import Any
 
 from . import messages
 
-#: warnings that say nothing about the result; the experts are linearized by every oneshot
-_EXPECTED = ("llmcompressor.modeling.moe", "llmcompressor.entrypoints.oneshot", "llmcompressor.utils.dev")
+#: warnings that say nothing about the result; the experts are linearized by every oneshot, pipelines are chosen
+_EXPECTED = (
+    "llmcompressor.modeling.moe",
+    "llmcompressor.entrypoints.oneshot",
+    "llmcompressor.utils.dev",
+    "llmcompressor.pipelines.registry",
+)
+#: nor does this, of every Linear whose FP8 source has a part of a block at its end, as DeepSeek-V3's have
+_PART_OF_A_BLOCK = "block quantization strategy requires strict division"
 #: loggers that warn about the libraries' own affairs: deprecations, targets of experts that are fused while loading,
 #: how lm-eval was called
 _INTERNAL = ("torch.fx", "compressed_tensors", "lm_eval")
@@ -78,6 +85,8 @@ def _as_our_own(record: Any) -> str:
 def _worth_saying(record: Any) -> bool:
     """Not what is no concern of the user's, nor what a command says at its end anyway: warnings about layers."""
     if record["level"].name == "METRIC":  # GPTQ's seconds and errors, three lines for every matrix
+        return False
+    if record["message"].startswith(_PART_OF_A_BLOCK):
         return False
     said_later = record["function"] == "log_layer"
     return not (record["level"].name == "WARNING" and ((record["name"] or "").startswith(_EXPECTED) or said_later))

@@ -207,6 +207,12 @@ def test_autoround_is_calibrated_row_by_row() -> None:
     assert shipped["gptq_w3"].calibration_batch(16) == 16
 
 
+def test_options_are_called_as_on_the_command_line(tmp_path: Path) -> None:
+    (stage,) = read_stages(recipe(tmp_path, "a_stage: {q_modifiers: {GPTQModifier: {scheme: W4A16}}}"))
+    with pytest.raises(RecipeError, match="a: only a BitsMoEModifier takes --fast, --max-kld; the recipe has none"):
+        with_fields(stage, error_feedback=False, max_kld=0.1)
+
+
 def test_fields_for_two_of_ours(tmp_path: Path) -> None:
     text = "q_stage: {a_modifiers: {BitsMoEModifier: {ignore: [a]}}, b_modifiers: {BitsMoEModifier: {ignore: [b]}}}"
     (stage,) = read_stages(recipe(tmp_path, text))

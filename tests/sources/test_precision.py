@@ -188,6 +188,7 @@ def test_experts_in_files_are_known_to_a_process_that_saw_no_others(
     """llm-compressor registers a class when it meets its parameters: a plan does that before `quantize` loads, no plan
     comes before a stage of `compare`."""
     make(tmp_path / "source")
+    LinearExperts2D.get_registration(object)  # imports those that register themselves, once in a process
     own = {kind: one for kind, one in LinearExperts2D._registry.items() if one.__name__ != "LinearExperts2D"}
     monkeypatch.setattr(LinearExperts2D, "_registry", own)
     assert len(experts_modules(load_source(tmp_path / "source"))) == 2

@@ -12,6 +12,8 @@ from ..extras import require
 from .recipe_names import check_keys, did_you_mean
 
 _SUFFIX = "_stage"
+#: options of the command line that set a field of another name
+_OPTIONS = {"error_feedback": "--fast", "refine_passes": "--best"}
 _SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; checkout
 
 
@@ -144,7 +146,7 @@ def with_fields(stage: Stage, **fields: Any) -> Stage:
     if not given:
         return stage
     if not any(kind == "BitsMoEModifier" for kind, _ in stage.modifiers):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        options = ", ".join(_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in given)
         raise RecipeError(f"{stage.name}: only a BitsMoEModifier takes {options}; the recipe has none, drop them")
     ours = sum(kind == "BitsMoEModifier" for kind, _ in stage.modifiers)
     for name in ("bits", "max_kld"):

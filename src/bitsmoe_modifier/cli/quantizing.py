@@ -45,7 +45,7 @@ def quantize(
     codes: o.Codes = None,
     ignore: o.Ignore = "",
     fast: Annotated[
-        bool, typer.Option("--fast", help="Round without error feedback: half of the time, 2.5 times the loss.")
+        bool, typer.Option("--fast", help="Round without error feedback: half of the time, 2.5 to 3 times the loss.")
     ] = False,
     best: Annotated[
         bool, typer.Option("--best", help="Refine what was rounded twice: hardly less loss, a tenth more time.")
