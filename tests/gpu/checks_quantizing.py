@@ -16,9 +16,15 @@ from bitsmoe_modifier.method.statistics import RoutedTokens
 E, H, I, ROWS, LENGTH = 3, 32, 32, 8, 30
 
 CASES: dict[str, dict[str, Any]] = {
-    "scalar": {"codes": "scalar", "refine_passes": 1, "solver": "lagrangian"},
+    "scalar": {"codes": "scalar", "refine_passes": 1, "solver": "lagrangian", "output_basis": "none"},
     "open": {"codes": "scalar", "error_feedback": False, "compensation": False, "input_basis": "none"},
-    "trellis": {"codes": "trellis", "metric": True, "bias": True, "dtype": torch.bfloat16},
+    "trellis": {
+        "codes": "trellis",
+        "metric": True,
+        "bias": True,
+        "dtype": torch.bfloat16,
+        "input_basis": "none",
+    },
     "truncated": {"codes": "trellis", "bits": 2.2, "basis_bits": 16, "input_basis": "spectral", "output_basis": "none"},
     "ungated": {"codes": "trellis", "ungated": True, "output_basis": "spectral", "input_basis": "none"},
     "super-experts": {"codes": "scalar", "dense": (1,), "bits": 11.0, "input_basis": "none", "metric": True},
