@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,17 +173,14 @@ def test_auto_takes_what_loses_less_on_held_out_rows(spread: float, bits: float,
         torch.randn(16, 64, 64, generator=gen) / 8, torch.randn(16, 64, 32, generator=gen) / 6, Gating()
     )
     settings = QuantizerSettings(bits=bits, block_size=16, group_size=32, codes=codes)
-    plan = plan_layer(experts, tokens, settings)
-    assert len(plan.under(1.4).inputs) == len(plan.under(1.4).outputs) == 2  # the cost tables decide
-    plan = plan.under(1.5)
-    assert len(plan.inputs) == len(plan.outputs) == 1
+    chosen = plan_layer(experts, tokens, settings).choose(bits * experts.elements)
     losses = {}
     for choice in ("spectral", "none"):
         fixed = replace(settings, input_basis=choice, output_basis="none")
         design = plan_layer(experts, tokens, fixed).choose(bits * experts.elements)
         losses[choice] = quantize_layer(experts, tokens, design, fixed)[1].relative_output_error
     assert (losses["spectral"] < losses["none"]) == spectral
-    assert (plan.inputs[0].basis is not None) == spectral
+    assert (chosen.inputs.basis is not None) == spectral
 
 
 def test_a_trial_rounds_in_the_codes_of_the_run() -> None:
@@ -193,15 +191,36 @@ def test_a_trial_rounds_in_the_codes_of_the_run() -> None:
     assert held is not None
     plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, block_size=16, group_size=16, codes="trellis"))
     found = [
-        Trials(replace(plan.settings, codes=codes), experts, fitted, held, None).loss(plan, (1, 1))
+        Trials(replace(plan.settings, codes=codes), experts, fitted, held, None).of(plan, (1, 1))
         for codes in ("trellis", "scalar")
     ]
-    assert found[0] != found[1]
-    design = plan.under(2.0).choose(2.0 * experts.elements)
-    assert plan.tried is not None
-    direct = Trials(plan.settings, experts, fitted, held, None)
-    assert direct.loss(plan, plan.tried) <= direct.loss(plan, (1, 1))
-    assert quantize_layer(experts, tokens, design, plan.settings)[1].unseen_times >= 1
+    assert found[0].foretold == found[1].foretold
+    assert found[0].times != found[1].times
+
+
+def test_a_trial_corrects_what_the_cost_tables_choose_by() -> None:
+    """At every budget, and nothing else: what a layer is foretold to lose stays what the tables say."""
+    experts, x, ids, p, _ = make(16, 200)
+    tokens = RoutedTokens.from_router(x, ids, p, 4, rows=16)
+    # without width 0, so that no basis is cut after the choice
+    plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, widths=(1, 2, 4, 6), block_size=16, group_size=16))
+    assert {side.times for side in (*plan.inputs, *plan.outputs)} != {1.0}
+    assert plan.outputs[-1].times == 1.0  # without a basis: what the output's candidates are measured by
+    for bits in (3.0, 4.0, 5.0):
+        foretold = {
+            (i, o): plan.only(i, o).choose(bits * experts.elements).predicted_distortion
+            for i in range(2)
+            for o in range(2)
+        }
+        expected = {at: lost * plan.inputs[at[0]].times * plan.outputs[at[1]].times for at, lost in foretold.items()}
+        best = min(expected, key=expected.__getitem__)
+        design = plan.choose(bits * experts.elements)
+        assert (design.inputs.basis is None, design.outputs.basis is None) == tuple(at == 1 for at in best)
+        assert design.predicted_distortion == pytest.approx(foretold[best], rel=1e-9)
+        sizes, curve = plan.curve()
+        assert np.interp(bits * experts.elements, sizes, curve) == pytest.approx(foretold[best], rel=0.1)
+    other = replace(plan, inputs=tuple(replace(side, times=t) for side, t in zip(plan.inputs, (1e9, 1.0), strict=True)))
+    assert other.choose(3.0 * experts.elements).inputs.basis is None
 
 
 def test_bases_on_trial_know_nothing_of_the_rows_that_judge_them() -> None:

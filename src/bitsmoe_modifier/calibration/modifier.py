@@ -324,7 +324,7 @@ class BitsMoEModifier(BitsMoEFields):
 
     def _chosen(self, plan: LayerPlan, bits: float) -> LayerDesign:
         """A layer's own design under a budget, the same on all processes."""
-        return self._ranks.compute(lambda: plan.under(bits).choose(bits * plan.elements))
+        return self._ranks.compute(lambda: plan.choose(bits * plan.elements))
 
     def _replacement(self, model: Any, module: LinearExperts2D, name: str, inputs: list[Inputs]) -> BitsMoEExperts:
         """What stands in for a layer's experts from now on, made of all processes' captured inputs."""

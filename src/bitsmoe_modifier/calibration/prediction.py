@@ -14,7 +14,7 @@ from loguru import logger
 
 from ..errors import RecipeError
 from ..method.allocation import hull_curve
-from ..method.design import TRIED_FROM, LayerDesign, LayerPlan
+from ..method.design import LayerDesign, LayerPlan
 from .capture import naming_layer
 from .survey import share_budget
 
@@ -86,18 +86,9 @@ def predict(plans: Mapping[str, LayerPlan], tokens: int) -> Prediction:
         tokens: calibration tokens that the plans were measured on.
     """
     weights = sum(plan.elements for plan in plans.values())
-    # bases are chosen in one way below `TRIED_FROM` and in another from there on
-    (few, lost_few), (many, lost_many) = (_hull([plan.under(bits) for plan in plans.values()]) for bits in (0, np.inf))
-    below, above = few < TRIED_FROM * weights, many >= TRIED_FROM * weights
-    spent, cost = np.append(few[below], many[above]), np.append(lost_few[below], lost_many[above])
-    cost = np.maximum.accumulate(cost[::-1])[::-1]  # where the two meet, more bits must not seem to lose more
+    curves = [plan.curve() for plan in plans.values()]
+    spent, cost = hull_curve(np.stack([c for _, c in curves]), np.stack([b for b, _ in curves]))
     return Prediction(spent / weights, corrected(np.maximum(cost, 0.0) / (2 * tokens)))
-
-
-def _hull(plans: list[LayerPlan]) -> tuple[np.ndarray, np.ndarray]:
-    """Stored bits, rising, and the least cost that all layers together have with so many."""
-    curves = [plan.curve() for plan in plans]
-    return hull_curve(np.stack([c for _, c in curves]), np.stack([b for b, _ in curves]))
 
 
 def designs_under(plans: Mapping[str, LayerPlan], bits: float) -> dict[str, LayerDesign]:
@@ -107,7 +98,6 @@ def designs_under(plans: Mapping[str, LayerPlan], bits: float) -> dict[str, Laye
         RecipeError: when the budget does not pay what all layers store at least, naming the layer where it is one.
     """
     weights = {name: plan.elements for name, plan in plans.items()}
-    plans = {name: plan.under(bits) for name, plan in plans.items()}
     curves = {name: plan.curve() for name, plan in plans.items()}
     designs = {}
     for name, budget in share_budget(curves, bits * sum(weights.values())).items():

@@ -19,10 +19,6 @@ from .costs import SideCosts, unit_cost
 from .layer import QuantizerSettings
 from .spectral import SharedBasis
 
-#: Bits per weight, everything counted, from which on a trial decides between the bases, and not the cost tables. At 1.6
-#: bits the trial's choice loses a quarter less on the demo model and as much on bookmoe, at 1.25 up to twice as much.
-TRIED_FROM = 1.5
-
 T = TypeVar("T")
 
 
@@ -35,12 +31,15 @@ class SidePlan:
         costs: distortion per unit and width.
         weight: importance of the elements along I, ``[matrices, I]``.
         rank: directions.
+        times: how many times what the costs foretell is lost, as a trial found (`trial`); of use between the candidates
+            of a side only. 1 where none was made.
     """
 
     basis: SharedBasis | None
     costs: SideCosts
     weight: torch.Tensor
     rank: int
+    times: float = 1.0
 
     @property
     def bits_per_direction(self) -> int:
@@ -118,7 +117,6 @@ class LayerPlan:
         dense_ids: super experts, kept dense.
         warnings: recoverable numerical trouble, in words for the user.
         ungated: 1 where experts have no gate.
-        tried: places of the input's and the output's candidates that lost least in a trial (`trial`), if there was one.
     """
 
     settings: QuantizerSettings
@@ -132,17 +130,9 @@ class LayerPlan:
     dense_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     ungated: int = 0
-    tried: tuple[int, int] | None = None
 
-    def under(self, bits: float) -> "LayerPlan":
-        """The plan with the candidates that a model of ``bits`` per weight takes its bases from.
-
-        From `TRIED_FROM` on those that lost least when they were tried. Below, all: there most of what is lost is in
-        dropped directions, which the cost tables foretell exactly and a trial at more bits does not show.
-        """
-        if self.tried is None or bits < TRIED_FROM:
-            return self
-        inputs, outputs = self.tried
+    def only(self, inputs: int, outputs: int) -> "LayerPlan":
+        """The plan with one candidate of each side."""
         return replace(self, inputs=(self.inputs[inputs],), outputs=(self.outputs[outputs],))
 
     @property
@@ -156,7 +146,7 @@ class LayerPlan:
         return self.constant_bits + inputs.basis_bits + outputs.basis_bits + 8 * units
 
     def curve(self, points: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """Least distortion against stored bits, over both sides' candidate bases.
+        """Distortion against stored bits, with the bases that `choose` takes.
 
         Returns:
             (bits ``[points]`` rising, distortion ``[points]`` not rising).
@@ -166,12 +156,16 @@ class LayerPlan:
         for inputs in self.inputs:
             for outputs in self.outputs:
                 spent, distortion = hull_curve(self._table(inputs, outputs), cost)
-                corners.append((spent + self.fixed_bits(inputs, outputs), distortion))
+                corners.append((spent + self.fixed_bits(inputs, outputs), distortion, _expected(1.0, inputs, outputs)))
         bits = np.linspace(min(c[0][0] for c in corners), max(c[0][-1] for c in corners), points)
-        return bits, np.min([np.interp(bits, *c, left=np.inf) for c in corners], axis=0)
+        foretold = np.stack([np.interp(bits, spent, lost, left=np.inf) for spent, lost, _ in corners])
+        least = (foretold * np.array([[times] for _, _, times in corners])).argmin(0)
+        distortion = foretold[least, np.arange(points)]
+        # where one pair of bases follows another, more bits must not seem to lose more
+        return bits, np.maximum.accumulate(distortion[::-1])[::-1]
 
     def choose(self, budget_bits: float) -> LayerDesign:
-        """The pair of bases with the least predicted distortion under the budget, and its allocation.
+        """The pair of bases that is expected to lose least under the budget, and its allocation.
 
         Raises:
             RecipeError: when the budget does not even pay what every option stores regardless of width.
@@ -185,7 +179,9 @@ class LayerPlan:
                 if budget_bits < fixed + len(table) * cost[0]:
                     continue
                 solved = allocate(table, cost, budget_bits - fixed, self.settings.solver)
-                if best is None or solved.distortion < best[2].distortion:
+                if best is None or _expected(solved.distortion, inputs, outputs) < _expected(
+                    best[2].distortion, *best[:2]
+                ):
                     best = (inputs, outputs, solved)
         if best is None:
             weights = self.elements
@@ -263,6 +259,11 @@ class LayerPlan:
         mask = torch.cat([matrices.repeat_interleave(2 * units_in), matrices.repeat_interleave(units_out)])
         table[mask.numpy()] = 0.0
         return table
+
+
+def _expected(distortion: float, inputs: SidePlan, outputs: SidePlan) -> float:
+    """A distortion as the cost tables foretell it, corrected by what a trial of these candidates found."""
+    return distortion * inputs.times * outputs.times
 
 
 def _energy(costs: SideCosts) -> tuple[float, ...]:

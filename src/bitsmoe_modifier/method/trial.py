@@ -3,11 +3,12 @@
 What plain rounding would lose on the calibration rows, which the cost tables say, is a fair price within one choice of
 bases and a poor one between them. Feedback takes much off where inputs correlate (the channels) and little where a
 basis has made them white; and the weak directions of a basis carry more energy on other text than they seemed to. How
-much of either, neither theory nor the calibration rows say well enough at two bits (docs/quality.md).
+much of either, neither theory nor the calibration rows say well enough at two bits (docs/quality.md). A trial at one
+size does, for all: the tables foretell well how one choice's loss goes with the size.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,10 +29,10 @@ _TRIAL_EXPERTS, _TRIAL_WEIGHTS = 8, 1 << 24
 _TRIAL_BITS = 2.0
 #: Shrinkage of their moments where it is not set.
 _TRIAL_SHRINKAGE = 0.1
-#: What a basis must win by. Held-out rows are of the calibration text, which a basis fits more closely than the
-#: channels do: on a layer cut out of a real language model, in scalar codes, the input's won by 3 % on held-out rows
-#: and lost by 17 % on other text.
-_MARGIN = 1.1
+#: What a basis must win by: of the input, because held-out rows are of the calibration text, which it fits more closely
+#: than the channels do (on a layer cut out of a real language model, in scalar codes, it won by 2 % on held-out rows
+#: and lost by 17 % on other text); of the output, because it takes a launch of its own in every decoding step.
+_MARGIN_IN, _MARGIN_OUT = 1.05, 1.02
 
 
 def to_be_tried(plan: LayerPlan, tokens: RoutedTokens) -> bool:
@@ -49,8 +50,7 @@ def settled(
     metric: torch.Tensor | None,
     ranks: Ranks,
 ) -> LayerPlan:
-    """The plan with what a trial found (`LayerPlan.tried`): the candidates with which a sample of the experts loses
-    least on held-out rows.
+    """The plan with what a trial found (`SidePlan.times`), by which it chooses bases at every budget.
 
     Tried at `_TRIAL_BITS`, whatever the budget, because one plan serves many, and in the layer's own codes: scalar ones
     lose many times more in a few experts, and a layer was judged by those. The input's candidates first. The first
@@ -66,25 +66,42 @@ def settled(
     fitted, held = tokens.fitted(), tokens.held_out()
     if held is None or not to_be_tried(plan, tokens):
         return plan
-    at = ranks.compute(lambda: _least(unseen, Trials(plan.settings, experts, fitted, held, metric)))
-    return replace(plan, tried=at)
+    inputs, outputs = ranks.compute(lambda: _found(unseen, Trials(plan.settings, experts, fitted, held, metric)))
+    return replace(
+        plan,
+        inputs=tuple(replace(side, times=times) for side, times in zip(plan.inputs, inputs, strict=True)),
+        outputs=tuple(replace(side, times=times) for side, times in zip(plan.outputs, outputs, strict=True)),
+    )
 
 
-def _least(plan: LayerPlan, trials: "Trials") -> tuple[int, int] | None:
-    """Which candidates of the two sides lose least; None where there is no choice, or no trial is possible."""
-    inputs, outputs = range(len(plan.inputs)), range(len(plan.outputs))
-    best = 0, outputs[-1]
-    if len(inputs) > 1:
-        losses = [trials.loss(plan, (at, best[1])) * _handicap(plan.inputs[at]) for at in inputs]
-        best = int(np.argmin(losses)), best[1]
-    if len(outputs) > 1:
-        losses = [trials.loss(plan, (best[0], at)) * _handicap(plan.outputs[at]) for at in outputs]
-        best = best[0], int(np.argmin(losses))
-    return best if np.isfinite(trials.known.get(best, np.inf)) else None
+def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[float], list[float]]:
+    """`SidePlan.times` of the candidates of the two sides, margins included; all 1 where no trial is possible."""
+    last = len(plan.outputs) - 1
+    tried = [trials.of(plan, (at, last)) for at in range(len(plan.inputs))]
+    inputs = [one.times * _handicap(side, _MARGIN_IN) for one, side in zip(tried, plan.inputs, strict=True)]
+    best = int(np.argmin([one.foretold * times for one, times in zip(tried, inputs, strict=True)]))
+    outputs = [
+        trials.of(plan, (best, at)).times / tried[best].times * _handicap(side, _MARGIN_OUT)
+        for at, side in enumerate(plan.outputs)
+    ]
+    return (inputs, outputs) if np.isfinite(inputs[best]) else ([1.0] * len(inputs), [1.0] * len(outputs))
 
 
-def _handicap(side: SidePlan) -> float:
-    return 1.0 if side.basis is None else _MARGIN
+def _handicap(side: SidePlan, margin: float) -> float:
+    return 1.0 if side.basis is None else margin
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a trial of one pair of candidates found.
+
+    Attributes:
+        foretold: what the cost tables say that the layer loses; infinite where its bases take more than the budget.
+        times: how many times that is lost on held-out rows; infinite where there was no trial.
+    """
+
+    foretold: float
+    times: float
 
 
 class Trials:
@@ -101,30 +118,30 @@ class Trials:
         shrinkage = _TRIAL_SHRINKAGE if settings.shrinkage is None else settings.shrinkage
         self.settings = replace(settings, shrinkage=shrinkage, refine_passes=0, compensation=True)
         self.layer, self.held, self.metric = (experts, tokens), held, metric
-        self.known: dict[tuple[int, int], float] = {}
+        self.known: dict[tuple[int, int], Tried] = {}
         self.ids: list[int] = []
 
-    def loss(self, plan: LayerPlan, at: tuple[int, int]) -> float:
-        """Of the whole layer, as the cost tables foretell it and the sample corrects them."""
+    def of(self, plan: LayerPlan, at: tuple[int, int]) -> Tried:
+        """That of the candidates at these places of the inputs' and the outputs'."""
         if at not in self.known:
-            self.known[at] = self._measure(replace(plan, tried=at).under(_TRIAL_BITS))
+            self.known[at] = self._measure(plan.only(*at))
         return self.known[at]
 
-    def _measure(self, one: LayerPlan) -> float:
+    def _measure(self, one: LayerPlan) -> Tried:
         experts, tokens = self.layer
         one = replace(one, settings=replace(one.settings, solver="lagrangian"))  # the same whatever solves the rest
         try:
             design = one.choose(max(_TRIAL_BITS, one.settings.widths[0] + 0.5) * experts.elements)
         except RecipeError:  # its bases alone take more than the budget
-            return float("inf")
+            return Tried(np.inf, np.inf)
         foretold = predicted_losses(one, design)
         self.ids = self.ids or trial_experts(foretold, self.held, one.dense_ids, _sample_size(experts))
         if not self.ids:
-            return float("inf")
+            return Tried(float(foretold.sum()), np.inf)
         found = trial_losses(experts, tokens, self.held, design, self.settings, self.metric, self.ids, ("held",))
         times = (found[0] / foretold[self.ids].clamp_min(1e-300)).clamp_min(0)
         # squares of mean roots: the held-out tokens of one expert may be unlike its others, and must not decide for all
-        return float(foretold.sum() * times.sqrt().mean().square())
+        return Tried(float(foretold.sum()), float(times.sqrt().mean().square().clamp_min(1e-30)))
 
 
 def predicted_losses(plan: LayerPlan, design: LayerDesign) -> torch.Tensor:
