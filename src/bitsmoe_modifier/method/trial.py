@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from .design import LayerDesign, LayerPlan, SideDesign, SidePlan, moved
+from .design import LayerDesign, LayerPlan, SideDesign, moved
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .sides import LayerTask, expert_gate_up, round_input, round_output
@@ -29,10 +29,6 @@ _TRIAL_EXPERTS, _TRIAL_WEIGHTS = 8, 1 << 24
 _TRIAL_BITS = 2.0
 #: Shrinkage of their moments where it is not set.
 _TRIAL_SHRINKAGE = 0.1
-#: What a basis must win by: of the input, because held-out rows are of the calibration text, which it fits more closely
-#: than the channels do (on a layer cut out of a real language model, in scalar codes, it won by 2 % on held-out rows
-#: and lost by 17 % on other text); of the output, because it takes a launch of its own in every decoding step.
-_MARGIN_IN, _MARGIN_OUT = 1.05, 1.02
 
 
 def to_be_tried(plan: LayerPlan, tokens: RoutedTokens) -> bool:
@@ -66,7 +62,10 @@ def settled(
     fitted, held = tokens.fitted(), tokens.held_out()
     if held is None or not to_be_tried(plan, tokens):
         return plan
-    inputs, outputs = ranks.compute(lambda: _found(unseen, Trials(plan.settings, experts, fitted, held, metric)))
+    found = ranks.compute(lambda: _found(unseen, Trials(plan.settings, experts, fitted, held, metric)))
+    if found is None:
+        return plan
+    inputs, outputs = found
     return replace(
         plan,
         inputs=tuple(replace(side, times=times) for side, times in zip(plan.inputs, inputs, strict=True)),
@@ -74,21 +73,15 @@ def settled(
     )
 
 
-def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[float], list[float]]:
-    """`SidePlan.times` of the candidates of the two sides, margins included; all 1 where no trial is possible."""
+def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[float], list[float]] | None:
+    """`SidePlan.times` of the candidates of the two sides; None where no trial is possible."""
     last = len(plan.outputs) - 1
     tried = [trials.of(plan, (at, last)) for at in range(len(plan.inputs))]
-    inputs = [one.times * _handicap(side, _MARGIN_IN) for one, side in zip(tried, plan.inputs, strict=True)]
-    best = int(np.argmin([one.foretold * times for one, times in zip(tried, inputs, strict=True)]))
-    outputs = [
-        trials.of(plan, (best, at)).times / tried[best].times * _handicap(side, _MARGIN_OUT)
-        for at, side in enumerate(plan.outputs)
-    ]
-    return (inputs, outputs) if np.isfinite(inputs[best]) else ([1.0] * len(inputs), [1.0] * len(outputs))
-
-
-def _handicap(side: SidePlan, margin: float) -> float:
-    return 1.0 if side.basis is None else margin
+    inputs = [one.times for one in tried]
+    best = int(np.argmin([one.foretold * one.times for one in tried]))
+    if not np.isfinite(inputs[best]):
+        return None
+    return inputs, [trials.of(plan, (best, at)).times / tried[best].times for at in range(len(plan.outputs))]
 
 
 @dataclass(frozen=True)
