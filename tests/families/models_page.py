@@ -91,8 +91,8 @@ _SOURCES = """
   layer of the model on `W [norm(embedding of the next token), norm(last hidden state)]`, after the other experts are
   packed. Read are the names of DeepSeek-V3 and GLM-4.x (`eh_proj`, `enorm`, `hnorm`) and of Qwen3-Next and Qwen3.5
   (`mtp.fc`, `mtp.pre_fc_norm_*`), where a decoder layer of the model has the same tensors; others are refused before
-  calibration, by name. Tested on tiny DeepSeek-V3 and Qwen3-Next models; no runtime speculates with packed MTP experts
-  yet. Every tensor of the source is accounted for before a checkpoint appears.
+  calibration, by name. Tested on tiny DeepSeek-V3, GLM-4-MoE and Qwen3-Next models; vLLM speculates with kept and
+  packed layers ([serving](serving.md)). Every tensor of the source is accounted for before a checkpoint appears.
 - **Sources in low precision.** Block-FP8 (DeepSeek-V3), MXFP4 (gpt-oss, DeepSeek-V4) and compressed-tensors INT4, FP8,
   NVFP4 and MXFP4 (Kimi-K2) are taken as they are published: experts stay in the source's files and are decoded one at a
   time, and what is not quantized is stored as the source has it ([sources](sources.md)).

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitsmoe_modifier.loading.claims import is_bitsmoe, matches, split_groups
+from bitsmoe_modifier.loading.claims import is_bitsmoe, is_packed, split_groups
 from bitsmoe_modifier.loading.format import targets_of
 from bitsmoe_modifier.serving import versions
 
@@ -53,10 +53,25 @@ def test_splits_groups() -> None:
         ("model.layers.33.mlp.experts", False),
         ("model.layers.3.mlp.shared_experts", False),
         ("model.layers.3.self_attn.qkv_proj", False),
+        ("mtp.layers.3.mlp.experts", False),
     ],
 )
-def test_matches_the_layers_that_config_json_names(prefix: str, ours: bool) -> None:
-    assert matches(prefix, targets_of(["model.layers.3.mlp.experts"])) is ours
+def test_takes_the_layers_that_config_json_names(prefix: str, ours: bool) -> None:
+    assert is_packed(prefix, targets_of(["model.layers.3.mlp.experts"])) is ours
+
+
+@pytest.mark.parametrize(
+    ("prefix", "ours"),
+    [
+        ("mtp.layers.0.mlp.experts", True),
+        ("model.mtp.layers.0.mlp.experts", True),
+        ("mtp.layers.1.mlp.experts", False),
+        ("model.layers.0.mlp.experts", False),
+        ("model.layers.4.mlp.experts", True),
+    ],
+)
+def test_layers_for_multi_token_prediction_have_targets_of_their_own(prefix: str, ours: bool) -> None:
+    assert is_packed(prefix, targets_of(["model.layers.4.mlp.experts", "mtp.layers.0.mlp.experts"])) is ours
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1+cu129", "0.33.0", "0.33.0.dev7"])

@@ -23,7 +23,7 @@ class Method:
         layer.register_parameter(name, torch.nn.Parameter(tensor))
 
 
-def model_of(monkeypatch: pytest.MonkeyPatch, *layer_names: str) -> Any:
+def model_of(monkeypatch: pytest.MonkeyPatch, *layer_names: str, is_draft: bool = False) -> Any:
     from bitsmoe_modifier.serving import diversion
 
     class Layer(torch.nn.Module):
@@ -40,7 +40,7 @@ def model_of(monkeypatch: pytest.MonkeyPatch, *layer_names: str) -> Any:
     model = Model()
     model.layers = torch.nn.ModuleList(map(Layer, layer_names))
     for _ in range(2):  # vLLM asks for every layer's method: the class is to be changed once
-        diversion.divert(Model, Method)
+        diversion.divert(Model, Method, is_draft=is_draft)
     return model
 
 
@@ -97,6 +97,39 @@ def test_two_layers_in_one_place_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     model = model_of(monkeypatch, "thinker.layers.3.mlp.experts", "talker.layers.3.mlp.experts")
     with pytest.raises(CheckpointError, match=r"layers\.0 and layers\.1; run this checkpoint with transformers"):
         model.load_weights(stream("lm_head.weight"))
+
+
+def test_model_and_draft_take_the_layers_of_one_number_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = "model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts"
+    files = [f"{own}.layout", f"{other}.codes_in", "lm_head.weight", "mtp.fc.weight"]
+    model = model_of(monkeypatch, own)
+    model.load_weights(stream(*files))
+    assert model.layers[0].quant_method.got == ["layout"]
+    assert model.passed == [f"{other}.codes_in", "lm_head.weight", "mtp.fc.weight"]
+    draft = model_of(monkeypatch, other, is_draft=True)
+    draft.load_weights(stream(*files))
+    assert draft.layers[0].quant_method.got == ["codes_in"]
+    assert draft.passed == [f"{own}.layout", "lm_head.weight", "mtp.fc.weight"]
+
+
+def test_a_draft_gets_embedding_and_head_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = model_of(monkeypatch, "mtp.layers.0.mlp.experts", is_draft=True)
+    draft.lm_head, draft.fc = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    draft.load_weights(stream("mtp.layers.0.mlp.experts.layout"))
+    assert draft.layers[0].quant_method.missing == {"fc.weight"}
+
+
+def test_a_draft_for_which_no_file_holds_anything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = model_of(monkeypatch, is_draft=True)
+    with pytest.raises(CheckpointError, match=r"holds a layer for Model to speculate with.*--mtp keep"):
+        draft.load_weights(stream("model.embed_tokens.weight", "lm_head.weight"))
+    draft.load_weights(stream("model.fc.weight"))
+
+
+def test_packed_experts_of_a_draft_that_no_target_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = model_of(monkeypatch, is_draft=True)
+    with pytest.raises(CheckpointError, match=r"mtp\.layers\.0\.mlp\.experts\.layout: packed, but no target"):
+        draft.load_weights(stream("mtp.fc.weight", "mtp.layers.0.mlp.experts.layout"))
 
 
 def test_models_without_packed_layers_load_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

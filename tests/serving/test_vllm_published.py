@@ -3,10 +3,7 @@
 import base64
 import io
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import cpu_stand_ins
@@ -24,8 +21,6 @@ from tiny_text import LETTERS
 
 pytestmark = pytest.mark.vllm
 
-#: of the environment that quantizes
-_PYTHON = Path(os.environ.get("BITSMOE_PYTHON", Path(__file__).parents[2] / ".venv" / "bin" / "python"))
 #: what is served by `vllm serve` with an image in the prompt; the others by the engine alone, which starts sooner
 _SERVED = "qwen3_vl_moe"
 _OFFLINE = (
@@ -44,25 +39,6 @@ _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _WITH_IMAGE = f"ab{_IMAGE}cd"
 #: prompts with an image of which some are taken
 _DRAWN = 512
-
-
-@pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a family's quantized folder, ``packed``, and the published one beside it, ``dense``."""
-    if not _PYTHON.exists():
-        pytest.fail(f"{_PYTHON} is not there: `make test-vllm` builds it, or set BITSMOE_PYTHON")
-    out = tmp_path_factory.mktemp("published")
-    script = Path(__file__).with_name("published_folders.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    @cache
-    def quantize(model_type: str) -> Path:
-        command = [_PYTHON, script, out, model_type]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return out / model_type / "packed"
-
-    return quantize
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..storage.mtp import is_mtp
+
 #: Name of the format in config.json, of the compressor in compressed-tensors and of the quantization method in vLLM.
 METHOD = "bitsmoe"
 
@@ -21,6 +23,15 @@ def split_groups(quantization_config: Mapping[str, Any]) -> tuple[dict[str, Any]
     whole = quantization_config.get("format")
     ours = {name: group for name, group in groups.items() if (group.get("format") or whole) == METHOD}
     return ours, {name: group for name, group in groups.items() if name not in ours}
+
+
+def is_packed(experts: str, targets: Iterable[str]) -> bool:
+    """Whether config.json says that an experts module is packed, by the ``targets`` of our config groups.
+
+    ``mtp.layers.0.mlp.experts``, of a layer for multi-token prediction, has the number of one of the model's own layers
+    and, in config.json, targets of its own: one that names no ``mtp`` does not mean it.
+    """
+    return matches(experts, (one for one in targets if not is_mtp(experts, None) or re.search("mtp|nextn", one)))
 
 
 def matches(prefix: str, targets: Iterable[str]) -> bool:

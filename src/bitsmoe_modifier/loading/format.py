@@ -89,17 +89,22 @@ class BitsMoECompressor(BaseCompressor):
         """Leave the packed module as it is: compressed-tensors calls this before the first forward."""
 
 
+#: container of the layers, number of the layer, last part
+_NUMBERED = re.compile(r"(?:.*\.)?(?<!mtp\.)((?:mtp\.)?[^.]+)\.(\d+)\.(?:[^.]+\.)?([^.]+)")
+
+
 def targets_of(names: Iterable[str]) -> list[str]:
     """Regular expressions (``re:...``) that match the given experts modules, what lies below them, and nothing else.
 
     ``model.layers.3.mlp.experts`` and its like become one expression, in which the last number is spelled out. What
     lies before it and the name of the block after it are left open, because checkpoints and vLLM rename them
-    (``model.language_model.layers``, ``block_sparse_moe.experts``).
+    (``model.language_model.layers``, ``block_sparse_moe.experts``), but for the ``mtp`` of a layer for multi-token
+    prediction, which `is_packed` looks for.
     """
     layers: dict[tuple[str, str], list[int]] = defaultdict(list)
     targets = []
     for name in names:
-        numbered = re.fullmatch(r"(?:.*\.)?([^.]+)\.(\d+)\.(?:[^.]+\.)?([^.]+)", name)
+        numbered = _NUMBERED.fullmatch(name)
         if numbered:
             layers[numbered[1], numbered[3]].append(int(numbered[2]))
         else:

@@ -23,7 +23,7 @@ from ..sources.published import keep_config
 from ..sources.stacks import StoredStack, stored_parameters
 from ..storage.mtp import COUNTS, decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
-from .claims import METHOD, matches
+from .claims import METHOD, is_packed
 from .decoding import family_key
 from .format import targets_of
 from .keeping import add_groups
@@ -253,7 +253,7 @@ def _declare_packed(path: Path, names: Iterable[str]) -> None:
     content = read_json(path)
     groups = content["quantization_config"]["config_groups"].values()
     group = next(group for group in groups if group.get("format") == METHOD)
-    missing = [name for name in names if not matches(name, group["targets"])]
+    missing = [name for name in names if not is_packed(name, group["targets"])]
     group["targets"] += targets_of(missing)
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 

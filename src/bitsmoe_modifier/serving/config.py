@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..loading.claims import METHOD, is_bitsmoe, matches, split_groups
+from ..loading.claims import METHOD, is_bitsmoe, is_packed, split_groups
 from .diversion import divert
 from .method import BitsMoEMethod
 from .vllm_api import (
@@ -58,9 +58,14 @@ class BitsMoEConfig(CompressedTensorsConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Ours for the experts that config.json names, compressed-tensors' for everything else."""
-        if isinstance(layer, RoutedExperts) and matches(prefix, self.targets):
-            for model_class in _model_classes(get_current_vllm_config().model_config):
+        if isinstance(layer, RoutedExperts) and is_packed(prefix, self.targets):
+            vllm_config = get_current_vllm_config()
+            for model_class in _model_classes(vllm_config.model_config):
                 divert(model_class, BitsMoEMethod)
+            # built after this model, of the same files, and with this model as the current one
+            draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+            for model_class in _model_classes(draft) if draft else ():
+                divert(model_class, BitsMoEMethod, is_draft=True)
             return BitsMoEMethod(layer.moe_config, self.group_size)
         return super().get_quant_method(layer, prefix)
 
