@@ -8,11 +8,12 @@ import torch
 from llmcompressor import oneshot
 
 from bitsmoe_modifier import BitsMoEModifier, CheckpointError
-from bitsmoe_modifier.loading.inventory import check_nothing_lost, keep_beside, take_inventory
+from bitsmoe_modifier.loading.claims import matches
+from bitsmoe_modifier.loading.inventory import Instead, check_nothing_lost, keep_beside, take_inventory
 from bitsmoe_modifier.sources.companions import let_save
 from bitsmoe_modifier.storage.mtp import is_mtp
 from helpers import calibration, load, pack_randomly, packed_modules, save, tiny_model
-from published import publish, stored_tensors
+from published import add_shard, publish, stored_tensors
 
 MTP = {
     "model.layers.2.mlp.experts.0.gate_proj.weight": torch.ones(32, 64),
@@ -61,6 +62,51 @@ def test_they_are_dropped_on_request_and_no_longer_counted(tmp_path: Path) -> No
     assert kept.dropped == ("model.layers.3.eh_proj.weight",)
     assert "dropped" in kept.sentences()[0]
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize("treatment", ["keep", "drop", "quantize"])
+def test_what_llm_compressor_copied_of_them_goes(treatment: str, tmp_path: Path) -> None:
+    """It copies ``mtp.*`` for configs that count such layers as Qwen3.5's does, and has config.json ignore them."""
+    experts = {f"mtp.layers.0.mlp.experts.{leaf}": torch.ones(4, 4, 4) for leaf in ("gate_up_proj", "down_proj")}
+    mtp = {"mtp.fc.weight": torch.ones(4, 8), **experts}
+    source = publish(tiny_model("qwen3_moe", num_hidden_layers=2), tmp_path / "source", mtp)
+    model = load(source)
+    inventory = take_inventory(model, source)
+    pack_randomly(model)
+    let_save(model)
+    out = save(model, tmp_path / "out")
+    files = dict.fromkeys(stored_tensors(out), "model.safetensors")
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    add_shard(out, {key: tensor + 1 for key, tensor in mtp.items()}, "model_mtp.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:^mtp.*"]
+    (out / "config.json").write_text(json.dumps(config))
+
+    packed = {"mtp.layers.0.mlp.experts.layout": torch.zeros(3)}
+    instead = [Instead(frozenset(experts), packed, "mtp.layers.0.mlp.experts")] if treatment == "quantize" else []
+    keep_beside(inventory, out, treatment, instead=instead)
+    wanted = {"keep": set(mtp), "drop": set(), "quantize": {"mtp.fc.weight", *packed}}[treatment]
+    stored = {key: tensor for key, tensor in stored_tensors(out).items() if key.startswith("mtp.")}
+    assert set(stored) == wanted
+    assert all(torch.equal(tensor, mtp[key]) for key, tensor in stored.items() if key in mtp)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == []
+
+
+def test_other_groups_do_not_mean_them(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    inventory = take_inventory(model, source)
+    pack_randomly(model)
+    let_save(model)
+    out = save(model, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["other"] = {"format": "pack-quantized", "targets": ["Linear"]}
+    (out / "config.json").write_text(json.dumps(config))
+    keep_beside(inventory, out)
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    modules = {key.rpartition(".")[0] for key in MTP if key.startswith(("mtp.", "model.layers."))}
+    assert modules
+    assert all(matches(name, ignored) for name in modules)
+    assert not any(matches(name.rpartition(".")[0], ignored) for name in inventory.loaded)
 
 
 def test_a_tensor_that_was_not_saved_is_an_error(source: Path, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def check_draft(model: torch.nn.Module, folder: Path, packed: bool) -> None:
 
 def cases() -> list[object]:
     fast = ("glm4_moe+quantize",)
-    kinds = ("qwen3_next", "glm4_moe")
-    published = [f"{kind}+{treatment}" for kind in kinds for treatment in ("keep", "quantize")] + ["qwen3_5_moe+keep"]
+    kinds = ("qwen3_next", "qwen3_5_moe", "glm4_moe")
+    published = [f"{kind}+{treatment}" for kind in kinds for treatment in ("keep", "quantize")]
     return [pytest.param(one, id=one, marks=() if one in fast else pytest.mark.slow) for one in published]
 
 

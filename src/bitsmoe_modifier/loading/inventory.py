@@ -8,6 +8,7 @@ would be missing there is an error.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..sources.published import keep_config
 from ..sources.stacks import StoredStack, stored_parameters
 from ..storage.mtp import COUNTS, decoder_layers, is_mtp
 from ..storage.shards import Stored, checkpoint_files, read_json, scan
-from .claims import METHOD, is_packed
+from .claims import METHOD, is_packed, split_groups
 from .decoding import family_key
 from .format import targets_of
 from .keeping import add_groups
@@ -32,6 +33,8 @@ from .transformers_api import WeightConverter, WeightRenaming, get_model_convers
 #: bytes of a file of tensors that are copied; they pass through memory
 _SHARD_BYTES = 4 * 10**9
 _INDEX = "model.safetensors.index.json"
+#: file into which llm-compressor copies layers for multi-token prediction, and what it has config.json say of them
+_COPIES, _MTP_IGNORED = "model_mtp.safetensors", "re:^mtp.*"
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def keep_beside(
         instead: what stands in for some of it.
     """
     keep_config(inventory.folder, target)
+    _take_back_copies(target)
     there = scan(map(str, checkpoint_files(target)))
     dropped = inventory.mtp if mtp == "drop" else frozenset()
     replaced = frozenset(key for one in instead for key in one.keys)
@@ -184,6 +188,9 @@ def keep_beside(
     if packed:
         _declare_packed(target / "config.json", packed)
     add_groups(target / "config.json", {key.removesuffix(".weight"): one for key, one in low.items()})
+    plain = [key for key in copied if key in inventory.mtp]
+    if not any(key in inventory.mtp for key in low):
+        _ignore_mtp(target / "config.json", plain)
     if dropped:
         _forget_mtp(target / "config.json")
     return Kept(tuple(sorted(inventory.beside.keys() - dropped - replaced)), tuple(sorted(dropped)), packed)
@@ -255,6 +262,43 @@ def _declare_packed(path: Path, names: Iterable[str]) -> None:
     group = next(group for group in groups if group.get("format") == METHOD)
     missing = [name for name in names if not is_packed(name, group["targets"])]
     group["targets"] += targets_of(missing)
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _take_back_copies(target: Path) -> None:
+    """Remove what llm-compressor copied of ``mtp.*``, by the source's names and in its precision, and said about it.
+
+    It does so for configs that count such layers as Qwen3.5's does, whatever is to become of them.
+    """
+    if not (target / _COPIES).is_file():
+        return
+    (target / _COPIES).unlink()
+    files = read_json(target / _INDEX)["weight_map"]
+    write_index(target, {key: file for key, file in files.items() if file != _COPIES})
+    content = read_json(target / "config.json")
+    quantization = content.get("quantization_config") or {}
+    if _MTP_IGNORED in (quantization.get("ignore") or ()):
+        quantization["ignore"].remove(_MTP_IGNORED)
+        (target / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _ignore_mtp(path: Path, keys: Iterable[str]) -> None:
+    """Say in config.json that the Linears of MTP layers are not quantized, where groups beside ours may match them."""
+    content = read_json(path)
+    quantization = content.get("quantization_config") or {}
+    if not split_groups(quantization)[1]:
+        return
+    ignored = quantization["ignore"] = list(quantization.get("ignore") or ())
+    for key in sorted(keys):
+        numbered = re.match(r"(?:.*[.])?layers[.](\d+)[.]", key)
+        if key.startswith("mtp."):
+            pattern = _MTP_IGNORED
+        elif numbered and not is_mtp(key, None):
+            pattern = rf"re:(?:.*\.)?layers\.{numbered[1]}\..*"
+        else:
+            continue
+        if pattern not in ignored:
+            ignored.append(pattern)
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
