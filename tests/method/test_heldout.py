@@ -9,6 +9,7 @@ import torch
 
 from bitsmoe_modifier.calibration.capture import more_text
 from bitsmoe_modifier.method.candidates import plan_layer, unseen_bases
+from bitsmoe_modifier.method.design import margins
 from bitsmoe_modifier.method.distributed import Ranks
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
@@ -206,17 +207,22 @@ def test_a_trial_corrects_what_the_cost_tables_choose_by() -> None:
     plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, widths=(1, 2, 4, 6), block_size=16, group_size=16))
     assert None not in {side.times for side in (*plan.inputs, *plan.outputs)}
     assert plan.outputs[-1].times == 1.0  # without a basis: what the output's candidates are measured by
+    at_trial = min(
+        inputs.times * outputs.times * float(margins(inputs, outputs, 2.0))
+        for inputs in plan.inputs
+        for outputs in plan.outputs
+    )
+    assert at_trial <= 1.0 + 1e-9  # the unit is that of the best pair
     for bits in (3.0, 4.0, 5.0):
         foretold = {
             (i, o): plan.only(i, o).choose(bits * experts.elements).predicted_distortion
             for i in range(2)
             for o in range(2)
         }
-        margins = {
-            at: (1.05 if at[0] == 0 else 1) * (1.1 if at[1] == 0 else 1) for at in foretold
-        }  # at 2 bits and more
+        # margins at 2 bits and more
+        handicap = {at: (1.05 if at[0] == 0 else 1) * (1.1 if at[1] == 0 else 1) for at in foretold}
         expected = {
-            at: lost * plan.inputs[at[0]].times * plan.outputs[at[1]].times * margins[at]
+            at: lost * plan.inputs[at[0]].times * plan.outputs[at[1]].times * handicap[at]
             for at, lost in foretold.items()
         }
         best = min(expected, key=expected.__getitem__)
@@ -224,7 +230,8 @@ def test_a_trial_corrects_what_the_cost_tables_choose_by() -> None:
         assert (design.inputs.basis is None, design.outputs.basis is None) == tuple(at == 1 for at in best)
         assert design.predicted_distortion == pytest.approx(foretold[best], rel=1e-9)
         sizes, curve = plan.curve()
-        assert np.interp(bits * experts.elements, sizes, curve) == pytest.approx(foretold[best], rel=0.1)
+        assert np.interp(bits * experts.elements, sizes, curve) == pytest.approx(expected[best], rel=0.1)
+        assert (np.diff(curve) <= 0).all()
     other = replace(plan, inputs=tuple(replace(side, times=t) for side, t in zip(plan.inputs, (1e9, 1.0), strict=True)))
     assert other.choose(3.0 * experts.elements).inputs.basis is None
 

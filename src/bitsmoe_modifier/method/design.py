@@ -38,8 +38,8 @@ class SidePlan:
         costs: distortion per unit and width.
         weight: importance of the elements along I, ``[matrices, I]``.
         rank: directions.
-        times: how many times what the costs foretell is lost, as a trial found (`trial`); of use between the candidates
-            of a side only. None where there was none.
+        times: how many times what the costs foretell is lost with this candidate (`trial`), in units of what is lost
+            with the pair of the input's and the output's that is best at 2 bits; None without a trial.
     """
 
     basis: SharedBasis | None
@@ -153,10 +153,11 @@ class LayerPlan:
         return self.constant_bits + inputs.basis_bits + outputs.basis_bits + 8 * units
 
     def curve(self, points: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """Distortion against stored bits, with the bases that `choose` takes.
+        """What is expected to be lost against stored bits, with the bases that `choose` takes.
 
         Returns:
-            (bits ``[points]`` rising, distortion ``[points]`` not rising).
+            (bits ``[points]`` rising, distortion ``[points]`` not rising: that of the cost tables for the pair of bases
+            that is best at 2 bits, for others as much more or less as a trial found).
         """
         cost = self._unit_costs()
         pairs = [(inputs, outputs) for inputs in self.inputs for outputs in self.outputs]
@@ -167,9 +168,7 @@ class LayerPlan:
         bits = np.linspace(min(spent[0] for spent, _ in corners), max(spent[-1] for spent, _ in corners), points)
         foretold = np.stack([np.interp(bits, *corner, left=np.inf) for corner in corners])
         times = np.stack([_expected_times(*pair, bits / self.elements) for pair in pairs])
-        distortion = foretold[(foretold * times).argmin(0), np.arange(points)]
-        # where one pair of bases follows another, more bits must not seem to lose more
-        return bits, np.maximum.accumulate(distortion[::-1])[::-1]
+        return bits, (foretold * times).min(0)
 
     def choose(self, budget_bits: float) -> LayerDesign:
         """The pair of bases that is expected to lose least under the budget, and its allocation.
@@ -268,19 +267,23 @@ class LayerPlan:
         return table
 
 
-def _expected_times(inputs: SidePlan, outputs: SidePlan, bits: np.ndarray) -> np.ndarray:
-    """By how much a pair of candidates is expected to lose more than its cost tables foretell, margins included; 1
-    without a trial.
+def margins(inputs: SidePlan, outputs: SidePlan, bits: np.ndarray | float) -> np.ndarray:
+    """By how much a pair of candidates has to lose less than a pair without bases.
 
     Args:
         bits: per weight of the layer, any shape, which is the result's.
     """
-    if inputs.times is None or outputs.times is None:
-        return np.ones_like(bits)
-    part = np.clip((bits - _NO_MARGIN) / (_FULL_MARGIN - _NO_MARGIN), 0.0, 1.0)
+    part = np.clip((np.asarray(bits) - _NO_MARGIN) / (_FULL_MARGIN - _NO_MARGIN), 0.0, 1.0)
     margin_in = 0.0 if inputs.basis is None else _MARGIN_IN
     margin_out = 0.0 if outputs.basis is None else _MARGIN_OUT
-    return inputs.times * outputs.times * (1 + margin_in) * (1 + margin_out * part)
+    return (1 + margin_in) * (1 + margin_out * part)
+
+
+def _expected_times(inputs: SidePlan, outputs: SidePlan, bits: np.ndarray) -> np.ndarray:
+    """What corrects the costs of a pair of candidates, margins included; 1 without a trial."""
+    if inputs.times is None or outputs.times is None:
+        return np.ones_like(bits)
+    return inputs.times * outputs.times * margins(inputs, outputs, bits)
 
 
 def _energy(costs: SideCosts) -> tuple[float, ...]:

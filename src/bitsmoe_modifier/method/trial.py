@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from .design import LayerDesign, LayerPlan, SideDesign, moved
+from .design import LayerDesign, LayerPlan, SideDesign, margins, moved
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .sides import LayerTask, expert_gate_up, round_input, round_output
@@ -76,12 +76,21 @@ def settled(
 def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[float], list[float]] | None:
     """`SidePlan.times` of the candidates of the two sides; None where no trial is possible."""
     last = len(plan.outputs) - 1
-    tried = [trials.of(plan, (at, last)) for at in range(len(plan.inputs))]
-    inputs = [one.times for one in tried]
-    best = int(np.argmin([one.foretold * one.times for one in tried]))
-    if not np.isfinite(inputs[best]):
+
+    def expected(inputs: int, outputs: int) -> float:
+        one = trials.of(plan, (inputs, outputs))
+        return one.foretold * one.times * float(margins(plan.inputs[inputs], plan.outputs[outputs], _TRIAL_BITS))
+
+    best = int(np.argmin([expected(at, last) for at in range(len(plan.inputs))]))
+    if not np.isfinite(expected(best, last)):
         return None
-    return inputs, [trials.of(plan, (best, at)).times / tried[best].times for at in range(len(plan.outputs))]
+    taken = int(np.argmin([expected(best, at) for at in range(len(plan.outputs))]))
+    unit = trials.of(plan, (best, taken)).times * float(margins(plan.inputs[best], plan.outputs[taken], _TRIAL_BITS))
+    alone = trials.of(plan, (best, last)).times
+    return (
+        [trials.of(plan, (at, last)).times / unit for at in range(len(plan.inputs))],
+        [trials.of(plan, (best, at)).times / alone for at in range(len(plan.outputs))],
+    )
 
 
 @dataclass(frozen=True)
