@@ -21,8 +21,8 @@ _SPECULATE: dict[str, Any] = {
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 1},
     "disable_log_stats": False,
 }
-#: Of the proposals in bfloat16, where rounding turns some over; a layer with another one's experts agrees on fewer than
-#: half.
+#: Of the proposals in bfloat16, where rounding may turn some over: prompts are chosen for the model's tokens, not the
+#: draft's. When this was written all agreed.
 _AGREEING = 0.75
 
 
