@@ -197,9 +197,8 @@ class BitsMoEModifier(BitsMoEFields):
         """Refuse layers, or a ``resume_dir``, that another modifier of this kind in the recipe has too."""
         together = active_session().lifecycle.recipe.modifiers
         ours = [one for one in together if isinstance(one, BitsMoEModifier)]
-        others = (
-            [one for one in ours if one is not self] if any(one is self for one in ours) else []
-        )  # no older recipe's
+        # a recipe that this modifier is not in is an older run's
+        others = [one for one in ours if one is not self] if any(one is self for one in ours) else []
         check_targeted_once(experts, [find_experts(state.model, one.targets, one.ignore) for one in others])
         if self.resume_dir is not None and any(one.resume_dir == self.resume_dir for one in others):
             raise RecipeError(

@@ -21,7 +21,7 @@ from .spectral import SharedBasis
 
 #: What a basis must be expected to win by. Of the input: held-out rows are of the calibration text, which it fits more
 #: closely than the channels do (on a layer cut out of a real language model, in scalar codes, it won by 2 % on held-out
-#: rows and lost by 17 % on other text). Of the output: on bookmoe at 2 bits one that won a trial by 5 % lost 9 % on
+#: rows and lost by 17 % on other text). Of the output: on bookmoe at 2 bits one that won a trial by 5 % lost 7 % on
 #: other text. Below 2 bits its margin falls and is gone at 1.25, where most of what is lost is in dropped directions: a
 #: trial at 2 bits shows too little of what it saves there.
 _MARGIN_IN, _MARGIN_OUT, _NO_MARGIN, _FULL_MARGIN = 0.05, 0.1, 1.25, 2.0
