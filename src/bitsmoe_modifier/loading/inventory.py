@@ -272,9 +272,9 @@ def _take_back_copies(target: Path) -> None:
     """
     if not (target / _COPIES).is_file():
         return
-    (target / _COPIES).unlink()
     files = read_json(target / _INDEX)["weight_map"]
     write_index(target, {key: file for key, file in files.items() if file != _COPIES})
+    (target / _COPIES).unlink()  # after the index, which never names a file that is gone
     content = read_json(target / "config.json")
     quantization = content.get("quantization_config") or {}
     if _MTP_IGNORED in (quantization.get("ignore") or ()):
