@@ -15,7 +15,7 @@ from ..calibration.recipe import Stage, check_stage
 from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..extras import require
 from ..method.trellis import GroupTrellis
-from ..sources.classes import build_published, read_auto_config
+from ..sources.classes import build_empty
 from ..sources.hub import hub_errors, reason
 from ..sources.model import check_hub_name, find_model
 from ..sources.precision import (
@@ -128,12 +128,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
     from ..calibration.targets import check_sizes, fused_experts
     from ..loading.quantizer import experts_sizes
 
-    try:
-        config = read_auto_config(headers.source)
-        with torch.device("meta"):
-            model = build_published(config)
-    except (ValueError, OSError, KeyError) as error:
-        raise RecipeError(f"{headers.source}: transformers cannot build this model ({error})") from error
+    model = build_empty(headers.source)
     present = fused_experts(model)
     check_entries(model, present, modifier.targets, modifier.ignore)
     chosen = {name for name, _ in match_named_modules(model, modifier.targets, modifier.ignore)} & present.keys()
@@ -153,7 +148,7 @@ def model_shape(headers: Headers, modifier: Any) -> ModelShape:
         stored_bytes=stored,
         expert_bytes=round(sum(layer.weights for layer in layers) * _bytes_per_weight(headers.sizes)),
         parameters=elements,
-        decoder_layers=config.get_text_config().num_hidden_layers,
+        decoder_layers=model.config.get_text_config().num_hidden_layers,
         choices=choices_per_token(model),
         in_files=headers.is_low,
     )
@@ -200,6 +195,8 @@ def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str
     headers = read_headers(model)
     check_unquantized(model, headers)
     require("llmcompressor", "planning, which asks it what it can do with a family,")
+    from ..calibration.group_sizes import check_group_sizes
+
     check_stage(chosen)
     fields = bitsmoe_fields(chosen)
     if fields is None:
@@ -207,6 +204,7 @@ def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str
     ours = sum(kind == "BitsMoEModifier" for kind, _ in chosen.modifiers)
     if ours > 1:
         raise RecipeError(f"plan counts one BitsMoEModifier, the stage {chosen.name} has {ours}; plan each alone")
+    check_group_sizes([chosen], headers.source)
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,7 +8,7 @@ out without a word. What config.json lists under ``architectures`` is what was p
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 
 #: auto classes of transformers whose models calibrate on text, from the plainest to the one that takes in most
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -87,6 +87,23 @@ def load_published(folder: Path | str, **kwargs: Any) -> Any:
 def build_published(config: Any, **kwargs: Any) -> Any:
     """A model with random weights of the class that a configuration names, on the default device."""
     return auto_class_of(config).from_config(config, **kwargs)
+
+
+def build_empty(source: Path | str) -> Any:
+    """The model that a folder's or hub model's configuration describes, without weights: on the meta device.
+
+    Raises:
+        CheckpointError: when config.json is damaged, or transformers does not know the model type.
+        RecipeError: when transformers cannot build the model.
+    """
+    import torch
+
+    config = read_auto_config(source)
+    try:
+        with torch.device("meta"):
+            return build_published(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise RecipeError(f"{source}: transformers cannot build this model ({error})") from error
 
 
 def has_processor(folder: Path) -> bool:

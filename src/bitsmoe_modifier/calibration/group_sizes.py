@@ -1,0 +1,98 @@
+"""Group sizes of a recipe's other modifiers against the widths of a model's layers, before weights are read.
+
+llm-compressor finds them once the model is loaded: of a comparison's last run, after all others have been quantized.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationStrategy
+from compressed_tensors.utils.match import is_match
+from torch import nn
+
+from ..errors import CheckpointError, RecipeError
+from ..loading.quantizer import experts_sizes
+from ..sources.classes import build_empty
+from .linearizing import experts_modules
+from .recipe import Stage
+
+_GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+#: below this, scales take more than they give
+_LEAST = 8
+
+
+def check_group_sizes(stages: Iterable[Stage], source: str) -> None:
+    """Refuse stages whose other modifiers share a scale among more weights than divide a layer's rows.
+
+    Args:
+        stages: that `recipe.check_stage` found nothing wrong with.
+        source: the model's folder or name; its config.json is read.
+
+    Raises:
+        RecipeError: naming stage, modifier, layer and remedy.
+    """
+    grouped = [(stage.name, modifier) for stage in stages for modifier in _others(stage) if any(_groups(modifier))]
+    if not grouped:
+        return
+    layers = linear_layers(build_empty(source))
+    for name, modifier in grouped:
+        problem = _problem(modifier, layers)
+        if problem:
+            raise RecipeError(f"{name}: {type(modifier).__name__}: {problem}")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of a model by name, those included that llm-compressor makes of experts (on the meta device)."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in experts_modules(model):
+        try:
+            count, hidden, width = experts_sizes(module)
+        except CheckpointError:  # of a kind that packed experts cannot replace, others may quantize it
+            continue
+        inward = nn.Linear(hidden, width, device="meta")
+        each = {"gate": inward, "up": inward, "down": nn.Linear(width, hidden, device="meta")}
+        if not getattr(module, "has_gate", True):
+            del each["gate"]
+        for expert in range(count):
+            found |= {f"{name}.{expert}.{projection}_proj": linear for projection, linear in each.items()}
+    return found
+
+
+def _others(stage: Stage) -> list[Any]:
+    """The stage's modifiers that quantize by compressed-tensors' schemes."""
+    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+    from llmcompressor.recipe import Recipe
+
+    return [one for one in Recipe.create_instance(stage.text).modifiers if isinstance(one, QuantizationMixin)]
+
+
+def _groups(modifier: Any) -> Iterator[tuple[list[str], int]]:
+    """Targets and group size of each of a modifier's groups of layers that have one."""
+    if modifier.bypass_divisibility_checks:
+        return
+    for scheme in modifier.resolved_config.config_groups.values():
+        weights = scheme.weights
+        if weights is not None and weights.strategy in _GROUPED and weights.group_size:
+            yield list(scheme.targets), int(weights.group_size)
+
+
+def _problem(modifier: Any, layers: Mapping[str, nn.Linear]) -> str:
+    """What is wrong with a modifier's group sizes, and what to do; "" where nothing is."""
+    for targets, size in _groups(modifier):
+        columns = {
+            name: linear.in_features
+            for name, linear in layers.items()
+            if is_match(name, linear, targets) and not is_match(name, linear, modifier.ignore)
+        }
+        # llm-compressor takes rows that are shorter than a group for one group
+        wrong = [name for name, number in columns.items() if number >= size and number % size]
+        if wrong:
+            fitting = math.gcd(size, *columns.values())
+            more = f" and of {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            advice = f"set group_size to {fitting}" if fitting >= _LEAST else "set strategy to channel"
+            return (
+                f"its group size {size} does not divide {columns[wrong[0]]}, the columns of {wrong[0]}{more}; in "
+                f"config_groups, {advice}, or add these layers to its `ignore`"
+            )
+    return ""

@@ -1,0 +1,97 @@
+"""Group sizes of other modifiers that do not divide a layer's columns are refused before weights are read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bitsmoe_modifier.calibration.group_sizes import check_group_sizes
+from bitsmoe_modifier.calibration.recipe import read_stages
+from bitsmoe_modifier.cli import main
+from bitsmoe_modifier.comparison.runs import Job, check_inputs
+from bitsmoe_modifier.errors import RecipeError
+from tiny_text import save_letters, write_text
+
+EXPERTS = "re:.*[.]experts[.]\\d+[.](gate|up|down)_proj$"
+FIRST = "model.layers.0.mlp.experts.0.down_proj"
+
+
+def groups(targets: str, size: int) -> dict[str, object]:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": size}
+    return {"config_groups": {"some": {"targets": [targets], "weights": weights}}}
+
+
+def write_recipe(path: Path, **fields: object) -> Path:
+    """A run of our modifier, and one of GPTQ with these fields beside it."""
+    ours = {"BitsMoEModifier": {"bits": 4.0, "group_size": 16, "block_size": 16, "scope": "layer"}}
+    other = {"first_stage": {"q_modifiers": ours}, "other_stage": {"q_modifiers": {"GPTQModifier": fields, **ours}}}
+    path.write_text(yaml.safe_dump(other))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without weights: experts of 8 × 48 × 64, of which nobody may read more than the sizes."""
+    from helpers import tiny_config
+
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_config("qwen3_moe", moe_intermediate_size=48, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(folder)
+    return save_letters(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (groups(EXPERTS, 32), f"its group size 32 does not divide 48, the columns of {FIRST} and of 15 more; in con"),
+        (groups(EXPERTS, 32), "set group_size to 16, or add these layers to its `ignore`"),
+        ({**groups("Linear", 24), "ignore": ["re:.*experts.*"]}, "24 does not divide 64, the columns of model.layers."),
+        (groups("re:.*self_attn[.]q_proj$", 11), "set strategy to channel"),
+        ({**groups(EXPERTS, 32), "ignore": [f"re:{FIRST}"]}, "the columns of model.layers.0.mlp.experts.1.down_proj"),
+    ],
+    ids=["experts", "remedy", "class", "channel", "ignored"],
+)
+def test_groups_that_do_not_divide(model: Path, tmp_path: Path, fields: dict[str, object], said: str) -> None:
+    stages = read_stages(write_recipe(tmp_path / "recipe.yaml", **fields))
+    with pytest.raises(RecipeError) as caught:
+        check_group_sizes(stages, str(model))
+    assert str(caught.value).startswith("other: GPTQModifier: its group size ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        groups(EXPERTS, 16),
+        groups(EXPERTS, 128),  # one group, as llm-compressor has it
+        {**groups(EXPERTS, 32), "ignore": ["re:.*down_proj$"]},
+        {**groups(EXPERTS, 32), "bypass_divisibility_checks": True},
+        {"scheme": "W8A8", "targets": ["Linear"]},
+    ],
+    ids=["divides", "longer", "ignored", "bypassed", "channels"],
+)
+def test_groups_that_pass(model: Path, tmp_path: Path, fields: dict[str, object]) -> None:
+    check_group_sizes(read_stages(write_recipe(tmp_path / "recipe.yaml", **fields)), str(model))
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_commands_say_it_before_weights_are_read(
+    tiny: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", **groups(EXPERTS, 24))
+    arguments = [command, "--model", str(tiny / "model"), "--recipe", str(recipe), "--stage", "other"]
+    if command == "quantize":
+        text = str(write_text(tmp_path / "text.txt", 600, seed=0))
+        arguments += ["--calibration", text, "--samples", "8", "--seq-len", "32", "--no-preflight"]
+        arguments += ["--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"bitsmoe {command}: other: GPTQModifier: its group size 24 does not divide 64, ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_says_it_before_its_first_run(model: Path, tmp_path: Path) -> None:
+    stages = read_stages(write_recipe(tmp_path / "recipe.yaml", **groups(EXPERTS, 32)))
+    job = Job(model, "name", tmp_path / "out", "cpu", torch.float32, 4, "independent", False, 0)
+    with pytest.raises(RecipeError, match="other: GPTQModifier: its group size 32 does not divide 48"):
+        check_inputs(stages, job, None)
