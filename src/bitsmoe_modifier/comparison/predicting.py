@@ -12,8 +12,8 @@ from ..calibration.recipe import Stage, check_stage, with_fields
 from ..logs import set_up_logging
 from ..sources.model import load_tokenizer, open_dense
 from ..sources.text import calibration_rows, read_text, tokenize
-from .runner import resolve_device, resolve_dtype
-from .runs import use_device
+from .device import resolve_device, use_device
+from .runner import resolve_dtype
 from .single import Options
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from ..pages.verdicts import LEGEND, how_measured
 from ..sources.model import DenseModel, load_tokenizer, open_dense, read_config
 from ..sources.text import Text, calibration_rows, evaluation_rows, read_text, tokenize
 from ..storage.folders import resolved
+from .device import resolve_device
 from .processes import Failure, Status, run_in_process, start_context
 from .report import write_report
 from .runs import Job, check_inputs, run_reference, run_stage, run_tasks
@@ -257,25 +258,6 @@ class _Runner:
 
 def _accuracies(accuracy: Accuracy) -> str:
     return "".join(f", {task} {100 * entry['acc']:.1f} %" for task, entry in accuracy.items())
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        BitsMoEError: when torch does not know or have the device.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        if chosen.type != "cuda":
-            torch.empty(0, device=chosen)
-        elif (chosen.index or 0) >= torch.cuda.device_count():  # counts without using CUDA (`use_device`)
-            raise RuntimeError(f"{torch.cuda.device_count()} CUDA GPUs are here")
-    except (RuntimeError, AssertionError) as error:
-        raise BitsMoEError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def resolve_dtype(dtype: str, device: str, model: Path) -> torch.dtype:

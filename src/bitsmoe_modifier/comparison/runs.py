@@ -1,7 +1,6 @@
 """What the processes of a comparison do: check the recipe, record the reference, quantize and measure one run."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from ..loading.decoding import misread_experts
 from ..sources.model import load_tokenizer
 from ..sources.provenance import read_prediction
 from ..storage.sizes import bits_per_expert_weight, checkpoint_bytes
+from .device import use_device
 from .workspace import Workspace
 
 #: rows of the noise floor: it is a second run of the dense model, in a dtype that a CPU may be slow at
@@ -215,26 +215,6 @@ def sizes_of(checkpoint: Path) -> dict[str, Any]:
         "bits_apart": asdict(bits),
         "checkpoint_bytes": checkpoint_bytes(checkpoint),
     }
-
-
-def use_device(device: str) -> torch.device:
-    """Hide the other accelerators from llm-compressor, which takes the first it finds, whatever was asked for.
-
-    To be called before this process has used CUDA, which looks for its devices once. Processes of torchrun, which take
-    a device each, see them all.
-
-    Returns:
-        The device by its number from now on.
-    """
-    chosen = torch.device(device)
-    if chosen.type == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif chosen.type == "cuda" and chosen.index and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[chosen.index].strip()
-        return torch.device("cuda", 0)
-    return chosen
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -37,9 +37,10 @@ from ..sources.model import find_model, load_tokenizer, open_dense
 from ..sources.provenance import check_predictions, check_source, source_of
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
 from ..storage.folders import OutputFolder, check_new_folder, existing_parent, is_occupied, resolved
+from .device import resolve_device, use_device
 from .kept import SharedWork, is_finished
-from .runner import DTYPES, resolve_device, resolve_dtype
-from .runs import sizes_of, stored_dtype, use_device
+from .runner import DTYPES, resolve_dtype
+from .runs import sizes_of, stored_dtype
 
 T = TypeVar("T")
 

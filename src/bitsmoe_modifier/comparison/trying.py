@@ -5,8 +5,8 @@ from typing import Any
 from ..evaluation.evaluate import load_model
 from ..logs import set_up_logging
 from ..sources.model import find_model, load_tokenizer
-from .runner import resolve_device, resolve_dtype
-from .runs import use_device
+from .device import resolve_device, use_device
+from .runner import resolve_dtype
 
 
 def load_both(
