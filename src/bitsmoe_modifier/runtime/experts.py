@@ -22,6 +22,7 @@ from ..storage.factors import decode_basis, decode_factor
 from ..storage.layout import ExpertsLayout, UnitIndex
 from ..storage.packed import TENSOR_NAMES, PackedExperts
 from .decoded import DecodedCache
+from .differentiable import with_gradient
 from .native_product import fastest_product, is_compiled
 from .packed_product import PlaneIndex, index_planes
 from .pairs import group_by_expert, in_turn
@@ -288,7 +289,10 @@ class BitsMoEExperts(nn.Module):
             if prepared is not None:
                 from bitsmoe_kernels import moe_forward
 
-                return moe_forward(hidden_states, top_k_index, top_k_weights, prepared, self.gating)
+                def run(x: torch.Tensor, ids: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+                    return moe_forward(x, ids, p, prepared, self.gating)
+
+                return with_gradient(run, self.forward_plain, hidden_states, top_k_index, top_k_weights)
         return self.forward_plain(hidden_states, top_k_index, top_k_weights)
 
     def _prepare_kernels(self, dtype: torch.dtype) -> "PreparedExperts | None":
