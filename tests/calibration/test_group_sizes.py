@@ -45,11 +45,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (groups(EXPERTS, 32), f"its group size 32 does not divide 48, the columns of {FIRST} and of 15 more; in con"),
         (groups(EXPERTS, 32), "set group_size to 16, or add these layers to its `ignore`"),
+        ({**groups(EXPERTS, 32), "bypass_divisibility_checks": True}, "its group size 32 does not divide 48"),
+        (
+            {"scheme": "W4A16", "targets": ["re:.*o_proj$"]},
+            "128 does not divide 64, the columns of model.layers.0.self",
+        ),
         ({**groups("Linear", 24), "ignore": ["re:.*experts.*"]}, "24 does not divide 64, the columns of model.layers."),
         (groups("re:.*self_attn[.]q_proj$", 11), "set strategy to channel"),
         ({**groups(EXPERTS, 32), "ignore": [f"re:{FIRST}"]}, "the columns of model.layers.0.mlp.experts.1.down_proj"),
     ],
-    ids=["experts", "remedy", "class", "channel", "ignored"],
+    ids=["experts", "remedy", "bypassed", "longer", "class", "channel", "ignored"],
 )
 def test_groups_that_do_not_divide(model: Path, tmp_path: Path, fields: dict[str, object], said: str) -> None:
     stages = read_stages(write_recipe(tmp_path / "recipe.yaml", **fields))
@@ -63,12 +68,10 @@ def test_groups_that_do_not_divide(model: Path, tmp_path: Path, fields: dict[str
     "fields",
     [
         groups(EXPERTS, 16),
-        groups(EXPERTS, 128),  # one group, as llm-compressor has it
         {**groups(EXPERTS, 32), "ignore": ["re:.*down_proj$"]},
-        {**groups(EXPERTS, 32), "bypass_divisibility_checks": True},
         {"scheme": "W8A8", "targets": ["Linear"]},
     ],
-    ids=["divides", "longer", "ignored", "bypassed", "channels"],
+    ids=["divides", "ignored", "channels"],
 )
 def test_groups_that_pass(model: Path, tmp_path: Path, fields: dict[str, object]) -> None:
     check_group_sizes(read_stages(write_recipe(tmp_path / "recipe.yaml", **fields)), str(model))

@@ -1,6 +1,8 @@
 """Group sizes of a recipe's other modifiers against the widths of a model's layers, before weights are read.
 
-llm-compressor finds them once the model is loaded: of a comparison's last run, after all others have been quantized.
+llm-compressor finds them once the model is loaded (of a comparison's last run, after all others have been quantized),
+and a group that is longer than a row only while it calibrates. It has `bypass_divisibility_checks`, and in 0.14 no code
+that could do with such a group afterwards.
 """
 
 import math
@@ -69,8 +71,6 @@ def _others(stage: Stage) -> list[Any]:
 
 def _groups(modifier: Any) -> Iterator[tuple[list[str], int]]:
     """Targets and group size of each of a modifier's groups of layers that have one."""
-    if modifier.bypass_divisibility_checks:
-        return
     for scheme in modifier.resolved_config.config_groups.values():
         weights = scheme.weights
         if weights is not None and weights.strategy in _GROUPED and weights.group_size:
@@ -85,8 +85,7 @@ def _problem(modifier: Any, layers: Mapping[str, nn.Linear]) -> str:
             for name, linear in layers.items()
             if is_match(name, linear, targets) and not is_match(name, linear, modifier.ignore)
         }
-        # llm-compressor takes rows that are shorter than a group for one group
-        wrong = [name for name, number in columns.items() if number >= size and number % size]
+        wrong = [name for name, number in columns.items() if number % size]
         if wrong:
             fitting = math.gcd(size, *columns.values())
             more = f" and of {len(wrong) - 1} more" if len(wrong) > 1 else ""
