@@ -410,6 +410,11 @@ def test_dense_loading_is_refused(saved: tuple[PreTrainedModel, Path]) -> None:
     _assert_refused(saved[1], "dequantize", quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
+def test_dense_weights_are_to_be_had_elsewhere(saved: tuple[PreTrainedModel, Path]) -> None:
+    with pytest.raises(CheckpointError, match="`bitsmoe export` writes dense weights"):
+        _load(saved[1]).dequantize()
+
+
 def test_pickles_are_refused(copy_of: Path) -> None:
     file = copy_of / "model.safetensors"
     torch.save(load_file(file), copy_of / "pytorch_model.bin")

@@ -37,6 +37,7 @@ from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
 from ..sources.model import load_tokenizer
 from ..sources.precision import is_low_precision_source
 from .linearizing import experts_modules, linearize
+from .saving import check_saving
 from .stored_experts import read_other_experts
 
 
@@ -88,13 +89,14 @@ class _Published:
 def _install_validation() -> None:
     """Let pass what was decoded on loading: llm-compressor looks at the config.json that it came from.
 
-    This is also the place where a run knows both its model and its recipe.
+    Refuse what could not be saved at the end. This is also the place where a run knows both its model and its recipe.
     """
     original = _oneshot.Oneshot.validate_model
     if getattr(original, "knows_decoded", False):
         return
 
     def validate_model(run: Any, model: Any) -> None:
+        check_saving(run.recipe, run.output_dir, run.model_args.save_compressed)
         if getattr(model, "decoded_from", None) is None:
             original(run, model)
         else:

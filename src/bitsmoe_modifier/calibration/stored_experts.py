@@ -1,11 +1,8 @@
 """Experts that stay in their source's files, as llm-compressor calibrates experts: in the memory of one of them."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
 from torch.nn.functional import linear
@@ -15,6 +12,7 @@ from ..loading.claims import matches
 from ..method.gating import gating_of
 from ..method.layer import DenseExperts
 from ..sources.stacks import KEPT_DECODED, StoredStack, Turned, read_parameters, stored_parameters
+from .recipe_content import bitsmoe_fields
 
 #: `BitsMoEModifier.targets` where a recipe does not say
 _EVERY = (r"re:.*\.experts$",)
@@ -151,36 +149,8 @@ def read_other_experts(model: nn.Module, recipe: Any) -> None:
         model: as it was loaded.
         recipe: in any form that `oneshot` takes.
     """
-    ours = [(list(f.get("targets") or _EVERY), list(f.get("ignore") or ())) for f in _bitsmoe_fields(recipe)]
+    ours = [(list(f.get("targets") or _EVERY), list(f.get("ignore") or ())) for f in bitsmoe_fields(recipe)]
     for name, module in list(model.named_modules()):
         taken = any(matches(name, targets) and not matches(name, ignored) for targets, ignored in ours)
         if not taken and stored_parameters(module):
             read_parameters(module)
-
-
-def _bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
-    """The fields of every BitsMoEModifier of a recipe."""
-    if isinstance(recipe, (str, Path)):
-        path = Path(recipe)
-        is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and path.is_file()
-        yield from _fields_within(yaml.safe_load(path.read_text(encoding="utf-8") if is_file else str(recipe)))
-    elif isinstance(recipe, dict):
-        yield from _fields_within(recipe)
-    elif isinstance(recipe, (list, tuple)):
-        for one in recipe:
-            yield from _bitsmoe_fields(one)
-    elif type(recipe).__name__ == "BitsMoEModifier":
-        yield {"targets": recipe.targets, "ignore": recipe.ignore}
-    else:
-        yield from (_bitsmoe_fields(recipe.modifiers) if hasattr(recipe, "modifiers") else ())
-
-
-def _fields_within(content: Any) -> Iterator[dict[str, Any]]:
-    """The same of a recipe's content, in which a text is a value and no recipe."""
-    for name, value in content.items() if isinstance(content, dict) else ():
-        if name == "BitsMoEModifier":
-            yield value or {}
-        else:
-            yield from _fields_within(value)
-    for one in content if isinstance(content, list) else ():
-        yield from _fields_within(one)

@@ -11,6 +11,7 @@ token t has E[g gᵀ] = M, the Fisher information: a small error Δ costs ½ Δ�
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -253,6 +254,7 @@ def _backward(
     handles.append(model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: logits.append(out)))
     handles.append(model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_()))
     slopes: list[_Slopes] = [{} for _ in kept[0]]
+    device = get_main_device()  # once: every call says that there is no accelerator
     try:
         with contextlib.ExitStack() as stack:
             for context in (disable_cache, eval_context, disable_hf_kernels, use_eager_attention):
@@ -262,7 +264,7 @@ def _backward(
                     for number, (stored, slope) in enumerate(zip(batches, slopes, strict=True)):
                         outputs_of.clear()
                         logits.clear()
-                        inputs = tree_map(_leaf, stored)
+                        inputs = tree_map(partial(_leaf, device=device), stored)
                         outputs = subgraph.forward(model, **inputs)
                         ends = _ends(outputs, slope)
                         if logits:
@@ -296,11 +298,11 @@ def _metric(square: torch.Tensor, tokens: int) -> torch.Tensor:
 _Slopes = dict[tuple[str, int], torch.Tensor]
 
 
-def _leaf(value: Any) -> Any:
+def _leaf(value: Any, device: torch.device) -> Any:
     """A fresh leaf of the backward graph for every float tensor."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(get_main_device()).detach().requires_grad_()
-    return value.to(get_main_device()) if isinstance(value, torch.Tensor) else value
+        return value.to(device).detach().requires_grad_()
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _ends(outputs: Any, slope: _Slopes) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -76,7 +76,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         if self.quantization_config.dequantize and self.quantization_config.is_quantization_compressed:
             raise CheckpointError(
                 "experts packed as bitsmoe run packed: load without `dequantize=True` / `run_compressed=False` "
-                "(for dense weights use BitsMoEExperts.dense_weights)"
+                "(for dense weights use `bitsmoe export`; to quantize again, start from the unquantized model)"
             )
         # set for a model that was saved after its Linears had been decompressed; it would make the loaded model forget
         # its quantization_config, and a checkpoint saved from it would not say that its experts are packed
@@ -122,6 +122,9 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
         _finish_casting(model)
         _cast_when_decompressed(model)
         return super()._process_model_after_weight_loading(model, *args, **kwargs)
+
+    def _dequantize(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        raise CheckpointError("experts packed as bitsmoe stay packed; `bitsmoe export` writes dense weights")
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Let the stock class decompress experts that other groups pack as Linears.

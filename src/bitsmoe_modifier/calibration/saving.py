@@ -1,0 +1,34 @@
+"""What `oneshot` is going to refuse, or fail at, when it saves: found before calibration, which may take hours."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..storage.folders import existing_parent
+from .recipe_content import bitsmoe_fields
+
+
+def check_saving(recipe: Any, output_dir: str | Path | None, save_compressed: bool) -> None:
+    """Refuse runs of a BitsMoEModifier whose result could not be saved as `oneshot` was told to.
+
+    Args:
+        recipe: in any form that `oneshot` takes.
+        output_dir, save_compressed: as `oneshot` takes them.
+
+    Raises:
+        RecipeError: naming the argument, and what to do.
+    """
+    if output_dir is None or not any(True for _ in bitsmoe_fields(recipe)):
+        return
+    if not save_compressed:
+        raise RecipeError(
+            "save_compressed=False: experts are packed when they are quantized, and are saved packed; leave it out "
+            "(`bitsmoe export` writes dense weights of what was saved)"
+        )
+    parent = existing_parent(Path(output_dir))
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output_dir={output_dir}: {parent} cannot be written ({error.strerror})") from None
