@@ -263,6 +263,21 @@ def test_utf_8_with_damage_loses_the_damage_only(tmp_path: Path, capsys: pytest.
     assert "1 bytes that are not UTF-8 were left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "data"), [("t.txt", GOOD["text"]), ("t.jsonl", ROW), ("t.csv", f"text\n{GOOD['text']}")]
+)
+def test_utf_16_without_a_mark(tmp_path: Path, name: str, data: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes(f"{data}\n".encode(encoding))
+    assert read(str(tmp_path / name)).strip() == GOOD["text"]
+
+
+def test_stray_zeros_are_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_bytes(b"a text " * 100 + b"\0" + b"of a log")
+    assert read(str(tmp_path / "t.txt")).endswith("a text of a log")
+    assert "1 bytes of 0 were left out" in capsys.readouterr().err
+
+
 def test_one_huge_line(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("word " * 400_000)
     assert len(read(str(tmp_path / "t.txt"))) == 2_000_000
@@ -283,11 +298,12 @@ def test_one_huge_line(tmp_path: Path) -> None:
         ("t.txt.gz", gzip.compress(bytes(range(1, 250)) * 50)[:60], "is damaged or cut off"),
         ("t.jsonl.zst", b"\x28\xb5\x2f\xfd1234", "packed by zstd; unpack it first"),
         ("t.parquet", b"PAR1 and nothing else", "is not a readable parquet file"),
+        ("t.txt", b"name" + bytes(100) + b"ustar" + bytes(200) + b"text", "is no text: 300 of its 313 bytes are 0"),
         ("t.txt", b"%PDF-1.7\0\xff\xfe\xe9", "is not UTF-8 text"),
     ],
     ids=[
         *("empty", "header-only", "empty-csv", "empty-list", "empty-gz", "cut-off", "txt-cut-off", "zstd"),
-        *("parquet", "binary"),
+        *("parquet", "tar", "binary"),
     ],
 )
 def test_an_unusable_file_is_one_line(name: str, data: bytes, said: str, tmp_path: Path) -> None:

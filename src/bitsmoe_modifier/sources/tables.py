@@ -32,6 +32,8 @@ _PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 _CHATS = {"messages", "conversations", "conversation"}
 #: endings of tables, without that of a compression
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+#: share of bytes of 0 that a text may have, which something else has written into it
+_STRAY_NULLS = 0.01
 _UNICODE_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -74,11 +76,19 @@ def read_plain(path: Path) -> tuple[str, str]:
                 return _with_line_ends(data[len(mark) :].decode(_without_mark(encoding, mark))), ""
             except UnicodeDecodeError as error:
                 raise CalibrationError(f"{path} is not UTF-8 text ({error}); convert it first") from None
+    unmarked = _unmarked_utf_16(data)
+    if unmarked:
+        return _with_line_ends(data.decode(unmarked, errors="replace")), "it was read as UTF-16, without a mark"
+    nulls = data.count(b"\0")
     try:
-        return _with_line_ends(data.decode("utf-8")), ""
+        text = _with_line_ends(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        if b"\0" in data:
+        if nulls:
             raise CalibrationError(f"{path} is not UTF-8 text ({error}); convert it first") from None
+    else:
+        if nulls > _STRAY_NULLS * len(data):
+            raise CalibrationError(f"{path} is no text: {nulls} of its {len(data)} bytes are 0; give a text file")
+        return text.replace("\0", ""), f"{nulls} bytes of 0 were left out" if nulls else ""
     decoded = data.decode("utf-8", errors="replace")
     wrong = decoded.count("\ufffd")
     if wrong <= sum(character > "\x7f" for character in decoded) - wrong:  # UTF-8 with some damage
@@ -224,11 +234,25 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
                     text = (line + stream.read())[len(mark) :].decode(_without_mark(encoding, mark), errors="replace")
                     yield from enumerate(text.splitlines(), 1)
                     return
+            unmarked = _unmarked_utf_16(line)
+            if unmarked:
+                yield from enumerate((line + stream.read()).decode(unmarked, errors="replace").splitlines(), 1)
+                return
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
             yield number, line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             yield number, _latin(line).rstrip("\r\n")
+
+
+def _unmarked_utf_16(data: bytes) -> str:
+    """The encoding of a text in UTF-16 that does not begin with its mark, told by the zeros of Latin letters; or ""."""
+    start = data[:4096]
+    for encoding, high in (("utf-16-le", 1), ("utf-16-be", 0)):
+        zeros, others = start[high::2].count(0), start[1 - high :: 2].count(0)
+        if 2 * zeros > len(start[high::2]) and not others:
+            return encoding
+    return ""
 
 
 def _without_mark(encoding: str, mark: bytes) -> str:
