@@ -4,6 +4,7 @@ In: words. Out: an exit code. May import: every room, but only inside the functi
 ``bitsmoe --help`` and the completion of words cost nothing.
 """
 
+import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0: done. 1: some runs failed, the report says which. 2: the inputs cannot be used. 130: interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")  # a "×" that the terminal does not have shall not end a run
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         typer.main.get_command(app)(args=given, prog_name="bitsmoe", obj=shlex.join(["bitsmoe", *given]))

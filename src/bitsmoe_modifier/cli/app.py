@@ -1,5 +1,6 @@
 """What all commands have in common: how they are shown, how they speak, and how they end."""
 
+import errno
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import __version__, messages
+from ..aftermath import reason
 from ..errors import BitsMoEError
 from .options import MESSAGES
 
@@ -78,6 +80,14 @@ class Command(TyperCommand):
                 traceback.print_exc()
             messages.say("error", f"bitsmoe {ctx.info_name}: {error}")
             sys.exit(2)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # typer knows: who reads has read enough
+                raise
+            if ctx.params["verbose"]:
+                traceback.print_exc()
+            where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else reason(error)
+            messages.say("error", f"bitsmoe {ctx.info_name}: {where} (--verbose shows what was being done)")
+            sys.exit(1)
         except EOFError as error:  # typer would take it for the end of a prompt, and hide it
             raise RuntimeError("a process ended before it answered") from error
         except KeyboardInterrupt:

@@ -219,7 +219,7 @@ def sizes_of(checkpoint: Path) -> dict[str, Any]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """What config.json declares."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, str(name).removeprefix("torch."))
 

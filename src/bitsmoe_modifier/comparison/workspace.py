@@ -76,7 +76,7 @@ class Workspace:
         if is_occupied(self.folder):
             if not record.exists():
                 raise BitsMoEError(f"{self.folder} is not empty and no earlier comparison; give another --out")
-            changed = differences(json.loads(record.read_text()), json.loads(json.dumps(inputs)))
+            changed = differences(json.loads(record.read_text(encoding="utf-8")), json.loads(json.dumps(inputs)))
             if changed:
                 raise BitsMoEError(
                     f"{self.folder} holds a comparison of other inputs ({'; '.join(changed)}); "
@@ -105,7 +105,7 @@ class Workspace:
     def finished(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The result that was kept under ``name``, if it was made from ``key``."""
         try:
-            kept = json.loads(self._result(name).read_text())
+            kept = json.loads(self._result(name).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
         return kept["result"] if kept["key"] == json.loads(json.dumps(key)) else None

@@ -79,13 +79,13 @@ def record(model: Any, rows: torch.Tensor, batch_size: int, folder: Path) -> Ref
         layer = {"weight": head.weight, "bias": head.bias}
         save_file({k: v.detach().cpu().contiguous() for k, v in layer.items() if v is not None}, folder / _HEAD)
     meta = {"shape": list(states.shape), "dtype": str(states.dtype).removeprefix("torch.")}
-    (folder / _META).write_text(json.dumps(meta))
+    (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
     return load(folder)
 
 
 def load(folder: Path) -> Reference:
     """Open what `record` wrote; the states are mapped, not read."""
-    meta = json.loads((folder / _META).read_text())
+    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     states = _mapped(folder, tuple(meta["shape"]), getattr(torch, meta["dtype"]))
     layer = load_file(folder / _HEAD) if (folder / _HEAD).exists() else {}
     return Reference(states, layer.get("weight"), layer.get("bias"))
