@@ -12,7 +12,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +30,7 @@ _PRELOAD = ["llmcompressor", "transformers", "bitsmoe_modifier.comparison.runs"]
 #: the latest state of any tqdm bar in a log: its title and percentage
 _BAR = re.compile(r"([^\r\n:|]{1,60}(?::[^\r\n:|]{1,30})?):\s+(\d+)%\|")
 _TAIL_BYTES = 2000
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,27 @@ def start_context(device: str) -> Any:
     # the server would start with the first process; started now, it imports while this one reads the text
     from multiprocessing.forkserver import ensure_running
 
-    ensure_running()
+    with _safe_path():
+        ensure_running()
     return context
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let Python processes that begin meanwhile not look for modules in the current folder before they know better.
+
+    They get this process's path later, but by then a user's ``datasets.py`` or ``random.py`` would have been imported
+    in the place of the library's. Python 3.10 knows no such thing.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def run_in_process(
@@ -84,7 +105,8 @@ def run_in_process(
     receiver, sender = context.Pipe(duplex=False)
     options = (str(log), verbose, torch.get_num_threads(), dict(os.environ))
     process = context.Process(target=_entry, args=(sender, function, arguments, options))
-    process.start()
+    with _safe_path():
+        process.start()
     sender.close()
     result: Any = None
     try:
