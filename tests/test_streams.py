@@ -1,4 +1,4 @@
-"""Terminals and pipes that cannot take what a command prints."""
+"""What shells do to a command: variables that are not set, ``~``, terminals that cannot take its words."""
 
 import io
 from pathlib import Path
@@ -14,6 +14,31 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("qwen3_moe")
     pack_randomly(model)
     return save(model, tmp_path_factory.mktemp("packed"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "--model", "m", "--calibration", "", "--out", "o"], "bitsmoe quantize: --calibration is empty"),
+        (["quantize", "--model=", "--out", "o"], "bitsmoe quantize: --model is empty"),
+        (["compare", "--eval-text", ""], "bitsmoe compare: --eval-text is empty"),
+        (["eval", "folder", "--json", ""], "bitsmoe eval: --json is empty"),
+        (["inspect", ""], "bitsmoe inspect: DIR is empty"),
+    ],
+)
+def test_a_variable_that_is_not_set(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Would pass for an option that is not given: the demo's text in the place of the user's."""
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"{said} (a variable that is not set?); give it a value, or leave it out\n"
+
+
+def test_a_tilde_that_the_shell_has_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/nobody")
+    assert main(["inspect", "~/checkpoint"]) == 2
+    assert "/home/of/nobody/checkpoint: no such model folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

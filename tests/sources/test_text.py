@@ -1,6 +1,7 @@
 """Text to rows: windows, sources, and what is refused."""
 
 import json
+import os
 import types
 from pathlib import Path
 
@@ -113,9 +114,10 @@ def test_a_table_is_read_no_further_than_needed(tmp_path: Path):
         (lambda p: p.write_text(" \n\t"), "is empty"),
         (lambda p: p.write_bytes(b"\xff\xfe\x00caf\xe9"), "not UTF-8"),
         (lambda p: p.mkdir(), "is a folder"),
+        (lambda p: os.mkfifo(p), "is a pipe or a device, which is read once; write its text to a file first"),
         (lambda p: None, "no such file"),
     ],
-    ids=["empty", "blank", "binary", "folder", "missing"],
+    ids=["empty", "blank", "binary", "folder", "pipe", "missing"],
 )
 def test_unusable_texts_are_refused(tmp_path: Path, make, message):
     path = tmp_path / "t.txt"
@@ -127,7 +129,12 @@ def test_unusable_texts_are_refused(tmp_path: Path, make, message):
 def test_a_wrong_column_is_refused_with_the_columns_there_are(tmp_path: Path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"title": "a", "body": "b"}))
-    with pytest.raises(CalibrationError, match=r"no column 'text' but title, body; .*--text-column"):
+    with pytest.raises(
+        CalibrationError, match=r"its row cannot be used; .*no column 'text' but title, body; .*--text-c"
+    ):
+        read_text(str(path))
+    path.write_text(json.dumps({f"column{n}": "a" for n in range(40)}))
+    with pytest.raises(CalibrationError, match=r"but column0, .*, column11 and 28 more; name the column"):
         read_text(str(path))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from bitsmoe_modifier.errors import BitsMoEError
 from bitsmoe_modifier.storage import folders
-from bitsmoe_modifier.storage.folders import OutputFolder, check_file_place, existing_parent
+from bitsmoe_modifier.storage.folders import OutputFolder, check_file_place, check_outside, existing_parent
 
 
 def write(out: Path) -> None:
@@ -252,6 +252,19 @@ def test_the_filesystem_of_a_link_is_that_of_its_target(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "volume" / "new")
     assert existing_parent(tmp_path / "link") == tmp_path / "volume"
     assert existing_parent(tmp_path / "a" / "b") == tmp_path
+
+
+@pytest.mark.parametrize("inside", [".", "kept", "a/b"])
+def test_a_folder_of_the_run_inside_of_out(inside: str, tmp_path: Path) -> None:
+    """It would be in the way at the end, when the result is there."""
+    out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    for folder in (out / inside, tmp_path / "link" / inside):
+        with pytest.raises(
+            BitsMoEError, match=f"--resume-dir {folder} is in {out}, which holds nothing but the result"
+        ):
+            check_outside([tmp_path / "other", out], offload_dir=None, resume_dir=str(folder))
+    check_outside([out], resume_dir=str(tmp_path / "outside"), offload_dir=str(tmp_path))
 
 
 def test_a_file_to_write_needs_its_folder(tmp_path: Path) -> None:

@@ -58,6 +58,17 @@ class Command(TyperCommand):
             with formatter.section(title):
                 formatter.write_dl(records)
 
+    def _expand(self, ctx: Any) -> None:
+        """Refuse texts that are given and empty, which would pass for options that are not given; expand a ``~``, which
+        shells leave in ``--model=~/folder``."""
+        for param in self.get_params(ctx):
+            value = ctx.params.get(param.name)
+            if value == "" and ctx.get_parameter_source(param.name).name == "COMMANDLINE":
+                given = param.opts[0] if param.param_type_name == "option" else param.metavar
+                raise BitsMoEError(f"{given} is empty (a variable that is not set?); give it a value, or leave it out")
+            if isinstance(value, str) and value.startswith("~/"):
+                ctx.params[param.name] = os.path.expanduser(value)
+
     def invoke(self, ctx: Any) -> Any:
         """Run it as its options about messages and the job of torchrun want."""
         chosen = [name for name in ("verbose", "quiet", "log_json") if ctx.params[name]]
@@ -72,6 +83,7 @@ class Command(TyperCommand):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, with the processes of a run
         try:
+            self._expand(ctx)
             if together and ctx.info_name != "quantize":
                 raise BitsMoEError("only `quantize` runs in several processes; start this command without torchrun")
             return super().invoke(ctx)

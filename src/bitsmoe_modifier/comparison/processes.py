@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -139,6 +140,8 @@ def _entry(sender: Connection, function: Callable[..., Any], arguments: tuple[An
         os.dup2(descriptor, 2)
         os.close(descriptor)
     torch.set_num_threads(threads)
+    # tqdm's own is a semaphore between processes, of whose leaking Python warns where this one is ended by Ctrl-C
+    tqdm.set_lock(threading.RLock())
     set_up_logging(verbose=True)  # all of it: into the log, or to who asked for it
     result: Any
     try:

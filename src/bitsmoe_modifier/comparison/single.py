@@ -36,7 +36,7 @@ from ..pages.verdicts import LEGEND, place
 from ..sources.model import find_model, load_tokenizer, open_dense
 from ..sources.provenance import check_predictions, check_source, source_of
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
-from ..storage.folders import OutputFolder, check_new_folder, existing_parent, is_occupied, resolved
+from ..storage.folders import OutputFolder, check_new_folder, check_outside, existing_parent, is_occupied, resolved
 from .device import resolve_device, use_device
 from .kept import SharedWork, is_finished
 from .runner import DTYPES, resolve_dtype
@@ -118,6 +118,7 @@ def quantize_each(
     _check_options(options)
     with ExitStack() as held:
         outputs = [OutputFolder(out) for _, out in stages]
+        check_outside([one.path for one in outputs], resume_dir=options.resume_dir, offload_dir=options.offload_dir)
         if not int(os.environ.get("RANK", "0")):  # the first process of a torchrun job writes for all
             for output in outputs:
                 if not _may_be_finished(output, stages, options):

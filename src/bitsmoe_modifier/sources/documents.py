@@ -25,6 +25,8 @@ _PAIRS = (
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 #: rows without one usable after which a source is given up
 _PATIENCE = 1000
+#: columns that a message names
+_NAMED = 12
 
 
 class Unusable(Exception):
@@ -66,10 +68,9 @@ def documents(source: str, rows: Iterable[Row], column: str, tokenizer: Any = No
             _say_skipped(source, number, skipped, first)
     if number and not used:
         reason = next(iter(first))
-        which = "the first row" if number == 1 else f"none of the {'first ' * (number >= _PATIENCE)}{number} rows"
+        which = f"none of the {'first ' * (number >= _PATIENCE)}{number} rows can" if number > 1 else "its row cannot"
         raise CalibrationError(
-            f"{source}: {which} can be used; {first[reason]}: {reason}; name the column that holds text by "
-            "--text-column"
+            f"{source}: {which} be used; {first[reason]}: {reason}; name the column that holds text by --text-column"
         )
 
 
@@ -107,7 +108,9 @@ def _documents(row: Any, column: str, tokenizer: Any) -> list[Document]:
             return _tokens(row["input_ids"], "input_ids", row.get("attention_mask"), tokenizer)
     if column in row:
         raise Unusable(f", column {column!r}", "null")
-    raise Unusable("", f"no column {column!r} but {', '.join(map(str, row)) or 'none'}")
+    names = list(map(str, row))
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    raise Unusable("", f"no column {column!r} but {', '.join(names[:_NAMED]) or 'none'}{more}")
 
 
 def _value(value: Any, column: str, row: dict[str, Any], tokenizer: Any) -> list[Document]:

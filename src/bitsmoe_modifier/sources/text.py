@@ -58,11 +58,13 @@ def read_text(source: str, column: str = "text", tokens: int | None = None, toke
     """
     path = Path(source)
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:
         raise CalibrationError(f"{source[:200]} cannot be opened ({error.strerror})") from None
     if is_folder:
         raise CalibrationError(f"{source} is a folder; give a text file or a dataset's name")
+    if source == "-" or (is_there and not is_file):
+        raise CalibrationError(f"{source} is a pipe or a device, which is read once; write its text to a file first")
     parts: list[Document]
     if is_file and ending(path) not in TABLES:
         content, mended = read_plain(path)

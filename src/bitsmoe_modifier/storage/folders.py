@@ -9,7 +9,7 @@ names it: it may hold the work of days.
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -56,6 +56,28 @@ def resolved(out: Path | str) -> Path:
         return Path(out).expanduser().resolve()
     except (OSError, RuntimeError) as error:
         raise BitsMoEError(f"{out}: its links lead nowhere ({error}); give another --out") from None
+
+
+def check_outside(outs: Iterable[Path], **folders: str | None) -> None:
+    """Refuse folders of a run that are an output folder, or inside of one: it would never be empty.
+
+    Args:
+        outs: output folders, as `resolved` returns them.
+        folders: by their options; None is not given.
+
+    Raises:
+        BitsMoEError: naming the option and both folders.
+    """
+    for name, folder in folders.items():
+        for out in outs:
+            if folder is None:
+                continue
+            inside = resolved(folder)
+            if inside == out or out in inside.parents:
+                raise BitsMoEError(
+                    f"--{name.replace('_', '-')} {folder} is in {out}, which holds nothing but the result; give a "
+                    "folder beside it"
+                )
 
 
 def existing_parent(out: Path) -> Path:
