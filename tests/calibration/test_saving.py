@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from llmcompressor import oneshot
 from loguru import logger
+from transformers import PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
-from helpers import calibration, load
+from bitsmoe_modifier.storage.shards import checkpoint_files
+from helpers import calibration, load, logits
 
 FIELDS = {"bits": 3.0, "group_size": 16, "block_size": 16}
 YAML = "a_stage: {q_modifiers: {BitsMoEModifier: {bits: 3.0}}}"
@@ -41,6 +45,27 @@ def test_saving_that_would_fail_is_refused(
         )
     assert str(caught.value).startswith(said.replace("FILE", str(file)))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("first", ["one-file", "several"])
+def test_saving_into_the_same_folder_again(
+    dense_checkpoint: Callable[..., Path], tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one file and several, transformers reads the one, whichever is older."""
+    save, size = PreTrainedModel.save_pretrained, {"one-file": "1GB", "several": "100KB"}
+    others = {"one-file": "several", "several": "one-file"}
+    for which, bits in ((first, 4.0), (others[first], 2.5)):
+
+        def save_pretrained(model: Any, *args: Any, limit: str = size[which], **kwargs: Any) -> None:
+            save(model, *args, **{**kwargs, "max_shard_size": limit})
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+        model = load(dense_checkpoint("qwen3_moe"))
+        recipe = [BitsMoEModifier(**{**FIELDS, "bits": bits, "scope": "layer"})]
+        oneshot(model=model, recipe=recipe, dataset=calibration(), output_dir=tmp_path)
+        assert len(checkpoint_files(tmp_path)) == 1 if which == "one-file" else len(checkpoint_files(tmp_path)) > 1
+        with torch.no_grad():
+            assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
 def test_warnings_do_not_grow_with_the_rows(dense_checkpoint: Callable[..., Path]) -> None:

@@ -10,6 +10,7 @@
 - ``oneshot(model="FOLDER")`` loads every folder through `AutoModelForCausalLM`, which leaves out the vision tower of
   some models and knows others not at all. Here it loads the class that config.json names.
 - It saves what transformers loaded, without the layers for multi-token prediction; they are kept (`loading.inventory`).
+- Saved into a folder for the second time, a checkpoint in one file and one in several do not replace each other.
 - It insists on the model's processor even for rows of tokens, and image processors need packages that text does not.
   Where the processor cannot be made, the tokenizer stands in, and the processor's files are taken along as they are.
 """
@@ -36,6 +37,7 @@ from ..loading.source_keys import restore_keys
 from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
 from ..sources.model import load_tokenizer
 from ..sources.precision import is_low_precision_source
+from ..storage.shards import drop_older
 from .linearizing import experts_modules, linearize
 from .saving import check_saving
 from .stored_experts import read_other_experts
@@ -131,6 +133,7 @@ def _install_processors() -> None:
         model = getattr(model_args, "model", None)
         source, target = Path(getattr(model, "name_or_path", "")), Path(output_dir)
         target /= getattr(kwargs.get("recipe_args"), "stage", None) or ""  # llm-compressor makes a folder of it
+        drop_older(target)
         inventory = getattr(model, "source_inventory", None)
         if inventory is not None:
             instead = [one.instead() for one in getattr(model, "packed_mtp", [])]

@@ -76,6 +76,10 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def _check_class(model: nn.Module) -> None:
     """Refuse classes that cannot be calibrated on rows of tokens as one model."""
+    if hasattr(model, "_orig_mod"):
+        raise RecipeError("the model went through torch.compile; give what was compiled (model._orig_mod)")
+    if hasattr(model, "merge_and_unload"):
+        raise RecipeError("the model carries adapters of PEFT; give model.merge_and_unload()")
     reason = _REFUSED.get(cast(Any, model).config.model_type)
     if reason is not None:
         raise RecipeError(f"{_family(model)} is not supported: {reason}")

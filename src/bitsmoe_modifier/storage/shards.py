@@ -41,6 +41,7 @@ _HEADERS = ("layout", "widths_in", "widths_out")
 
 #: beginnings of names of safetensors files that may lie beside a model and are none of its
 _BESIDE = ("adapter_model", "consolidated")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,45 @@ def checkpoint_files(folder: Path) -> list[Path]:
         CheckpointError: when there are none, the index is damaged, or it names a file that is missing, elsewhere, or
             of another kind.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    single, index = folder / _SINGLE, folder / _INDEX
+    named = _shards_of(index) if index.exists() else []
+    beside = single.is_file() and single not in named
+    if beside and any(file.is_file() for file in named):
+        raise CheckpointError(
+            f"{folder} holds two checkpoints, {_SINGLE} and the files that {_INDEX} names; transformers reads the "
+            "first, vLLM the others: delete the one that is not meant"
+        )
+    if not named or beside:  # an index that is left of a checkpoint in several files, which are gone
         files = sorted(folder.glob("*.safetensors"))
-        if folder / "model.safetensors" in files:
+        if single in files:
             files = [file for file in files if not file.name.startswith(_BESIDE)]
         if not files:
             raise CheckpointError(f"{folder} has no safetensors files; it is not a checkpoint, or of an older kind")
         return files
+    for file in named:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: named by the index but missing; fetch the checkpoint again")
+    return named
+
+
+def drop_older(folder: Path) -> None:
+    """Of a folder into which a checkpoint was saved twice, delete what is left of the older one.
+
+    A single file and an index with its files do not replace each other, and transformers reads the single file of both.
+    It deletes the older files of an index itself.
+    """
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.is_file() and index.is_file() and single not in _shards_of(index):
+        min(single, index, key=lambda file: file.stat().st_mtime_ns).unlink()
+
+
+def _shards_of(index: Path) -> list[Path]:
+    """The files that an index names, whether they are there or not.
+
+    Raises:
+        CheckpointError: when it is damaged, or names what is elsewhere or of another kind.
+    """
+    folder = index.parent
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: weight_map does not say which file holds which tensor; fetch it again")
@@ -118,8 +150,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"{index}: names {str(file)!r}, not a safetensors file in this folder; do not use this checkpoint"
             )
-        if not file.is_file():
-            raise CheckpointError(f"{file}: named by the index but missing; fetch the checkpoint again")
     return found
 
 
