@@ -29,14 +29,17 @@ def _run(costs, u, g, branches, first, count, length, values, STATES: tl.constex
     """
     state = tl.arange(0, STATES)
     at = first
+    target, gain = tl.load(u + at), tl.load(g + at)
     for n in tl.range(count):
-        target, gain = tl.load(u + at), tl.load(g + at)
+        # of the next weight, which the compiler would not load before this one's branches are stored
+        at = tl.where(at + 1 == length, 0, at + 1)
+        next_target, next_gain = tl.load(u + at), tl.load(g + at)
         # window w is the lower bits of the state before it, and its upper bits are the state after it
         before = tl.reshape(tl.broadcast_to(costs[None, :], [BRANCHES, STATES]), [STATES, BRANCHES])
         rest = target - gain * values
         costs, branch = tl.min(before + rest * rest, 1, return_indices=True)
         tl.store(branches + n * STATES + state, branch.to(tl.uint8))
-        at = tl.where(at + 1 == length, 0, at + 1)
+        target, gain = next_target, next_gain
     return costs
 
 
@@ -54,21 +57,14 @@ def _trace(state, out, branches, count, last, B: tl.constexpr, STATES: tl.conste
     return state
 
 
-@triton.jit(do_not_specialize=["steps"])
-def encode_kernel(
-    u_ptr, g_ptr, begin_ptr, length_ptr, values_ptr, branches_ptr, out_ptr, steps,
-    B: tl.constexpr, PRELUDE: tl.constexpr,
-):  # fmt: skip
-    """Program (sequence): windows uint8 at out, from targets and gains float32 in the order of the stream.
+@triton.jit
+def encode_sequence(u, g, out, branches, length, values_ptr, B: tl.constexpr, PRELUDE: tl.constexpr):
+    """Windows uint8 at out, of the targets and gains float32 of one sequence, in the order of the stream; pointers.
 
-    begin int64, length int32: of each sequence. values float32 [256]. branches uint8 [sequences, steps, states].
+    values float32 [256]. branches uint8: ``max(length, 2 min(PRELUDE, length)) * 2**(8 - B)`` of its own.
     """
     STATES: tl.constexpr = 256 >> B
     BRANCHES: tl.constexpr = 1 << B
-    s = tl.program_id(0)
-    begin, length = tl.load(begin_ptr + s), tl.load(length_ptr + s)
-    u, g, out = u_ptr + begin, g_ptr + begin, out_ptr + begin
-    branches = branches_ptr + s.to(tl.int64) * steps * STATES
     values = tl.load(values_ptr + tl.arange(0, STATES)[:, None] * BRANCHES + tl.arange(0, BRANCHES)[None, :])
     state = tl.arange(0, STATES)
     closing = 0
@@ -80,6 +76,21 @@ def encode_kernel(
     held = tl.where(state == closing, 0.0, 1e30)
     _run(held, u, g, branches, 0, length, length, values, STATES, BRANCHES)
     _trace(closing, out, branches, length, 0, B, STATES, True)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def encode_kernel(
+    u_ptr, g_ptr, begin_ptr, length_ptr, values_ptr, branches_ptr, out_ptr, steps,
+    B: tl.constexpr, PRELUDE: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence): windows uint8 at out, from targets and gains float32 in the order of the stream.
+
+    begin int64, length int32: of each sequence. values float32 [256]. branches uint8 [sequences, steps, states].
+    """
+    s = tl.program_id(0)
+    begin, length = tl.load(begin_ptr + s), tl.load(length_ptr + s)
+    branches = branches_ptr + s.to(tl.int64) * steps * (256 >> B)
+    encode_sequence(u_ptr + begin, g_ptr + begin, out_ptr + begin, branches, length, values_ptr, B, PRELUDE)
 
 
 def encode(target: torch.Tensor, gain: torch.Tensor, sequences: Sequences, preludes: Mapping[int, int]) -> torch.Tensor:

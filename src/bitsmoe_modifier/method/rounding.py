@@ -46,6 +46,19 @@ class ColumnCoder(Protocol):
         """What `_round_column` does for the grid."""
         ...
 
+    def block(
+        self,
+        target: torch.Tensor,
+        response: torch.Tensor,
+        reference: torch.Tensor,
+        step: torch.Tensor,
+        level: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        codes: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`round_block` by a kernel, on a GPU."""
+        ...
+
 
 def encode(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -> torch.Tensor:
     """Nearest code of each weight, as float: ``clamp(round((w / step + level) / 2), 0, level)``.
@@ -291,7 +304,9 @@ def round_block(
     Returns:
         (codes ``[N, B, m]``, steps ``[N, B, groups]``, changes ``[N, B, m]``).
     """
-    if coder is None and _on_kernels(target):
+    if _on_kernels(target):
+        if coder is not None:
+            return coder.block(target, response, reference, step, level, row_weight, codes)
         from bitsmoe_kernels.rounding import round_block as fused
 
         return fused(target, response, reference, step, level, row_weight, codes)

@@ -98,7 +98,7 @@ def round_input(layer: LayerTask) -> RoundedSide:
     share = prior_share(tokens.counts, rank, h.device)
     common = second_moment(h, tokens.token_weights) / tokens.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
     shrinkage = _input_shrinkage(layer, inverse, common, share)
-    coder = GroupTrellis() if settings.codes == "trellis" else None
+    coder = GroupTrellis(settings.widths) if settings.codes == "trellis" else None
     mine = layer.ranks.mine(len(tokens.counts))
     packer = SidePacker("in", layout_of(experts, design, settings, len(_stripes(layer))), side.widths, mine)
     for part in experts.parts(mine):
@@ -201,7 +201,7 @@ def round_output(layer: LayerTask, inputs: RoundedSide) -> RoundedSide:
         coders: list[ColumnCoder] | None = None
         if units:
             coders = [
-                ChainTrellis(widths, len(units), stripe, coupled.diagonal()[block], design.block_size)
+                ChainTrellis(widths, len(units), stripe, coupled.diagonal()[block], design.block_size, settings.widths)
                 for stripe, block in enumerate(blocks)
             ]
             steps = chain_steps(columns, side.weight[part], level, settings.group_size)

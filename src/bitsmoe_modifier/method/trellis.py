@@ -5,6 +5,8 @@ weight of its errors, and the step follows from what feedback asks of the group.
 with steps of its own, so a sequence's errors weigh by these and by what an error of the direction does to the output.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from ..storage.chains import CHAIN_DIRECTIONS, chains_of
@@ -39,9 +41,16 @@ def normal_steps(rms: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
 
 
 class GroupTrellis:
-    """Columns of gate or up: each group of rows is a sequence, with a step that is fitted to what it has to hold."""
+    """Columns of gate or up: each group of rows is a sequence, with a step that is fitted to what it has to hold.
+
+    Args:
+        possible: the widths that may occur; a kernel is compiled for just these.
+    """
 
     grid = staticmethod(grid_values)
+
+    def __init__(self, possible: Iterable[int] = tuple(CODES)) -> None:
+        self._possible = tuple(possible)
 
     def column(
         self,
@@ -73,6 +82,21 @@ class GroupTrellis:
         found[at] = new.view(len(at), -1)
         value[at] = (trellis_values(new.to(torch.uint8), width[:, None]) * fitted).view(len(at), -1)
         return found, step.index_copy(0, at, fitted.view(len(at), groups)), value
+
+    def block(
+        self,
+        target: torch.Tensor,
+        response: torch.Tensor,
+        reference: torch.Tensor,
+        step: torch.Tensor,
+        level: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        codes: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`rounding.round_block` by a kernel, on a GPU."""
+        from bitsmoe_kernels.trellis_rounding import round_groups
+
+        return round_groups(target, response, reference, step, level, row_weight, codes, self._possible)
 
 
 def fit_rows(
@@ -132,12 +156,19 @@ class ChainTrellis:
         stripe: which of them the columns' rows are; None for all units.
         gain: ``[m]`` of the columns' rows: what an error of each does.
         block_size: directions per unit.
+        possible: the widths that may occur; a kernel is compiled for just these.
     """
 
     grid = staticmethod(grid_values)
 
     def __init__(
-        self, widths: torch.Tensor, stripes: int, stripe: int | None, gain: torch.Tensor, block_size: int
+        self,
+        widths: torch.Tensor,
+        stripes: int,
+        stripe: int | None,
+        gain: torch.Tensor,
+        block_size: int,
+        possible: Iterable[int] = tuple(CODES),
     ) -> None:
         rows, apart = len(gain), 1 if stripe is None else stripes
         begin, place, width = [0], [], []
@@ -157,6 +188,8 @@ class ChainTrellis:
         self._place, self._lengths = places.to(device), lengths.to(device, gain.dtype)
         self._number = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
         self._root = gain.clamp_min(0).sqrt()
+        self._chains = self.sequences.begin.to(device), self._place, self.sequences.width.to(device)
+        self._longest, self._possible = int(lengths.max()) if len(lengths) else 0, tuple(possible)
 
     def _per_sequence(self, value: torch.Tensor) -> torch.Tensor:
         """Sums ``[S]`` over the sequences' places in ``value [N, m]``."""
@@ -195,6 +228,22 @@ class ChainTrellis:
             better = self._spread((error < before).to(target.dtype), root) > 0
             found, grid = torch.where(better, found, windows), torch.where(better, grid, old)
         return found, step, grid * step
+
+    def block(
+        self,
+        target: torch.Tensor,
+        response: torch.Tensor,
+        reference: torch.Tensor,
+        step: torch.Tensor,
+        level: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        codes: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`rounding.round_block` by a kernel, on a GPU; the levels are those of the chains."""
+        from bitsmoe_kernels.trellis_rounding import round_chains
+
+        block = target, response, reference, step, codes
+        return round_chains(*block, self._root, self._chains, self._possible, self._longest)
 
 
 def chain_steps(columns: torch.Tensor, weight: torch.Tensor, level: torch.Tensor, group_size: int) -> torch.Tensor:

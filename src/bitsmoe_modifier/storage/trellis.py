@@ -36,7 +36,7 @@ _HALF = 16
 
 @cache
 @torch.inference_mode(False)
-def _tables(device: torch.device) -> torch.Tensor:
+def value_tables(device: torch.device) -> torch.Tensor:
     """Values of all windows at all widths, float32 ``[9 * 256]``, row b for width b; 0 where b is no width > 0."""
     tables = torch.zeros(max(WIDTHS) + 1, _WINDOWS, dtype=torch.float64)
     window = torch.arange(_WINDOWS)
@@ -54,7 +54,7 @@ def _half(x: torch.Tensor) -> torch.Tensor:
 
 def window_values(width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """What the 256 windows stand for at a width > 0, in units of the step: float32 ``[256]``, exact in float16."""
-    return _tables(torch.device(device)).view(-1, _WINDOWS)[width]
+    return value_tables(torch.device(device)).view(-1, _WINDOWS)[width]
 
 
 def trellis_values(windows: torch.Tensor, width: torch.Tensor | int) -> torch.Tensor:
@@ -65,7 +65,7 @@ def trellis_values(windows: torch.Tensor, width: torch.Tensor | int) -> torch.Te
         width: of each, broadcastable to ``windows``.
     """
     place = windows.int() + (width.int() if isinstance(width, torch.Tensor) else width) * _WINDOWS
-    return _tables(windows.device).index_select(0, place.flatten()).view(windows.shape)
+    return value_tables(windows.device).index_select(0, place.flatten()).view(windows.shape)
 
 
 @cache
