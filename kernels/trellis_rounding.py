@@ -10,7 +10,7 @@ A sequence's targets and gains pass through memory: from the order of the rows, 
 to that of the stream.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -207,22 +207,30 @@ def constants_of(widths: Iterable[int], longest: int) -> dict[str, object]:
     """
     known = tuple(sorted({int(width) for width in widths} - {0}))
     return {
-        "TILE": max(32, triton.next_power_of_2(longest)),
+        "TILE": _tile(longest),
         "WIDTHS": known,
         "PRELUDES": tuple(PRELUDE[width] for width in known),
-        "STATES": 256 >> min(known, default=8),
+        "STATES": _states(known),
     }
 
 
-def _scratch(programs: int, longest: int, constants: Mapping[str, object], device: torch.device) -> tuple[object, ...]:
-    """(steps, aim, branches, windows): what programs keep in memory, and the weights that branches are kept for."""
-    tile, states, spans = (constants[name] for name in ("TILE", "STATES", "PRELUDES"))
-    assert isinstance(tile, int) and isinstance(states, int) and isinstance(spans, tuple)
-    steps = max(longest, 2 * min(max(spans, default=0), longest))
-    return (
-        steps,
+def _tile(longest: int) -> int:
+    return max(32, triton.next_power_of_2(longest))
+
+
+def _states(widths: Iterable[int]) -> int:
+    """States at the least of the widths > 0."""
+    return 256 >> min((width for width in widths if width), default=8)
+
+
+def _scratch(
+    programs: int, longest: int, widths: Iterable[int], device: torch.device
+) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """Weights that branches are kept for, and what programs keep in memory: aim, branches, windows."""
+    steps, tile = max(longest, 2 * min(max(PRELUDE.values()), longest)), _tile(longest)
+    return steps, (
         torch.empty(programs * 2 * tile, dtype=torch.float32, device=device),
-        torch.empty(programs * steps * states, dtype=torch.uint8, device=device),
+        torch.empty(programs * steps * _states(widths), dtype=torch.uint8, device=device),
         torch.empty(programs * tile, dtype=torch.uint8, device=device),
     )
 
@@ -247,8 +255,8 @@ def round_groups(
     """
     count, columns, rows = target.shape
     groups, device = step.shape[2], target.device
-    constants = constants_of(widths, rows // groups)
-    steps, *scratch = _scratch(count * groups, rows // groups, constants, device)
+    widths, length = tuple(widths), rows // groups
+    steps, scratch = _scratch(count * groups, length, widths, device)
     found, change = torch.zeros(target.shape, device=device), (-reference).contiguous()
     new_step = step.clone(memory_format=torch.contiguous_format)
     before, weight = reference if windows is None else windows, step if row_weight is None else row_weight
@@ -257,13 +265,14 @@ def round_groups(
         (groups, count),
         (
             target, response, reference, step, level, weight, before, found, new_step, change,
-            value_tables(device), _normal_steps(device), *scratch, columns, rows, groups, steps, int(windows is not None),
+            value_tables(device), _normal_steps(device), *scratch,
+            columns, rows, groups, steps, int(windows is not None),
             *target.stride()[:2], *response.stride()[:2], *reference.stride()[:2], *step.stride()[:2],
             *level.stride()[:2], *before.stride()[:2], *found.stride()[:2], weight.stride(0), *new_step.stride()[:2],
         ),
         Launch(warps=1, stages=1, pack=0),
         device,
-        {**constants, "WEIGHTED": row_weight is not None},
+        {**constants_of(widths, length), "WEIGHTED": row_weight is not None},
     )  # fmt: skip
     return found, new_step, change
 
@@ -292,8 +301,8 @@ def round_chains(
     device, (columns, rows), count = target.device, target.shape[1:], len(chains[2])
     found, change = torch.zeros(target.shape, device=device), (-reference).contiguous()
     if count:
-        constants = constants_of(widths, longest)
-        steps, *scratch = _scratch(count, longest, constants, device)
+        widths = tuple(widths)
+        steps, scratch = _scratch(count, longest, widths, device)
         before = reference if windows is None else windows
         run(
             round_chains_kernel,
@@ -306,6 +315,6 @@ def round_chains(
             ),
             Launch(warps=1, stages=1, pack=0),
             device,
-            constants,
+            constants_of(widths, longest),
         )  # fmt: skip
     return found, step.clone(), change

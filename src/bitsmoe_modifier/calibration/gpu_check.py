@@ -13,7 +13,8 @@ from loguru import logger
 
 from ..devices import kernels_wanted
 from ..method import rounding
-from ..method.trellis import NORMAL_STEP
+from ..method.rounding import ColumnCoder
+from ..method.trellis import NORMAL_STEP, ChainTrellis, GroupTrellis
 from ..method.viterbi import PRELUDE, Sequences, encode_plain
 from ..runtime.experts import BitsMoEExperts
 from ..storage.planes import WIDTHS
@@ -23,6 +24,8 @@ from ..storage.trellis import CODES, sequence_order, trellis_values
 #: How far a kernel's loss may lie from PyTorch's, relative: sums have another order, and what lies next to a tie falls
 #: on either side.
 _LOSS = 1e-2
+#: The same of a block of columns in trellis codes: where a tie falls on the other side, all columns after it differ.
+_BLOCK_LOSS = 0.1
 #: How far products of bfloat16 may lie apart, of their own size.
 _PRODUCT = 5e-2
 _SEQUENCES, _LENGTH, _COLUMNS = 8, 128, 16
@@ -36,8 +39,12 @@ def check_rounding(device: torch.device | str) -> bool:
 
     Random weights are rounded and encoded by both; what they lose must be the same.
     """
-    checks: dict[str, Callable[[torch.device | str], float]] = {"rounding": _rounded, "trellis encoder": _encoded}
-    trusted = all(_trusted(name, partial(check, device), _LOSS) for name, check in checks.items())
+    checks: dict[str, tuple[Callable[[torch.device | str], float], float]] = {
+        "rounding": (_rounded, _LOSS),
+        "trellis encoder": (_encoded, _LOSS),
+        "trellis rounding": (_rounded_in_trellis, _BLOCK_LOSS),
+    }
+    trusted = all(_trusted(name, partial(check, device), limit) for name, (check, limit) in checks.items())
     if not trusted:
         os.environ["BITSMOE_FORCE_PLAIN"] = "1"
     return trusted
@@ -107,7 +114,42 @@ def _encoded(device: torch.device | str) -> float:
         rows = Sequences.rows(torch.full((_SEQUENCES,), width, device="cpu"), order)
         windows = encode(target.to(device), gain.to(device), rows, PRELUDE).cpu(), encode_plain(target, gain, rows)
         apart.append(_apart(*(target - trellis_values(one, width) for one in windows)))
-    return max(apart)
+    return _largest(apart)
+
+
+def _rounded_in_trellis(device: torch.device | str) -> float:
+    """The largest relative difference, over bit-widths, of what rounding a block of columns loses: of gate and up, anew
+    and from windows, and of down."""
+    generator, widths = torch.Generator("cpu").manual_seed(0), torch.tensor(list(CODES), device="cpu")
+    count, columns, length = len(widths), _COLUMNS // 4, _LENGTH // 2
+    weights, response = (
+        torch.randn(count, columns, size, generator=generator, device="cpu") for size in (length, columns)
+    )
+    importance = torch.rand(count, length, generator=generator, device="cpu") + 0.1
+    level = 2.0 ** widths[:, None, None].expand(-1, columns, 1) - 1
+    normal = torch.tensor([NORMAL_STEP[width] for width in CODES], device="cpu")[:, None, None]
+    step = storable_steps(normal).expand(-1, columns, -1)
+
+    def coder(side: str, where: torch.device | str) -> ColumnCoder:
+        if side == "in":
+            return GroupTrellis()
+        return ChainTrellis(widths[:, None].to(torch.uint8), 1, None, torch.ones(length, device=where), length)
+
+    def apart(side: str, step: torch.Tensor, weight: torch.Tensor | None, codes: torch.Tensor | None) -> list[float]:
+        block = weights, 0.1 * response, weights, step, level
+        plain = rounding.round_block(weights.clone(), *block[1:], weight, codes, coder(side, "cpu"))[2]
+        after = [one if one is None else one.to(device) for one in (weight, codes)]
+        found = coder(side, device).block(*(one.to(device) for one in block), *after)[2].cpu()
+        return [_apart(*both) for both in zip(found, plain, strict=True)]
+
+    windows = torch.randint(256, weights.shape, generator=generator, device="cpu").to(torch.float32)
+    differences = apart("out", step.expand_as(weights).contiguous(), None, None)
+    return _largest(differences + apart("in", step, importance, None) + apart("in", step, importance, windows))
+
+
+def _largest(differences: list[float]) -> float:
+    """NaN where one is."""
+    return float(torch.tensor(differences, device="cpu").max())
 
 
 def _apart(found: torch.Tensor, plain: torch.Tensor) -> float:

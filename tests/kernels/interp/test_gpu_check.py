@@ -31,8 +31,17 @@ def test_sound_kernels_are_used(warnings: list[str]) -> None:
     assert (os.environ["BITSMOE_FORCE_PLAIN"], warnings) == ("0", [])
 
 
+FUNCTIONS = {"rounding": "_rounded", "trellis encoder": "_encoded", "trellis rounding": "_rounded_in_trellis"}
+
+
 @pytest.mark.parametrize(
-    ("kernel", "name"), [("rounding.round_block", "rounding"), ("trellis_encoder.encode", "trellis encoder")]
+    ("kernel", "name"),
+    [
+        ("rounding.round_block", "rounding"),
+        ("trellis_encoder.encode", "trellis encoder"),
+        ("trellis_rounding.round_groups", "trellis rounding"),
+        ("trellis_rounding.round_chains", "trellis rounding"),
+    ],
 )
 @pytest.mark.parametrize("fault", ["fails", "zeros", "nan"])
 def test_others_are_not(
@@ -42,8 +51,11 @@ def test_others_are_not(
         if fault == "fails":
             raise RuntimeError("PassManager::run failed")
         wrong = torch.full_like(target, float("nan") if fault == "nan" else 0.0)
-        return (wrong,) * 3 if name == "rounding" else wrong if fault == "nan" else wrong.to(torch.uint8)
+        return (wrong,) * 3 if "rounding" in name else wrong if fault == "nan" else wrong.to(torch.uint8)
 
+    for other, function in FUNCTIONS.items():
+        if other != name:  # is sound, and takes its time
+            monkeypatch.setattr(gpu_check, function, lambda _: 0.0)
     monkeypatch.setattr(f"bitsmoe_kernels.{kernel}", faulty)
     assert not gpu_check.check_rounding(DEVICE)
     assert os.environ["BITSMOE_FORCE_PLAIN"] == "1"

@@ -6,8 +6,7 @@ one in some hundreds are equal, and what a matrix loses is.
 
 import pytest
 import torch
-from bitsmoe_kernels.trellis_rounding import round_groups
-from kernel_backend import seeded
+from kernel_backend import DEVICE, seeded
 
 from bitsmoe_modifier.method import rounding
 from bitsmoe_modifier.method.trellis import NORMAL_STEP, ChainTrellis, GroupTrellis, grid_values
@@ -89,7 +88,79 @@ def test_groups_of_mixed_widths(
 ) -> None:
     """Each matrix with widths of its own, coarse columns first; some are dropped."""
     drawn = torch.randint(len(WIDTHS), (2, 6, 1), generator=torch.Generator().manual_seed(rows), device="cpu")
-    width = WIDTHS[drawn.sort(1).values].to(monkeypatch and torch.get_default_device())
+    width = WIDTHS[drawn.sort(1).values].to(DEVICE)
     block, coder = Block(width, groups, rows, rows), GroupTrellis()
     codes = block.before(coder) if before else None
     assert_alike(block, *both(block, coder, codes, weighted, monkeypatch))
+
+
+@pytest.mark.parametrize("width", [b for b in WIDTHS.tolist() if b])
+def test_groups_of_each_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, coder = Block(torch.full((1, 3, 1), width), 2, 64, width), GroupTrellis([width])
+    for codes in (None, block.before(coder)):
+        assert_alike(block, *both(block, coder, codes, True, monkeypatch))
+
+
+def chains(units: list[list[int]], columns: int, stripe: int | None, seed: int) -> tuple[Block, ChainTrellis]:
+    """Matrices with units of 16 directions of these widths; of two stripes, one alone or both."""
+    widths = torch.tensor(units, dtype=torch.uint8, device="cpu")
+    own = widths if stripe is None else widths[:, stripe::2]
+    each = own.repeat_interleave(16, 1).to(DEVICE)[:, None].long()
+    block = Block(each.expand(-1, columns, -1), each.shape[2], each.shape[2], seed)
+    gain = torch.rand(each.shape[2], generator=seeded(seed + 1)) + 0.1
+    return block, ChainTrellis(widths, 2, stripe, gain, 16)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["anew", "from windows"])
+@pytest.mark.parametrize("stripe", [None, 1], ids=["all units", "a stripe"])
+def test_chains(before: bool, stripe: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of one to three units, of several widths; a matrix that is dropped whole, and units that are."""
+    units = [[2, 2, 0, 2, 2, 4], [0, 0, 0, 0, 0, 0], [1, 6, 3, 6, 0, 8]]
+    block, coder = chains(units, 4, stripe, 5)
+    codes = block.before(coder) if before else None
+    got, expected = both(block, coder, codes, False, monkeypatch)
+    assert_alike(block, got, expected)
+    assert torch.equal(got[1], block.step), "steps are kept"
+    dropped = (block.width == 0).expand_as(got[0])
+    assert not bool(got[0][dropped].any())
+    assert torch.equal(got[2][dropped], -block.reference[dropped])
+
+
+def test_matrices_without_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, coder = chains([[0, 0], [0, 0]], 2, None, 0)
+    got, expected = both(block, coder, None, False, monkeypatch)
+    for mine, other in zip(got, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_targets_of_zero_keep_the_least_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that no token reached: all of weight 0, or all of value 0."""
+    block, coder = Block(torch.full((2, 3, 1), 2), 1, 32, 0), GroupTrellis([2])
+    block.target, block.reference = torch.zeros_like(block.target), torch.zeros_like(block.reference)
+    block.row_weight[1] = 0
+    for codes in (None, torch.zeros_like(block.target)):
+        got, expected = both(block, coder, codes, True, monkeypatch)
+        for mine, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feedback and refinement with the kernel in place lose what they lose without, over several blocks of columns."""
+    gen = seeded(0)
+    w = torch.randn(1, 16, 36, generator=gen)
+    x = torch.randn(1, 90, 36, generator=gen) + 0.5
+    moment = rounding.damp_(x.mT @ x, 0.01)
+    level = (2.0 ** torch.tensor([0.0, 2.0, 4.0]).repeat_interleave(torch.tensor([4, 20, 12])) - 1).view(1, 1, 36)
+    step, rho = torch.ones(1, 1, 36), torch.rand(1, 16, generator=gen) + 0.1
+    order, coder = level[:, 0].argsort(dim=1, stable=True), GroupTrellis([0, 2, 4])
+
+    def passes() -> torch.Tensor:
+        factor = rounding.feedback_factor(moment, order)
+        codes, steps = rounding.round_with_feedback(w, factor, step, level, order, rho, coder)
+        codes, steps = rounding.refine(w, moment, codes, steps, level, rho, coder)
+        error = w - grid_values(codes, level) * steps.repeat_interleave(16, 1)
+        return (rho[:, :, None] * error * (error @ moment)).sum((1, 2))
+
+    expected = passes()
+    monkeypatch.setattr(rounding, "_on_kernels", lambda _: True)
+    torch.testing.assert_close(passes(), expected, rtol=2e-2, atol=0)
