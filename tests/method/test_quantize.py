@@ -343,6 +343,18 @@ def test_batches_of_experts_do_not_change_the_result(elements: int, monkeypatch:
     assert layer.relative_error(parts) == pytest.approx(layer.relative_error(whole), rel=1e-2)
 
 
+def test_parts_grow_with_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half of it, what the allocator keeps for later included, and never less than on a CPU."""
+    memory = {"memory_reserved": 3 << 30, "memory_allocated": 1 << 30}
+    for name, size in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
+    least, gpu = layer_module.PART_ELEMENTS, torch.device("cuda", 0)
+    for free, expected in ((94 << 30, 2**31 // 2), (1 << 30, least)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 100 << 30))
+        assert layer_module.part_elements(gpu) == expected
+    assert layer_module.part_elements(torch.device("cpu")) == least
+
+
 def test_moments_that_are_measured_twice_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of down, where all experts' together would take too much memory."""
     layer = make_layer()

@@ -13,7 +13,7 @@ from loguru import logger
 
 from ..devices import kernels_wanted
 from ..method import rounding
-from ..method.rounding import ColumnCoder
+from ..method.coders import ColumnCoder
 from ..method.trellis import NORMAL_STEP, ChainTrellis, GroupTrellis
 from ..method.viterbi import PRELUDE, Sequences, encode_plain
 from ..runtime.experts import BitsMoEExperts

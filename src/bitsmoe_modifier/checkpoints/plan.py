@@ -14,6 +14,7 @@ import torch
 from ..calibration.recipe import Stage, check_stage
 from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..extras import require
+from ..method.rounding import round_block
 from ..method.trellis import GroupTrellis
 from ..sources.classes import build_empty
 from ..sources.hub import hub_errors, reason
@@ -236,14 +237,15 @@ def matrix_rate(device: str, dtype: torch.dtype = torch.float32, size: int = 102
 def encoding_rate(device: str) -> float:
     """Weights per second that trellis codes are found for, measured for a fraction of a second: columns of experts of
     a common size at 2 bits, with all that is done for them."""
-    generator = torch.Generator().manual_seed(0)
-    target, weight = (torch.rand(16, 512, generator=generator).to(device) for _ in range(2))
-    step, level = torch.ones(16, 4, device=device), torch.full((16, 1), 3.0, device=device)
-    coder = GroupTrellis()
-    windows, _, _ = coder.column(target, step, level, weight)  # the first call may have to compile the encoder
+    generator, (matrices, columns) = torch.Generator().manual_seed(0), (16, 2) if device == "cpu" else (256, 32)
+    target, weight = (torch.rand(matrices, *n, generator=generator).to(device) for n in ((columns, 512), (512,)))
+    step, level = (torch.full((matrices, columns, n), value, device=device) for n, value in ((4, 1.0), (1, 3.0)))
+    block = torch.zeros(matrices, columns, columns, device=device), target, step, level, weight
+    # the first call may have to compile the encoder
+    windows, _, _ = round_block(target.clone(), *block, coder=GroupTrellis([2]))
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < 0.3:
-        coder.column(target, step, level, weight, windows)
+        round_block(target.clone(), *block, windows, GroupTrellis([2]))[2].sum().item()
         count += 1
     return target.numel() * count / (time.perf_counter() - started)
 

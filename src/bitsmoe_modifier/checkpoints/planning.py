@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..method.costs import SAMPLE_ELEMENTS
-from ..method.layer import PART_ELEMENTS, QuantizerSettings
+from ..method.layer import PART_ELEMENTS, PART_TENSORS, QuantizerSettings
 from ..method.sides import KEPT_MOMENTS
 from ..sources.stacks import KEPT_DECODED
 
 #: Resident memory of a Python process with torch, transformers and llm-compressor imported, before any model.
 _LIBRARIES = 700 * 2**20
-#: Tensors of a part's size that rounding holds at once: weights, target, codes, errors, moments, their factors, …
-_PART_TENSORS = 12
 #: Of the machine's speed in large matrix products, what the quantizer reaches on average.
 _EFFICIENCY = 0.25
 #: Float operations per element, candidate bit-width and scale tried, of the search for scales.
@@ -153,7 +151,8 @@ def _layer_memory(shape: LayerShape, model: ModelShape, settings: QuantizerSetti
         "layer: weights": 3 * size * run.itemsize // (shape.experts if model.in_files else 1),
         # packed as they are stored; the parts of one side are held twice while they are joined
         "layer: codes": round(4 * size * settings.bits / 8),
-        "layer: a part in float32": _PART_TENSORS * 4 * part,
+        # the least on an accelerator, where parts grow with what is free
+        "layer: a part in float32": PART_TENSORS * 4 * part,
     }
     if model.in_files and shape.weights <= KEPT_DECODED:
         parts["layer: kept decoded while rows go on"] = shape.weights * run.itemsize

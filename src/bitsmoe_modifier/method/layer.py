@@ -10,8 +10,13 @@ from .allocation import Solver
 from .gating import Gating
 from .numerics import all_finite
 
-#: Elements of weights or moments that are worked on at once: bounds the float32 temporaries to some gigabytes.
+#: Elements of weights or moments that are worked on at once: bounds the float32 temporaries to some gigabytes. On a GPU
+#: the least of them: there a part is as large as memory allows, for launches take longer than what they do.
 PART_ELEMENTS = 1 << 26
+#: Tensors of a part's size that rounding holds at once: weights, target, codes, errors, moments, their factors, …
+PART_TENSORS = 12
+#: Share of a GPU's free memory that a part may take: what else belongs to a layer comes and goes meanwhile.
+_PART_SHARE = 0.5
 
 BasisChoice = Literal["auto", "spectral", "none"]
 CodesChoice = Literal["auto", "scalar", "trellis"]
@@ -99,6 +104,15 @@ class Matrices(Protocol):
         """One expert's matrix by its number; those of a slice or a tensor of numbers."""
 
 
+def part_elements(device: torch.device) -> int:
+    """Elements of a part on a device: `PART_ELEMENTS`, or more on a GPU that has the memory for them now."""
+    if device.type != "cuda":
+        return PART_ELEMENTS
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(PART_ELEMENTS, int(free * _PART_SHARE) // (PART_TENSORS * 4))
+
+
 @dataclass(frozen=True)
 class DenseExperts:
     """The unquantized experts of a layer.
@@ -120,8 +134,9 @@ class DenseExperts:
     ungated: bool = False
 
     def parts(self, experts: range) -> list[slice]:
-        """Consecutive experts of some, so many at a time that `PART_ELEMENTS` hold their weights, and their moments."""
-        size = max(1, PART_ELEMENTS // max(self.gate_up.shape[1:].numel(), self.down.shape[1] ** 2))
+        """Consecutive experts of some, so many at a time that `part_elements` hold their weights, and their moments."""
+        elements = part_elements(self.down.device)
+        size = max(1, elements // max(self.gate_up.shape[1:].numel(), self.down.shape[1] ** 2))
         return [slice(at, min(at + size, experts.stop)) for at in range(experts.start, experts.stop, size)]
 
     def in_factors(self, part: slice, inverse: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,6 @@ byte (storage/steps.py), so every function here rounds it to what a byte can hol
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -17,6 +16,7 @@ from ..devices import kernels_wanted
 from ..errors import CalibrationError
 from ..storage.planes import levels
 from ..storage.steps import storable_steps
+from .coders import ColumnCoder
 from .numerics import all_finite, note
 
 #: Columns of a block inside which rounding runs one by one; between blocks it is one batched product.
@@ -26,38 +26,6 @@ _COLUMN_BLOCK = 32
 _NORMAL_STEP = {1: 0.798, 2: 0.498, 3: 0.293, 4: 0.1677, 6: 0.0519, 8: 0.0155}
 #: Where the search ends for coarse grids, relative to its start; finer ones go up to the covering step.
 _COARSE_SPAN = {1: 1.8, 2: 2.2}
-
-
-class ColumnCoder(Protocol):
-    """Codes of another family than the grid's, a column at a time (`trellis`)."""
-
-    def grid(self, codes: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """Values of codes in units of the step; ``level`` broadcasts against them."""
-        ...
-
-    def column(
-        self,
-        target: torch.Tensor,
-        step: torch.Tensor,
-        level: torch.Tensor,
-        row_weight: torch.Tensor | None,
-        codes: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `_round_column` does for the grid."""
-        ...
-
-    def block(
-        self,
-        target: torch.Tensor,
-        response: torch.Tensor,
-        reference: torch.Tensor,
-        step: torch.Tensor,
-        level: torch.Tensor,
-        row_weight: torch.Tensor | None,
-        codes: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`round_block` by a kernel, on a GPU."""
-        ...
 
 
 def encode(w: torch.Tensor, step: torch.Tensor, level: torch.Tensor | int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .coders import ColumnCoder
 from .costs import chosen_steps
 from .design import LayerDesign
 from .distributed import Ranks
@@ -11,7 +12,6 @@ from .layer import DenseExperts, QuantizerSettings
 from .linear_systems import solve_positive
 from .rounded import RoundedSide, SidePacker, layout_of
 from .rounding import (
-    ColumnCoder,
     damp_,
     encode,
     feedback_factor,

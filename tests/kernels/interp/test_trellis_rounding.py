@@ -9,6 +9,7 @@ import torch
 from kernel_backend import DEVICE, seeded
 
 from bitsmoe_modifier.method import rounding
+from bitsmoe_modifier.method.coders import ColumnCoder
 from bitsmoe_modifier.method.trellis import NORMAL_STEP, ChainTrellis, GroupTrellis, grid_values
 from bitsmoe_modifier.storage.steps import storable_steps
 
@@ -35,13 +36,13 @@ class Block:
         self.step = storable_steps(spread * normal[width.expand(-1, -1, groups).long()])
         self.row_weight = torch.rand(count, rows, generator=gen) + 0.05
 
-    def before(self, coder: rounding.ColumnCoder) -> torch.Tensor:
+    def before(self, coder: ColumnCoder) -> torch.Tensor:
         """Windows of a target close by, as refinement has them."""
         near = self.target + 0.1 * torch.randn(self.target.shape, generator=seeded(1))
         return self.run(near, coder, None, True)[0]
 
     def run(
-        self, target: torch.Tensor, coder: rounding.ColumnCoder, codes: torch.Tensor | None, weighted: bool
+        self, target: torch.Tensor, coder: ColumnCoder, codes: torch.Tensor | None, weighted: bool
     ) -> tuple[torch.Tensor, ...]:
         weight = self.row_weight if weighted else None
         arguments = target.clone(), self.response, self.reference, self.step, self.level, weight, codes
@@ -56,7 +57,7 @@ class Block:
 
 
 def both(
-    block: Block, coder: rounding.ColumnCoder, codes: torch.Tensor | None, weighted: bool, patch: pytest.MonkeyPatch
+    block: Block, coder: ColumnCoder, codes: torch.Tensor | None, weighted: bool, patch: pytest.MonkeyPatch
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """By the kernel, and in PyTorch."""
     patch.setattr(rounding, "_on_kernels", lambda _: False)
