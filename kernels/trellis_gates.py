@@ -11,7 +11,7 @@ from .launch import Launch, trellis_rows
 from .machine_code import Case
 from .products import down_launch, gate_up_launch
 from .trellis_encoder import encode_kernel
-from .trellis_rounding import constants_of, round_chains_kernel, round_groups_kernel
+from .trellis_rounding import HOW, constants_of, round_chains_kernel, round_groups_kernel
 
 #: Instructions per weight that the loop over the weights may spend, by width: 3.7 decode it.
 BUDGET = {1: 4.5, 2: 4.5, 3: 4.9, 4: 4.9, 6: 5.0, 8: 5.0}
@@ -129,8 +129,7 @@ def rounding_cases(widths: tuple[int, ...], length: int = 128) -> Iterator[Case]
     for kind, (kernel, more) in kernels.items():
         signature = {n: pointers.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
         name = f"trellis rounding of {kind} {bits} bit"
-        how = Launch(warps=1, stages=1, pack=0)
-        yield Case(name, kernel, signature, constants | more, how, programs=8)
+        yield Case(name, kernel, signature, constants | more, HOW, programs=8)
 
 
 def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:

@@ -27,6 +27,9 @@ from .launcher import run
 from .rounding import _divide, _storable
 from .trellis_encoder import encode_sequence
 
+#: A warp for a sequence. Without a bound the compiler for sm_80 aims for 168 registers and spills.
+HOW = Launch(warps=1, stages=1, pack=0, registers=240)
+
 #: Below it, sums of weights are taken for it.
 _TINY = tl.constexpr(1e-30)
 _LEAST, _MOST = tl.constexpr(LEAST_STEP), tl.constexpr(GREATEST_STEP)
@@ -270,7 +273,7 @@ def round_groups(
             *target.stride()[:2], *response.stride()[:2], *reference.stride()[:2], *step.stride()[:2],
             *level.stride()[:2], *before.stride()[:2], *found.stride()[:2], weight.stride(0), *new_step.stride()[:2],
         ),
-        Launch(warps=1, stages=1, pack=0),
+        HOW,
         device,
         {**constants_of(widths, length), "WEIGHTED": row_weight is not None},
     )  # fmt: skip
@@ -313,7 +316,7 @@ def round_chains(
                 *target.stride()[:2], *response.stride()[:2], *reference.stride()[:2], *step.stride()[:2],
                 *before.stride()[:2], *found.stride()[:2],
             ),
-            Launch(warps=1, stages=1, pack=0),
+            HOW,
             device,
             constants_of(widths, longest),
         )  # fmt: skip
