@@ -1,10 +1,12 @@
 """The recorded reference gives the model's own logits back, and evaluation over it is what a plain loop computes."""
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from bitsmoe_modifier.errors import BitsMoEError
 from bitsmoe_modifier.evaluation.evaluate import evaluate, evaluate_reference
 from bitsmoe_modifier.evaluation.metrics import TokenMetrics, summarize, token_metrics
 from bitsmoe_modifier.evaluation.reference import load, record
@@ -94,3 +96,23 @@ def test_the_reference_agrees_with_itself(rows, tmp_path: Path):
     assert again.perplexity == pytest.approx(own.perplexity, rel=1e-4)
     nll = torch.nn.functional.cross_entropy(plain_logits(model, rows).flatten(0, 1), rows[:, 1:].flatten())
     assert own.perplexity == pytest.approx(nll.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bytes_there", "said"),
+    [
+        (20_000, "head.safetensors could not be written"),
+        (36_000, r"predictions take 0\.1 MB, for which .* has no room"),
+    ],
+    ids=["head", "states"],
+)
+def test_a_disk_without_room_is_said(bytes_there: int, said: str, rows, tmp_path: Path):
+    """Written through its memory, a full disk would end the process by SIGBUS, without a word."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_there, before[1]))
+    rows = rows.repeat(3, 1)
+    try:
+        with pytest.raises(BitsMoEError, match=f"{said}.*TMPDIR"):
+            record(tiny_model("qwen3_moe"), rows, 2, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

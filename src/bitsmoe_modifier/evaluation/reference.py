@@ -7,16 +7,25 @@ away, exactly as the model computed them. Where a model does more after its last
 noticed on the first rows and the logits themselves are kept.
 """
 
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import BitsMoEError
+
+_ROOM = "make room, name another folder in TMPDIR, or measure fewer --eval-rows"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: filesystems that cannot be asked
+_NOT_HERE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
 _STATES, _HEAD, _META = "states.bin", "head.safetensors", "states.json"
 
 
@@ -61,6 +70,9 @@ def record(model: Any, rows: torch.Tensor, batch_size: int, folder: Path) -> Ref
         batch_size: rows per forward pass.
         folder: an existing, empty folder.
 
+    Raises:
+        BitsMoEError: when the folder's disk has no room for it.
+
     Returns:
         The recorded predictions of positions 0 … T − 2 (the last one has no next token to compare with).
     """
@@ -68,6 +80,12 @@ def record(model: Any, rows: torch.Tensor, batch_size: int, folder: Path) -> Ref
     inputs, logits = _forward(model, head, rows[:1].to(model.device))
     exact = isinstance(head, nn.Linear) and _is_last(head, inputs, logits)
     sample = inputs if exact else logits
+    if exact:  # before the rows are run: the disk may be too small for it
+        layer = {"weight": head.weight, "bias": head.bias}
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in layer.items() if v is not None}, folder / _HEAD)
+        except SafetensorError as error:
+            raise BitsMoEError(f"{folder / _HEAD} could not be written ({error}); {_ROOM}") from None
     states = _mapped(folder, (rows.shape[0], rows.shape[1] - 1, sample.shape[-1]), sample.dtype, create=True)
     with tqdm(total=len(rows), desc="Reference", unit="row") as bar:
         for start in range(0, len(rows), batch_size):
@@ -75,9 +93,6 @@ def record(model: Any, rows: torch.Tensor, batch_size: int, folder: Path) -> Ref
             inputs, logits = _forward(model, head, batch)
             states[start : start + batch_size] = (inputs if exact else logits)[:, :-1].cpu()
             bar.update(len(batch))
-    if exact:
-        layer = {"weight": head.weight, "bias": head.bias}
-        save_file({k: v.detach().cpu().contiguous() for k, v in layer.items() if v is not None}, folder / _HEAD)
     meta = {"shape": list(states.shape), "dtype": str(states.dtype).removeprefix("torch.")}
     (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
     return load(folder)
@@ -93,7 +108,30 @@ def load(folder: Path) -> Reference:
 
 def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, create: bool = False) -> torch.Tensor:
     size = torch.Size(shape).numel()
+    if create:
+        _reserve(folder / _STATES, size * dtype.itemsize)
     return torch.from_file(str(folder / _STATES), shared=create, size=size, dtype=dtype).view(shape)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Take the room that a mapped file is going to need: a disk that is full kills a process that writes to its memory.
+
+    Raises:
+        BitsMoEError: when there is no such room.
+    """
+    with file.open("wb") as stream:
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            return
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise BitsMoEError(
+                    f"the unquantized model's predictions take {size / 1e6:.1f} MB, for which {file.parent} has no "
+                    f"room ({error.strerror}); {_ROOM}"
+                ) from None
+            if error.errno not in _NOT_HERE:
+                raise
 
 
 def _forward(model: Any, head: nn.Module | None, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
