@@ -6,6 +6,7 @@ import pytest
 import torch
 from emulated import GPU, emulated_gpu
 
+from bitsmoe_modifier.method import rounded
 from bitsmoe_modifier.method.candidates import plan_layer
 from bitsmoe_modifier.method.design import moved
 from bitsmoe_modifier.method.gating import Gating
@@ -65,6 +66,16 @@ def quantized(case: dict[str, Any], device: torch.device) -> Any:
     plan = plan_layer(experts, tokens, settings, metric=metric, dense_ids=dense)
     design = moved(moved(plan, "cpu").choose(settings.bits * experts.elements), device)  # as calibration keeps them
     return quantize_layer(experts, tokens, design, settings, metric)
+
+
+def test_experts_are_decoded_alike_in_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the three at once, and one by one, as on the CPU."""
+    expected, _ = quantized(CASES["trellis"], torch.device("cpu"))
+    for experts in (1, 2):
+        monkeypatch.setattr(rounded, "_DECODED_AT_ONCE", experts * 2 * I * H)
+        with emulated_gpu():
+            packed, _ = quantized(CASES["trellis"], GPU)
+        assert {n: t.tolist() for n, t in packed.items()} == {n: t.tolist() for n, t in expected.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

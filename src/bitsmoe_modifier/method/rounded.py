@@ -3,7 +3,7 @@
 Unpacked, the codes of all experts of a large layer take several times what they are stored in.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,9 @@ from ..storage.layout import ExpertsLayout, UnitIndex
 from .design import LayerDesign, idle_units
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
+
+#: Weights that are decoded at once on a GPU, where an expert alone takes a hundred launches as short as any.
+_DECODED_AT_ONCE = 1 << 25
 
 
 def layout_of(experts: DenseExperts, design: LayerDesign, settings: QuantizerSettings, stripes: int) -> ExpertsLayout:
@@ -66,6 +69,7 @@ class RoundedSide:
     steps: torch.Tensor
     shrinkage: float
     index: UnitIndex
+    _recent: dict[int, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def joined(
@@ -98,17 +102,35 @@ class RoundedSide:
         return self.joined(self.side, self.layout, self.widths, experts, codes, steps, self.shrinkage)
 
     def decoded(self, expert: int) -> torch.Tensor:
-        """Values of one expert: float32 ``[2, I, directions]`` of gate and up, or ``[1, I, directions]`` of down."""
-        per = _per_expert(self.side)
-        at = slice((expert - self.experts.start) * per, (expert - self.experts.start + 1) * per)
-        widths = self.widths[expert * per : (expert + 1) * per].to(self.codes.device)
-        units = self.index.code_offset.shape[2]
-        index = UnitIndex(self.index.code_offset[at], self.index.step_offset[at])
-        values = decode_factor(self.codes, self.steps, widths[:, :units], index, self.layout, self.side)
+        """Values of one expert: float32 ``[2, I, directions]`` of gate and up, or ``[1, I, directions]`` of down.
+
+        On a GPU those next to it are decoded with it, and kept until others are asked for.
+        """
+        per, layout, at_once = _per_expert(self.side), self.layout, 1
+        if self.codes.is_cuda:
+            directions = layout.rank_in if self.side == "in" else layout.rank_out
+            at_once = max(1, _DECODED_AT_ONCE // max(1, per * layout.intermediate_size * directions))
+        place = expert - self.experts.start
+        first = place - place % at_once
+        if first not in self._recent:
+            self._recent.clear()
+            self._recent[first] = self._decoded(range(first, min(first + at_once, len(self.experts))))
+        at = (place - first) * per
+        values = self._recent[first][at : at + per] if at_once > 1 else self._recent.pop(first)
         if self.side == "out":
             return values.transpose(1, 2).contiguous()
-        missing = widths.shape[1] * self.layout.block_size - values.shape[2]
+        missing = self.widths.shape[1] * layout.block_size - values.shape[2]
         return torch.nn.functional.pad(values, (0, missing)) if missing else values
+
+    def _decoded(self, places: range) -> torch.Tensor:
+        """Factors as `decode_factor` gives them, of the experts at these places of `experts`."""
+        per = _per_expert(self.side)
+        at = slice(places.start * per, places.stop * per)
+        start = self.experts.start * per
+        widths = self.widths[start + at.start : start + at.stop].to(self.codes.device)
+        index = UnitIndex(self.index.code_offset[at], self.index.step_offset[at])
+        units = self.index.code_offset.shape[2]
+        return decode_factor(self.codes, self.steps, widths[:, :units], index, self.layout, self.side)
 
 
 class SidePacker:
