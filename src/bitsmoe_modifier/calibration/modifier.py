@@ -52,6 +52,7 @@ from .stored_experts import is_kept_decoded, placed_module
 from .survey import Inputs, experts_inputs, survey_layers
 from .sweep import budgets, check_lead, decide_each, roundings
 from .targets import (
+    check_count,
     check_experts,
     check_super_experts,
     check_targeted_once,
@@ -141,6 +142,7 @@ class BitsMoEModifier(BitsMoEFields):
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
     _checked: bool = PrivateAttr(default=False)
+    _counts: dict[LinearExperts2D, int] = PrivateAttr(default_factory=dict)
     _mtp: list[tuple[MtpLayer, int]] = PrivateAttr(default_factory=list)
 
     @property
@@ -209,6 +211,7 @@ class BitsMoEModifier(BitsMoEFields):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
+        self._counts = {module: module.num_experts for module in self._names}
         if self.scope == "global":
             kept = self._resume.survey(self.settings)
             if kept is None:
@@ -281,6 +284,7 @@ class BitsMoEModifier(BitsMoEFields):
         for module in modules:
             name = self._names.get(module)
             if name is not None and (module in self._inputs or name in self._finished):
+                check_count(name, module, self._counts[module])
                 self._said.begin(name, "rounding")
                 with naming_layer(name), torch.no_grad(), disable_offloading():
                     replacement = self._replacement(state.model, module, name, self._inputs.pop(module, []))

@@ -143,6 +143,19 @@ def check_targeted_once(experts: Iterable[str], others: Iterable[Iterable[str]])
         )
 
 
+def check_count(name: str, module: LinearExperts2D, surveyed: int) -> None:
+    """Refuse a layer that another modifier has taken experts from since this one's calibration began.
+
+    Raises:
+        CalibrationError: naming the layer, and the pipeline that runs one modifier after the other.
+    """
+    if module.num_experts != surveyed:
+        raise CalibrationError(
+            f"{name}: another modifier left {module.num_experts} of its {surveyed} experts in the pass that quantizes "
+            "them; use the pipeline independent, in which it comes first"
+        )
+
+
 def check_experts(
     name: str, module: LinearExperts2D, settings: QuantizerSettings, num_dense: int = 0
 ) -> QuantizerSettings:
