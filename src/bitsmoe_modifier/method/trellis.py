@@ -171,22 +171,21 @@ class ChainTrellis:
         possible: Iterable[int] = tuple(CODES),
     ) -> None:
         rows, apart = len(gain), 1 if stripe is None else stripes
-        begin, place, width = [0], [], []
+        first, joined, width = [], [], []
         for matrix, row in enumerate(widths.tolist()):
             for units in chains_of(row, stripes, block_size):
-                if stripe is not None and units[0] % stripes != stripe:
-                    continue
-                first = torch.tensor([matrix * rows + unit // apart * block_size for unit in units])
-                members = (first[:, None] + torch.arange(block_size)).flatten()
-                place.append(members[sequence_order(len(members))])
-                begin.append(begin[-1] + len(members))
-                width.append(row[units[0]])
-        places = torch.cat(place) if place else torch.zeros(0, dtype=torch.int64)
-        self.sequences = Sequences(torch.tensor(begin), places, torch.tensor(width, dtype=torch.int32))
+                if stripe is None or units[0] % stripes == stripe:
+                    first += [matrix * rows + unit // apart * block_size for unit in units]
+                    joined.append(len(units))
+                    width.append(row[units[0]])
+        lengths = torch.tensor(joined, dtype=torch.int64, device="cpu") * block_size
+        begin = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        number = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+        members = torch.tensor(first, dtype=torch.int64, device="cpu")[:, None] + torch.arange(block_size, device="cpu")
+        place = members.flatten()[_in_stream(begin, number)]
+        self.sequences = Sequences(begin, place, torch.tensor(width, dtype=torch.int32, device="cpu"))
         device = gain.device
-        lengths = self.sequences.begin.diff()
-        self._place, self._lengths = places.to(device), lengths.to(device, gain.dtype)
-        self._number = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        self._place, self._lengths, self._number = place.to(device), lengths.to(device, gain.dtype), number.to(device)
         self._root = gain.clamp_min(0).sqrt()
         self._chains = self.sequences.begin.to(device), self._place, self.sequences.width.to(device)
         self._longest, self._possible = int(lengths.max()) if len(lengths) else 0, tuple(possible)
@@ -244,6 +243,17 @@ class ChainTrellis:
 
         block = target, response, reference, step, codes
         return round_chains(*block, self._root, self._chains, self._possible, self._longest)
+
+
+def _in_stream(begin: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """`sequence_order` of sequences one after the other: the place of the row at each position, int64.
+
+    Args:
+        begin: int64 ``[S + 1]`` of each; number: int64, the sequence at each position.
+    """
+    start = begin[number]
+    position, lane = torch.arange(len(number), device=number.device) - start, (begin.diff() // 8)[number]
+    return start + position % lane * 8 + position // lane
 
 
 def chain_steps(columns: torch.Tensor, weight: torch.Tensor, level: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -57,17 +57,24 @@ def index_side(widths: torch.Tensor, layout: ExpertsLayout, side: str) -> UnitIn
     """
     if side == "in" or not layout.codes:
         return index_units(widths, layout.groups, group_major=side == "in")
-    code_offset = torch.zeros(len(widths), layout.groups, widths.shape[1], dtype=torch.int64)
-    step_offset = torch.full_like(code_offset, -1)
-    group = torch.arange(layout.groups)[:, None]
+    # of each unit: where its chain's first group is, how much further the next is, and where its own steps are
+    places = torch.zeros(3, *widths.shape, dtype=torch.int64, device="cpu")
+    places[2] = -1
+    found: list[list[int]] = [[], [], [], []]
     quanta = rows = 0
     for matrix, row in enumerate(widths.tolist()):
         for units in chains_of(row, layout.stripes, layout.block_size):
             size = len(units) * row[units[0]]
-            code_offset[matrix, :, units] = quanta + group * size
-            step_offset[matrix, :, units] = rows + torch.arange(len(units)) * layout.groups + group
+            for at, unit in enumerate(units):
+                own = matrix * len(row) + unit, quanta, size, rows + at * layout.groups
+                for column, value in zip(found, own, strict=True):
+                    column.append(value)
             quanta, rows = quanta + size * layout.groups, rows + len(units) * layout.groups
-    return UnitIndex(code_offset.to(widths.device), step_offset.to(widths.device))
+    chosen, *values = torch.tensor(found, dtype=torch.int64, device="cpu")
+    places.flatten(1)[:, chosen] = torch.stack(values)
+    start, size, step = places.to(widths.device)[:, :, None]
+    group = torch.arange(layout.groups, device=widths.device)[:, None]
+    return UnitIndex(start + group * size, torch.where(size > 0, step + group, -1))
 
 
 def _tiles(widths: torch.Tensor, layout: ExpertsLayout, side: str) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
