@@ -19,6 +19,8 @@ _LEAST_TOKENS_PER_EXPERT = 1
 _GOOD_TOKENS_PER_EXPERT = 64
 #: Share of the loss on other text that twice as many rows must save to be worth a word.
 _WORTH_MORE_TEXT = 0.1
+#: what a batch of nothing but text has
+_TEXT = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"})
 
 
 @contextlib.contextmanager
@@ -44,13 +46,32 @@ def choices_per_token(model: Any) -> int:
     )
 
 
-def count_tokens(calibration: Any) -> int:
+def count_tokens(calibration: Any, vocabulary: int | None = None) -> int:
     """Calibration tokens in a dataloader, padding not counted.
 
+    Args:
+        calibration: the dataloader, or None.
+        vocabulary: tokens that the model has; None where that is not known.
+
     Raises:
-        CalibrationError: when there is no dataloader or it is empty.
+        CalibrationError: when there is no dataloader, it is empty, or a batch is not what the model reads.
     """
-    total = 0 if calibration is None else sum(_text_tokens(batch) for batch in calibration)
+    total = 0
+    for number, batch in enumerate(() if calibration is None else calibration):
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), torch.Tensor):
+            found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise CalibrationError(
+                f"calibration batch {number} has no tensor input_ids ({found}); give batches such as "
+                "{'input_ids': int64 [rows, tokens]}"
+            )
+        # beside images there may be ids that stand for no token
+        largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() and _TEXT.issuperset(batch) else 0
+        if vocabulary is not None and largest >= vocabulary:
+            raise CalibrationError(
+                f"calibration batch {number} has the token {largest}, and the model has {vocabulary}; tokenize with "
+                "the model's own tokenizer"
+            )
+        total += _text_tokens(batch)
     if not total:
         raise CalibrationError("there is no calibration data; pass `dataset` to oneshot")
     return total

@@ -169,7 +169,9 @@ class BitsMoEModifier(BitsMoEFields):
         self._check_others(state, experts)
         check_super_experts(self.super_experts, experts)
         self._ranks = Ranks()
-        tokens = sum(self._ranks.everyones(count_tokens(state.data.calib if state.data is not None else None)))
+        vocabulary = getattr(state.model.get_input_embeddings(), "num_embeddings", None)
+        batches = state.data.calib if state.data is not None else None
+        tokens = sum(self._ranks.everyones(count_tokens(batches, vocabulary)))
         self._rows = sum(self._ranks.everyones(count_rows(state.data.calib)))
         scalar: list[str] = []
         for name, module in tqdm(experts.items(), desc="Checking experts"):

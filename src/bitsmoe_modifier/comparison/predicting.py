@@ -10,6 +10,7 @@ import numpy as np
 from ..calibration.oneshot import QuantizeSettings
 from ..calibration.recipe import Stage, check_stage, with_fields
 from ..logs import set_up_logging
+from ..sources.fitting import check_rows
 from ..sources.model import load_tokenizer, open_dense
 from ..sources.text import calibration_rows, read_text, tokenize
 from .device import resolve_device, use_device
@@ -46,6 +47,7 @@ def survey_one(model: str, stage: Stage, calibration: str, options: Options) -> 
     tokenizer = load_tokenizer(dense.folder)
     text = read_text(calibration, options.text_column, options.samples * options.seq_len, tokenizer)
     rows = calibration_rows(tokenize(text, tokenizer), options.samples, options.seq_len, options.seed, text.source)
+    check_rows(rows, dense.folder, text.source)
     set_up_logging(options.verbose)
     check_stage(chosen)
     batch = chosen.calibration_batch(options.batch_size)

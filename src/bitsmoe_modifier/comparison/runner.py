@@ -21,6 +21,7 @@ from ..errors import BitsMoEError, RecipeError, check_at_least
 from ..evaluation.accuracy import Accuracy, compare_accuracy
 from ..extras import require
 from ..pages.verdicts import LEGEND, how_measured
+from ..sources.fitting import check_rows
 from ..sources.model import DenseModel, load_tokenizer, open_dense, read_config
 from ..sources.text import Text, calibration_rows, evaluation_rows, read_text, tokenize
 from ..storage.folders import resolved
@@ -118,6 +119,8 @@ def _compare(settings: CompareSettings, command: str | None) -> dict[str, Any]:
     calibration_tokens = tokenize(calibration, tokenizer)
     rows = calibration_rows(calibration_tokens, settings.samples, settings.seq_len, settings.seed, calibration.source)
     held_out = evaluation_rows(tokenize(evaluation, tokenizer), settings.seq_len, settings.eval_rows, evaluation.source)
+    check_rows(rows, model.folder, calibration.source)
+    check_rows(held_out, model.folder, evaluation.source)
 
     inputs = _inputs(settings, model, calibration, evaluation, len(held_out), device, dtype)
     workspace = Workspace(resolved(settings.out))

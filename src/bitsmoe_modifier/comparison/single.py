@@ -33,6 +33,7 @@ from ..extras import require
 from ..logs import set_up_logging
 from ..method.distributed import torchrun_job
 from ..pages.verdicts import LEGEND, place
+from ..sources.fitting import check_rows
 from ..sources.model import find_model, load_tokenizer, open_dense
 from ..sources.provenance import check_predictions, check_source, source_of
 from ..sources.text import calibration_rows, evaluation_rows, read_text, tokenize
@@ -144,6 +145,7 @@ def _quantize_each(
     text = read_text(calibration, options.text_column, options.samples * options.seq_len, tokenizer)
     tokens = tokenize(text, tokenizer)
     rows = calibration_rows(tokens, options.samples, options.seq_len, options.seed, text.source)
+    check_rows(rows, dense.folder, text.source)
     set_up_logging(options.verbose)
     for stage in stages:
         check_stage(stage)
@@ -289,6 +291,7 @@ def evaluate_one(
     tokenizer = load_tokenizer(dense.folder)
     text = read_text(eval_text, options.text_column, eval_rows * options.seq_len or None, tokenizer)
     rows = evaluation_rows(tokenize(text, tokenizer), options.seq_len, eval_rows, text.source)
+    check_rows(rows, dense.folder, text.source)
     sizes = sizes_of(folder)
     set_up_logging(options.verbose)
     import bitsmoe_modifier  # noqa: F401 - registers the loader
