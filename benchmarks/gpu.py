@@ -11,7 +11,7 @@ are cores. Stages, in the order in which to run them:
              faster: name it in BITSMOE_TUNED
     prefill  milliseconds per layer at many tokens (prefill.py)
     profile  the time of every kernel of a step
-    quant    the rounding kernel against PyTorch; a layer against GPTQ where llm-compressor is installed
+    quant    the rounding kernels against PyTorch; a layer against GPTQ where llm-compressor is installed
 
 On a CPU the stages run in Triton's interpreter (TRITON_INTERPRET=1) on tiny layers, as a test of their own code.
 `gpu_report.py` turns the lines into tables. It needs torch, triton and this repository on the path, not llm-compressor.

@@ -16,12 +16,12 @@ import decode
 import prefill
 import torch
 from bitsmoe_kernels import PreparedExperts, moe_forward, prepare, tuned
-from bitsmoe_kernels import rounding as fused_rounding
 from bitsmoe_kernels.forward import plan
 from bitsmoe_kernels.reference import moe_reference
 from layers import GATING, SHAPES, Shape, copies_beyond_cache, copy_bandwidth, routing, seconds_per_call, stored_layer
 
 from bitsmoe_modifier.method import rounding
+from bitsmoe_modifier.method.trellis import GroupTrellis
 
 Line = dict[str, object]
 Task = tuple[str, Callable[[], Line]]
@@ -269,7 +269,7 @@ def profiles(shapes: list[str], device: torch.device, repeats: int) -> Iterator[
 
 
 def quants(device: torch.device, repeats: int) -> Iterator[Task]:
-    """The rounding kernel against the same in PyTorch, and a layer against GPTQ where llm-compressor is installed."""
+    """The rounding kernels against the same in PyTorch, and a layer against GPTQ where llm-compressor is installed."""
     on_gpu = device.type == "cuda"
     # matrices, columns, rows, groups of a block of gate and up of Qwen3-30B-A3B
     count, columns, rows, groups = (128, 32, 768, 6) if on_gpu else (2, 4, 32, 2)
@@ -285,22 +285,23 @@ def quants(device: torch.device, repeats: int) -> Iterator[Task]:
         response, step = 0.1 * draw(count, columns, columns), 0.5 + 0.1 * draw(count, columns, groups)
         return target, response, reference, step, level, draw(count, rows)
 
-    def timed(kernel: bool) -> Line:
+    def timed(kernel: bool, coder: GroupTrellis | None) -> Line:
         target, *rest = block(0)
-        plain = rounding._on_kernels
-        rounding._on_kernels = lambda _: False
-        function = fused_rounding.round_block if kernel else rounding.round_block
+        wanted = rounding._on_kernels
+        rounding._on_kernels = lambda _: kernel
         try:
-            call = lambda: function(target.clone(), *rest)[0]  # noqa: E731 - PyTorch's spends its targets
+            call = lambda: rounding.round_block(target.clone(), *rest, coder=coder)[0]  # noqa: E731 - it is spent
             seconds = seconds_per_call([call], repeats, device, graph=False)
         finally:
-            rounding._on_kernels = plain
+            rounding._on_kernels = wanted
         sizes = f"{count} x {columns} columns of {rows} rows"
         kind = "kernel" if kernel else "PyTorch"
-        return {"operation": "block of columns", "kind": kind, "sizes": sizes, "seconds": seconds}
+        operation = "block of columns" + (", trellis codes" if coder else "")
+        return {"operation": operation, "kind": kind, "sizes": sizes, "seconds": seconds}
 
-    yield "rounding kernel", lambda: timed(True)
-    yield "rounding in PyTorch", lambda: timed(False)
+    for coder, name in ((None, "rounding"), (GroupTrellis([2]), "rounding to trellis codes")):
+        yield f"{name} by a kernel", lambda coder=coder: timed(True, coder)
+        yield f"{name} in PyTorch", lambda coder=coder: timed(False, coder)
     if on_gpu and importlib.util.find_spec("llmcompressor"):
 
         def layer(arm: str) -> Line:
