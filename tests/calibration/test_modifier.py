@@ -215,6 +215,17 @@ def test_a_layer_without_calibration_is_an_error() -> None:
         one.finalize(state)
 
 
+def test_an_interrupted_run_is_called_that() -> None:
+    """Its end comes when the next run begins, which has nothing to do with layers that were not reached."""
+    model = linearized()
+    one, state = modifier(), state_of(model)
+    one.initialize(state)
+    one.on_calibration_start(state, None)
+    with pytest.raises(CalibrationError, match="an earlier run was interrupted, with 2 MoE layers to go"):
+        one.finalize(state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_reports_follow_the_modules() -> None:
     model = linearized()
     one, state = modifier(input_basis="spectral"), state_of(model)

@@ -143,6 +143,7 @@ class BitsMoEModifier(BitsMoEFields):
     _sequential_targets: Any = PrivateAttr(default=None)
     _checked: bool = PrivateAttr(default=False)
     _counts: dict[LinearExperts2D, int] = PrivateAttr(default_factory=dict)
+    _calibrating: bool = PrivateAttr(default=False)
     _mtp: list[tuple[MtpLayer, int]] = PrivateAttr(default_factory=list)
 
     @property
@@ -213,6 +214,7 @@ class BitsMoEModifier(BitsMoEFields):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
+        self._calibrating = True
         self._counts = {module: module.num_experts for module in self._names}
         if self.scope == "global":
             kept = self._resume.survey(self.settings)
@@ -349,12 +351,16 @@ class BitsMoEModifier(BitsMoEFields):
         """Remove the hooks, and what the last layers keep decoded."""
         self._drop_decoded()
         self.remove_hooks()
+        self._calibrating = False
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Raise if a layer was never reached; make what stays dense ready to be saved."""
         self._progress.close()
         self._said.end()
         self._resume.close()
+        if self._calibrating:  # llm-compressor ends a run that was interrupted when the next one begins, and says this
+            self.remove_hooks()
+            raise CalibrationError(f"an earlier run was interrupted, with {len(self._names)} MoE layers to go")
         if self._names:
             raise CalibrationError(
                 f"{len(self._names)} MoE layers were never calibrated: {', '.join(self._names.values())}; "
