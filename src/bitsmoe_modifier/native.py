@@ -6,9 +6,11 @@ source, flags, compiler, and the CPU whose instructions it uses. Where no compil
 PyTorch.
 
 Environment: BITSMOE_NATIVE=0 turns compiled code off; BITSMOE_NATIVE_CACHE is the cache folder (default: bitsmoe in the
-user's cache folder); CXX is the compiler.
+user's cache folder); CXX is the compiler. Where the cache folder cannot be written, or nothing on its disk may be run,
+every process compiles into a temporary folder of its own.
 """
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -45,23 +47,27 @@ def native_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL | N
             source.name,
         )
         return None
-    try:
-        return ctypes.CDLL(str(_compiled(source, compiler, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        details = getattr(error, "stderr", None) or str(error)
-        _LOGGER.warning(
-            "%s is not compiled, PyTorch runs in its place, slower: %s: %s", source.name, compiler, details.strip()
-        )
-        return None
+    details = ""
+    for folder in (_cache_folder, _temporary_folder):
+        try:
+            return ctypes.CDLL(str(_compiled(source, compiler, flags, folder())))
+        except subprocess.SubprocessError as error:
+            details = getattr(error, "stderr", None) or str(error)
+            break  # wherever it is compiled to
+        except (OSError, RuntimeError) as error:  # no such compiler, nowhere to write, no home folder
+            details = str(error)
+    _LOGGER.warning(
+        "%s is not compiled, PyTorch runs in its place, slower: %s: %s", source.name, compiler, details.strip()
+    )
+    return None
 
 
-def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
-    """Path of the shared object, compiled unless the cache has it."""
+def _compiled(source: Path, compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
+    """Path of the shared object in the folder, compiled unless it is there."""
     text = source.read_bytes()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     parts = (text, "\0".join((*FLAGS, *flags, version, _cpu())).encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
-    folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     if not path.exists():
@@ -79,6 +85,14 @@ def _cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitsmoe"
+
+
+@cache
+def _temporary_folder() -> Path:
+    """This process's own, gone when it ends."""
+    folder = tempfile.mkdtemp(prefix="bitsmoe-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _cpu() -> str:
