@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from bitsmoe_modifier.comparison import runner
 from bitsmoe_modifier.comparison.processes import Failure, run_in_process, start_context
 from bitsmoe_modifier.comparison.runner import CompareSettings, compare
 from bitsmoe_modifier.comparison.runs import sizes_of
@@ -207,6 +208,12 @@ def test_a_wrong_recipe_field_is_refused_before_the_reference_is_run(tiny, tmp_p
     assert not (tmp_path / "out" / "work" / "reference").exists()
 
 
+def test_a_check_that_dies_says_where_to_look(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "check_inputs", die)
+    with pytest.raises(RecipeError, match=r"ended with exit code 3 and no result \(all of it in .*recipe.log\)"):
+        compare(settings(tiny, tmp_path / "out"))
+
+
 # ------------------------------------------------------------------------------------------------ processes
 
 
@@ -215,7 +222,7 @@ def square(number: int) -> int:
     return number * number
 
 
-def die() -> None:
+def die(*_: object) -> None:
     os._exit(3)
 
 

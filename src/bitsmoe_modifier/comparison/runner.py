@@ -194,7 +194,8 @@ class _Runner:
         self.status.begin("checking the recipe")
         checked = self._call("recipe", check_inputs, stages, self.job, tokens)
         if isinstance(checked, Failure):
-            raise RecipeError(checked.message)
+            where = "" if checked.expected else f" (all of it in {self.workspace.log('recipe')})"
+            raise RecipeError(f"{checked.message}{where}")
         key = {"versions": self.job.versions}
         kept = self.workspace.finished("_reference", key) if self.workspace.reference.exists() else None
         self.status.begin("unquantized model")
