@@ -126,6 +126,19 @@ def test_unusable_texts_are_refused(tmp_path: Path, make, message):
         read_text(str(path))
 
 
+def test_a_folder_says_what_to_give_instead(tmp_path: Path):
+    with pytest.raises(CalibrationError, match="is a folder; give a text file or a dataset's name"):
+        read_text(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    for name in ("dataset_info.json", "data/train.parquet", "data/b.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(CalibrationError, match=f"give one of its files, such as {tmp_path}/data/train.parquet"):
+        read_text(str(tmp_path))
+    (tmp_path / "data-00000-of-00001.arrow").touch()  # as save_to_disk leaves it
+    with pytest.raises(CalibrationError, match="give a file that the dataset's to_parquet writes"):
+        read_text(str(tmp_path))
+
+
 def test_a_wrong_column_is_refused_with_the_columns_there_are(tmp_path: Path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"title": "a", "body": "b"}))

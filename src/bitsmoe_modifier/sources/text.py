@@ -62,7 +62,7 @@ def read_text(source: str, column: str = "text", tokens: int | None = None, toke
     except OSError as error:
         raise CalibrationError(f"{source[:200]} cannot be opened ({error.strerror})") from None
     if is_folder:
-        raise CalibrationError(f"{source} is a folder; give a text file or a dataset's name")
+        raise CalibrationError(f"{source} is a folder; give {_instead_of(path)}")
     if source == "-" or (is_there and not is_file):
         raise CalibrationError(f"{source} is a pipe or a device, which is read once; write its text to a file first")
     parts: list[Document]
@@ -79,6 +79,15 @@ def read_text(source: str, column: str = "text", tokens: int | None = None, toke
     if not content.strip():
         raise CalibrationError(f"{source} is empty; give a file with text in it")
     return Text(source, content, hashlib.sha256(content.encode(errors="replace")).hexdigest(), tuple(parts))
+
+
+def _instead_of(folder: Path) -> str:
+    """What to give in the place of a folder, for a message: a file in it, where there is one that can be read."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    readable = [file for file in files if ending(file) in {*TABLES, ".txt"} and not file.name.endswith("_info.json")]
+    if any(file.suffix == ".arrow" for file in files):
+        return "a file that the dataset's to_parquet writes"
+    return f"one of its files, such as {readable[0]}" if readable else "a text file or a dataset's name"
 
 
 def _joined(kind: type, group: Iterable[Any]) -> list[Document]:
