@@ -76,6 +76,11 @@ def test_out_is_a_symbolic_link(there: bool, tmp_path: Path) -> None:
     assert names(target.parent) == ["target"]
 
 
+def test_out_is_not_utf_8(tmp_path: Path) -> None:
+    with pytest.raises(BitsMoEError, match=r"out\\xff' is not UTF-8; give another --out"):
+        OutputFolder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/out\xff")))
+
+
 def test_out_is_a_link_to_itself(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(link)

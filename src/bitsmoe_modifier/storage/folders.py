@@ -50,10 +50,14 @@ def resolved(out: Path | str) -> Path:
     """The folder that a path stands for: absolute, links followed, whether it exists or not.
 
     Raises:
-        BitsMoEError: when the links lead nowhere.
+        BitsMoEError: when the links lead nowhere, or the path is not UTF-8.
     """
     try:
-        return Path(out).expanduser().resolve()
+        path = Path(out).expanduser().resolve()
+        str(path).encode()  # safetensors writes to no other paths, and would say so at the end
+        return path
+    except UnicodeEncodeError:
+        raise BitsMoEError(f"{os.fsencode(out)!r} is not UTF-8; give another --out") from None
     except (OSError, RuntimeError) as error:
         raise BitsMoEError(f"{out}: its links lead nowhere ({error}); give another --out") from None
 
