@@ -77,6 +77,11 @@ def test_groups_that_pass(model: Path, tmp_path: Path, fields: dict[str, object]
     check_group_sizes(read_stages(write_recipe(tmp_path / "recipe.yaml", **fields)), str(model))
 
 
+def test_a_model_that_cannot_be_built_without_weights_is_left_to_others(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "of_tomorrow"}')
+    check_group_sizes(read_stages(write_recipe(tmp_path / "recipe.yaml", **groups(EXPERTS, 32))), str(tmp_path))
+
+
 @pytest.mark.parametrize("command", ["plan", "quantize"])
 def test_commands_say_it_before_weights_are_read(
     tiny: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]

@@ -37,7 +37,10 @@ def check_group_sizes(stages: Iterable[Stage], source: str) -> None:
     grouped = [(stage.name, modifier) for stage in stages for modifier in _others(stage) if any(_groups(modifier))]
     if not grouped:
         return
-    layers = linear_layers(build_empty(source))
+    try:
+        layers = linear_layers(build_empty(source))
+    except (CheckpointError, RecipeError, RuntimeError):
+        return  # of a family that cannot be built without weights; what is wrong with it is said where it is loaded
     for name, modifier in grouped:
         problem = _problem(modifier, layers)
         if problem:
