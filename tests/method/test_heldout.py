@@ -9,7 +9,7 @@ import torch
 
 from bitsmoe_modifier.calibration.capture import more_text
 from bitsmoe_modifier.method.candidates import plan_layer, unseen_bases
-from bitsmoe_modifier.method.design import margins
+from bitsmoe_modifier.method.design import TRIAL_BITS, margin
 from bitsmoe_modifier.method.distributed import Ranks
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.method.layer import DenseExperts, QuantizerSettings
@@ -192,7 +192,7 @@ def test_a_trial_rounds_in_the_codes_of_the_run() -> None:
     assert held is not None
     plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, block_size=16, group_size=16, codes="trellis"))
     found = [
-        Trials(replace(plan.settings, codes=codes), experts, fitted, held, None).of(plan, (1, 1))
+        Trials(replace(plan.settings, codes=codes), experts, fitted, held, None).of(plan, (1, 1), 2.0)
         for codes in ("trellis", "scalar")
     ]
     assert found[0].foretold == found[1].foretold
@@ -206,25 +206,15 @@ def test_a_trial_corrects_what_the_cost_tables_choose_by() -> None:
     # without width 0, so that no basis is cut after the choice
     plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, widths=(1, 2, 4, 6), block_size=16, group_size=16))
     assert None not in {side.times for side in (*plan.inputs, *plan.outputs)}
-    assert plan.outputs[-1].times == 1.0  # without a basis: what the output's candidates are measured by
-    at_trial = min(
-        inputs.times * outputs.times * float(margins(inputs, outputs, 2.0))
-        for inputs in plan.inputs
-        for outputs in plan.outputs
-    )
-    assert at_trial <= 1.0 + 1e-9  # the unit is that of the best pair
+    assert plan.outputs[-1].times == (1.0, 1.0)  # without a basis: what the output's candidates are measured by
+    pairs = {(i, o): (plan.inputs[i], plan.outputs[o]) for i in range(2) for o in range(2)}
+    times = {at: i.times[-1] * o.times[-1] * margin(i, o) for at, (i, o) in pairs.items()}
+    assert min(times.values()) <= 1.0 + 1e-9  # the unit is that of the best pair
+    # bases take more than a bit and a half of so small a layer: what was found at 2 bits counts below, too
+    assert {side.times[0] == side.times[1] for side in (*plan.inputs, *plan.outputs)} == {True}
     for bits in (3.0, 4.0, 5.0):
-        foretold = {
-            (i, o): plan.only(i, o).choose(bits * experts.elements).predicted_distortion
-            for i in range(2)
-            for o in range(2)
-        }
-        # margins at 2 bits and more
-        handicap = {at: (1.05 if at[0] == 0 else 1) * (1.1 if at[1] == 0 else 1) for at in foretold}
-        expected = {
-            at: lost * plan.inputs[at[0]].times * plan.outputs[at[1]].times * handicap[at]
-            for at, lost in foretold.items()
-        }
+        foretold = {at: plan.only(*at).choose(bits * experts.elements).predicted_distortion for at in pairs}
+        expected = {at: lost * times[at] for at, lost in foretold.items()}
         best = min(expected, key=expected.__getitem__)
         design = plan.choose(bits * experts.elements)
         assert (design.inputs.basis is None, design.outputs.basis is None) == tuple(at == 1 for at in best)
@@ -232,8 +222,24 @@ def test_a_trial_corrects_what_the_cost_tables_choose_by() -> None:
         sizes, curve = plan.curve()
         assert np.interp(bits * experts.elements, sizes, curve) == pytest.approx(expected[best], rel=0.1)
         assert (np.diff(curve) <= 0).all()
-    other = replace(plan, inputs=tuple(replace(side, times=t) for side, t in zip(plan.inputs, (1e9, 1.0), strict=True)))
+    other = replace(
+        plan, inputs=tuple(replace(side, times=(t, t)) for side, t in zip(plan.inputs, (1e9, 1.0), strict=True))
+    )
     assert other.choose(3.0 * experts.elements).inputs.basis is None
+
+
+def test_what_is_tried_at_a_small_size_counts_at_small_sizes() -> None:
+    experts, x, ids, p, _ = make(16, 200, num_experts=32)
+    tokens = RoutedTokens.from_router(x, ids, p, 32, rows=16)
+    plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, block_size=16, group_size=16))
+    assert {side.times[0] == side.times[1] for side in plan.inputs} == {False}
+
+    def with_basis(bits: float, times: tuple[float, float]) -> bool:
+        one = replace(plan, inputs=(replace(plan.inputs[0], times=times), replace(plan.inputs[1], times=(1.0, 1.0))))
+        return one.choose(bits * experts.elements).inputs.basis is not None
+
+    assert [with_basis(bits, (1e9, 1e-9)) for bits in (TRIAL_BITS[0], 1.6, 2.0, 3.0)] == [False, True, True, True]
+    assert [with_basis(bits, (1e-9, 1e9)) for bits in (TRIAL_BITS[0], 1.6, 2.0, 3.0)] == [True, False, False, False]
 
 
 def test_bases_on_trial_know_nothing_of_the_rows_that_judge_them() -> None:

@@ -19,12 +19,16 @@ from .costs import SideCosts, unit_cost
 from .layer import QuantizerSettings
 from .spectral import SharedBasis
 
+#: Bits per weight, everything counted, at which bases are tried (`trial`).
+TRIAL_BITS = (1.25, 2.0)
+#: Bits per weight from which on what was found at 2 counts alone. At 1.6 bits it chose within 3 % of the best on every
+#: model (docs/quality.md); at 1.25, where half of the directions are dropped, it cost 16 experts five times the loss.
+_LARGE_BITS = 1.6
 #: What a basis must be expected to win by. Of the input: held-out rows are of the calibration text, which it fits more
 #: closely than the channels do (on a layer cut out of a real language model, in scalar codes, it won by 2 % on held-out
 #: rows and lost by 17 % on other text). Of the output: on bookmoe at 2 bits one that won a trial by 5 % lost 7 % on
-#: other text. Below 2 bits its margin falls and is gone at 1.25, where most of what is lost is in dropped directions: a
-#: trial at 2 bits shows too little of what it saves there.
-_MARGIN_IN, _MARGIN_OUT, _NO_MARGIN, _FULL_MARGIN = 0.05, 0.1, 1.25, 2.0
+#: other text.
+_MARGIN_IN, _MARGIN_OUT = 0.05, 0.1
 
 T = TypeVar("T")
 
@@ -38,15 +42,16 @@ class SidePlan:
         costs: distortion per unit and width.
         weight: importance of the elements along I, ``[matrices, I]``.
         rank: directions.
-        times: how many times what the costs foretell is lost with this candidate (`trial`), in units of what is lost
-            with the pair of the input's and the output's that is best at 2 bits; None without a trial.
+        times: how many times what the costs foretell is lost with this candidate (`trial`) at each of `TRIAL_BITS`, in
+            units of what is lost at that size with the pair of the input's and the output's that is best at the last;
+            None without a trial.
     """
 
     basis: SharedBasis | None
     costs: SideCosts
     weight: torch.Tensor
     rank: int
-    times: float | None = None
+    times: tuple[float, ...] | None = None
 
     @property
     def bits_per_direction(self) -> int:
@@ -157,7 +162,7 @@ class LayerPlan:
 
         Returns:
             (bits ``[points]`` rising, distortion ``[points]`` not rising: that of the cost tables for the pair of bases
-            that is best at 2 bits, for others as much more or less as a trial found).
+            that is best at 2 bits, for others as much more or less as trials found).
         """
         cost = self._unit_costs()
         pairs = [(inputs, outputs) for inputs in self.inputs for outputs in self.outputs]
@@ -168,7 +173,7 @@ class LayerPlan:
         bits = np.linspace(min(spent[0] for spent, _ in corners), max(spent[-1] for spent, _ in corners), points)
         foretold = np.stack([np.interp(bits, *corner, left=np.inf) for corner in corners])
         times = np.stack([_expected_times(*pair, bits / self.elements) for pair in pairs])
-        return bits, (foretold * times).min(0)
+        return bits, np.minimum.accumulate((foretold * times).min(0))
 
     def choose(self, budget_bits: float) -> LayerDesign:
         """The pair of bases that is expected to lose least under the budget, and its allocation.
@@ -267,23 +272,19 @@ class LayerPlan:
         return table
 
 
-def margins(inputs: SidePlan, outputs: SidePlan, bits: np.ndarray | float) -> np.ndarray:
-    """By how much a pair of candidates has to lose less than a pair without bases.
-
-    Args:
-        bits: per weight of the layer, any shape, which is the result's.
-    """
-    part = np.clip((np.asarray(bits) - _NO_MARGIN) / (_FULL_MARGIN - _NO_MARGIN), 0.0, 1.0)
-    margin_in = 0.0 if inputs.basis is None else _MARGIN_IN
-    margin_out = 0.0 if outputs.basis is None else _MARGIN_OUT
-    return (1 + margin_in) * (1 + margin_out * part)
+def margin(inputs: SidePlan, outputs: SidePlan) -> float:
+    """How many times less than a pair without bases a pair of candidates has to lose."""
+    return (1 + _MARGIN_IN * (inputs.basis is not None)) * (1 + _MARGIN_OUT * (outputs.basis is not None))
 
 
 def _expected_times(inputs: SidePlan, outputs: SidePlan, bits: np.ndarray) -> np.ndarray:
-    """What corrects the costs of a pair of candidates, margins included; 1 without a trial."""
+    """What corrects the costs of a pair of candidates at so many bits per weight, the margin included; 1 without a
+    trial."""
     if inputs.times is None or outputs.times is None:
         return np.ones_like(bits)
-    return inputs.times * outputs.times * margins(inputs, outputs, bits)
+    least, most = (one * other for one, other in zip(inputs.times, outputs.times, strict=True))
+    part = np.clip((bits - TRIAL_BITS[0]) / (_LARGE_BITS - TRIAL_BITS[0]), 0.0, 1.0)
+    return least ** (1 - part) * most**part * margin(inputs, outputs)
 
 
 def _energy(costs: SideCosts) -> tuple[float, ...]:

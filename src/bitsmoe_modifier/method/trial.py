@@ -3,8 +3,9 @@
 What plain rounding would lose on the calibration rows, which the cost tables say, is a fair price within one choice of
 bases and a poor one between them. Feedback takes much off where inputs correlate (the channels) and little where a
 basis has made them white; and the weak directions of a basis carry more energy on other text than they seemed to. How
-much of either, neither theory nor the calibration rows say well enough at two bits (docs/quality.md). A trial at one
-size does, for all: the tables foretell well how one choice's loss goes with the size.
+much of either, neither theory nor the calibration rows say well enough (docs/quality.md). Trials at two sizes do, for
+all: what they find is interpolated between them. One would not: where half of the directions are dropped, bases count
+otherwise than where hardly any are.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from .design import LayerDesign, LayerPlan, SideDesign, margins, moved
+from .design import TRIAL_BITS, LayerDesign, LayerPlan, SideDesign, margin, moved
 from .distributed import Ranks
 from .layer import DenseExperts, QuantizerSettings
 from .sides import LayerTask, expert_gate_up, round_input, round_output
@@ -25,8 +26,6 @@ from .statistics import RoutedTokens
 #: Experts that are rounded for a trial: so many, or as many as have so many weights, which is most of a small layer.
 #: Losses differ more between experts than between bases, and a few experts can be what decides.
 _TRIAL_EXPERTS, _TRIAL_WEIGHTS = 8, 1 << 24
-#: Bits per weight, everything counted, at which bases are tried.
-_TRIAL_BITS = 2.0
 #: Shrinkage of their moments where it is not set.
 _TRIAL_SHRINKAGE = 0.1
 
@@ -46,9 +45,9 @@ def settled(
     metric: torch.Tensor | None,
     ranks: Ranks,
 ) -> LayerPlan:
-    """The plan with what a trial found (`SidePlan.times`), by which it chooses bases at every budget.
+    """The plan with what trials found (`SidePlan.times`), by which it chooses bases at every budget.
 
-    Tried at `_TRIAL_BITS`, whatever the budget, because one plan serves many, and in the layer's own codes: scalar ones
+    Tried at `TRIAL_BITS`, whatever the budget, because one plan serves many, and in the layer's own codes: scalar ones
     lose many times more in a few experts, and a layer was judged by those. The input's candidates first. The first
     process decides for all.
 
@@ -73,24 +72,34 @@ def settled(
     )
 
 
-def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[float], list[float]] | None:
+def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]] | None:
     """`SidePlan.times` of the candidates of the two sides; None where no trial is possible."""
     last = len(plan.outputs) - 1
 
     def expected(inputs: int, outputs: int) -> float:
-        one = trials.of(plan, (inputs, outputs))
-        return one.foretold * one.times * float(margins(plan.inputs[inputs], plan.outputs[outputs], _TRIAL_BITS))
+        one = trials.of(plan, (inputs, outputs), TRIAL_BITS[-1])
+        return one.foretold * one.times * margin(plan.inputs[inputs], plan.outputs[outputs])
 
     best = int(np.argmin([expected(at, last) for at in range(len(plan.inputs))]))
     if not np.isfinite(expected(best, last)):
         return None
     taken = int(np.argmin([expected(best, at) for at in range(len(plan.outputs))]))
-    unit = trials.of(plan, (best, taken)).times * float(margins(plan.inputs[best], plan.outputs[taken], _TRIAL_BITS))
-    alone = trials.of(plan, (best, last)).times
-    return (
-        [trials.of(plan, (at, last)).times / unit for at in range(len(plan.inputs))],
-        [trials.of(plan, (best, at)).times / alone for at in range(len(plan.outputs))],
-    )
+
+    def factors(bits: float) -> tuple[np.ndarray, np.ndarray]:
+        inputs = np.array([trials.of(plan, (at, last), bits).times for at in range(len(plan.inputs))])
+        outputs = np.array([trials.of(plan, (best, at), bits).times for at in range(len(plan.outputs))])
+        unit = outputs[taken] * margin(plan.inputs[best], plan.outputs[taken])
+        if not np.isfinite(unit):  # the bases take more than so few bits
+            return np.full_like(inputs, np.inf), np.full_like(outputs, np.inf)
+        return inputs / unit, outputs / outputs[last]
+
+    by_size = [factors(bits) for bits in TRIAL_BITS]
+
+    def of_side(side: int) -> list[tuple[float, ...]]:
+        sizes = [np.where(np.isfinite(found[side]), found[side], by_size[-1][side]).tolist() for found in by_size]
+        return list(zip(*sizes, strict=True))
+
+    return of_side(0), of_side(1)
 
 
 @dataclass(frozen=True)
@@ -120,20 +129,22 @@ class Trials:
         shrinkage = _TRIAL_SHRINKAGE if settings.shrinkage is None else settings.shrinkage
         self.settings = replace(settings, shrinkage=shrinkage, refine_passes=0, compensation=True)
         self.layer, self.held, self.metric = (experts, tokens), held, metric
-        self.known: dict[tuple[int, int], Tried] = {}
+        self.known: dict[tuple[tuple[int, int], float], Tried] = {}
         self.ids: list[int] = []
 
-    def of(self, plan: LayerPlan, at: tuple[int, int]) -> Tried:
-        """That of the candidates at these places of the inputs' and the outputs'."""
-        if at not in self.known:
-            self.known[at] = self._measure(plan.only(*at))
-        return self.known[at]
+    def of(self, plan: LayerPlan, at: tuple[int, int], bits: float) -> Tried:
+        """That of the candidates at these places of the inputs' and the outputs', at so many bits per weight, or half a
+        bit more than the narrowest width where that is more."""
+        bits = max(bits, plan.settings.widths[0] + 0.5)
+        if (at, bits) not in self.known:
+            self.known[at, bits] = self._measure(plan.only(*at), bits)
+        return self.known[at, bits]
 
-    def _measure(self, one: LayerPlan) -> Tried:
+    def _measure(self, one: LayerPlan, bits: float) -> Tried:
         experts, tokens = self.layer
         one = replace(one, settings=replace(one.settings, solver="lagrangian"))  # the same whatever solves the rest
         try:
-            design = one.choose(max(_TRIAL_BITS, one.settings.widths[0] + 0.5) * experts.elements)
+            design = one.choose(bits * experts.elements)
         except RecipeError:  # its bases alone take more than the budget
             return Tried(np.inf, np.inf)
         foretold = predicted_losses(one, design)
