@@ -52,14 +52,16 @@ from .stored_experts import is_kept_decoded, placed_module
 from .survey import Inputs, experts_inputs, survey_layers
 from .sweep import budgets, check_lead, decide_each, roundings
 from .targets import (
-    check_count,
     check_experts,
     check_super_experts,
     check_targeted_once,
+    check_transforms,
+    check_unchanged,
     check_unclaimed,
     dense_experts,
     dense_ids,
     find_experts,
+    mark_of,
 )
 
 #: What the survey does not depend on; one survey serves any value of these. (It tries bases with feedback or without.)
@@ -142,7 +144,7 @@ class BitsMoEModifier(BitsMoEFields):
     _finished: frozenset[str] = PrivateAttr(default=frozenset())
     _sequential_targets: Any = PrivateAttr(default=None)
     _checked: bool = PrivateAttr(default=False)
-    _counts: dict[LinearExperts2D, int] = PrivateAttr(default_factory=dict)
+    _marks: dict[LinearExperts2D, tuple[int, float]] = PrivateAttr(default_factory=dict)
     _calibrating: bool = PrivateAttr(default=False)
     _mtp: list[tuple[MtpLayer, int]] = PrivateAttr(default_factory=list)
 
@@ -199,8 +201,10 @@ class BitsMoEModifier(BitsMoEFields):
         return True
 
     def _check_others(self, state: State, experts: Mapping[str, Any]) -> None:
-        """Refuse layers, or a ``resume_dir``, that another modifier of this kind in the recipe has too."""
+        """Refuse layers, or a ``resume_dir``, that another modifier of this kind in the recipe has too, and modifiers
+        that leave another model."""
         together = active_session().lifecycle.recipe.modifiers
+        check_transforms(state.model, together)
         ours = [one for one in together if isinstance(one, BitsMoEModifier)]
         # a recipe that this modifier is not in is an older run's
         others = [one for one in ours if one is not self] if any(one is self for one in ours) else []
@@ -215,7 +219,7 @@ class BitsMoEModifier(BitsMoEFields):
         """Hook the layers' inputs; modifiers initialized after this one may have claimed experts meanwhile."""
         check_unclaimed((name, module) for module, name in self._names.items())
         self._calibrating = True
-        self._counts = {module: module.num_experts for module in self._names}
+        self._marks = {module: mark_of(module) for module in self._names}
         if self.scope == "global":
             kept = self._resume.survey(self.settings)
             if kept is None:
@@ -288,7 +292,7 @@ class BitsMoEModifier(BitsMoEFields):
         for module in modules:
             name = self._names.get(module)
             if name is not None and (module in self._inputs or name in self._finished):
-                check_count(name, module, self._counts[module])
+                check_unchanged(name, module, self._marks[module])
                 self._said.begin(name, "rounding")
                 with naming_layer(name), torch.no_grad(), disable_offloading():
                     replacement = self._replacement(state.model, module, name, self._inputs.pop(module, []))

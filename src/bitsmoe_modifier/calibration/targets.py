@@ -11,6 +11,7 @@ import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from loguru import logger
 from torch import nn
 from transformers import GenerationMixin
 
@@ -32,6 +33,8 @@ _REFUSED = {
     "ernie4_5_vl_moe": "its checkpoints store the experts for text and for images in one list, of which transformers "
     "cannot save a part; text calibrates the first alone",
 }
+#: relative difference of two sums of the same numbers, perhaps on different devices
+_SAME = 1e-9
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -143,17 +146,53 @@ def check_targeted_once(experts: Iterable[str], others: Iterable[Iterable[str]])
         )
 
 
-def check_count(name: str, module: LinearExperts2D, surveyed: int) -> None:
-    """Refuse a layer that another modifier has taken experts from since this one's calibration began.
+def check_transforms(model: nn.Module, modifiers: Iterable[Any]) -> None:
+    """Refuse modifiers of the recipe that leave another model, and say which make one that transformers cannot run.
+
+    SpinQuant of llm-compressor 0.14 centers the embeddings, fuses norms into what follows them, and rotates it, but for
+    the routers: alone it changes the demo model's logits by half (R1) or a twentieth (R2). Cohere's models, which
+    it prepares routers of, are its exception.
+
+    Raises:
+        RecipeError: naming the modifier.
+    """
+    kinds = {type(one).__name__ for one in modifiers}
+    if "SpinQuantModifier" in kinds and not cast(Any, model).config.model_type.startswith("cohere2"):
+        raise RecipeError(
+            "SpinQuantModifier does not reach the routers of mixture-of-experts models, and would leave another model; "
+            "leave it out"
+        )
+    if "QuIPModifier" in kinds:
+        logger.warning("QuIPModifier: transformers cannot run what it makes, and loading it there is refused")
+
+
+def mark_of(module: LinearExperts2D) -> tuple[int, float]:
+    """The number of a layer's experts, and a number that changes with the weights of the first (0 where they stay in
+    files, where nothing changes them)."""
+    if stored_matrices(module) is not None:
+        return module.num_experts, 0.0
+    up: Any = cast(Any, module[0]).up_proj.weight
+    return module.num_experts, float(up.detach().double().abs().sum())
+
+
+def check_unchanged(name: str, module: LinearExperts2D, before: tuple[int, float]) -> None:
+    """Refuse a layer that another modifier has changed since this one's calibration began: what was surveyed and
+    captured is of the layer before.
+
+    Args:
+        before: `mark_of` the layer then.
 
     Raises:
         CalibrationError: naming the layer, and the pipeline that runs one modifier after the other.
     """
-    if module.num_experts != surveyed:
-        raise CalibrationError(
-            f"{name}: another modifier left {module.num_experts} of its {surveyed} experts in the pass that quantizes "
-            "them; use the pipeline independent, in which it comes first"
-        )
+    count, weights = mark_of(module)
+    if count == before[0] and abs(weights - before[1]) <= _SAME * abs(before[1]):
+        return
+    what = f"left {count} of its {before[0]} experts" if count != before[0] else "changed the weights of its experts"
+    raise CalibrationError(
+        f"{name}: another modifier {what} in the pass that quantizes them; use the pipeline independent, in which it "
+        "comes first"
+    )
 
 
 def check_experts(

@@ -31,6 +31,7 @@ from .transformers_api import (
     get_model_conversion_mapping,
     rename_source_key,
 )
+from .transforms import check_transforms
 
 _LINEAR_SUFFIXES = (".weight_packed", ".weight_scale")
 
@@ -78,6 +79,7 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
                 "experts packed as bitsmoe run packed: load without `dequantize=True` / `run_compressed=False` "
                 "(for dense weights use `bitsmoe export`; to quantize again, start from the unquantized model)"
             )
+        check_transforms(Path(checkpoint_files[0]).parent)
         # set for a model that was saved after its Linears had been decompressed; it would make the loaded model forget
         # its quantization_config, and a checkpoint saved from it would not say that its experts are packed
         self.quantization_config.dequantize = False
