@@ -9,13 +9,15 @@ once, then an ordinary matrix product.
 In a decoding step further programs of the same launch write the tiles of pairs (`routing.py`): nothing depends on both.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from bitsmoe_modifier.storage.factors import decode_basis
 
-from .ahead import fetch, payloads
+from .ahead import arguments, constants, fetch
 from .digits import digit_values, product, swapped
 from .launch import BASIS_TOKENS, Launch, basis_stages, capability
 from .launcher import run
@@ -72,7 +74,8 @@ def _multiply(
 @triton.jit(do_not_specialize=["T", "P", "E", "TILES", "ARRIVALS"])
 def basis_kernel(
     x_ptr, w_ptr, step_ptr, y_ptr, T, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS,
-    spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr,
+    spans_ptr, codes_in_ptr, steps_in_ptr, head_in_ptr, order_in_ptr,
+    codes_out_ptr, steps_out_ptr, head_out_ptr, order_out_ptr,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
     ROUTE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
@@ -86,7 +89,10 @@ def basis_kernel(
     elif ROUTE and tl.program_id(1) == 0:
         e = tl.program_id(0) - ROWS
         if AHEAD:
-            fetch(ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr, e, E, P, E, PAIRS)
+            fetch(
+                ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, head_in_ptr, order_in_ptr,
+                codes_out_ptr, steps_out_ptr, head_out_ptr, order_out_ptr, e, E, P, E, PAIRS,
+            )  # fmt: skip
         route_expert(e, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS, TILE, CHUNK, BINS)
 
 
@@ -112,7 +118,7 @@ def decode_kernel(
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor | None, bits: int, group: int, y: torch.Tensor,
     ids: torch.Tensor | None = None, routed: list[torch.Tensor] | None = None, experts: int = 0, tile: int = 16,
-    ahead: tuple[torch.Tensor | None, ...] = (None,) * 5,
+    ahead: Sequence[torch.Tensor] = (),
 ) -> None:  # fmt: skip
     """Multiply few tokens, and write ``routed`` where ids are given."""
     (tokens, k), n = x.shape, weight.shape[0]
@@ -124,12 +130,12 @@ def _launch(
     run(
         basis_kernel,
         (triton.cdiv(n, 16) + experts, triton.cdiv(tokens, bm)),
-        (x, weight, step, y, tokens, ids, tiles, pairs, arrivals, *counts, *ahead),
+        (x, weight, step, y, tokens, ids, tiles, pairs, arrivals, *counts, *arguments(ahead)),
         how,
         x.device,
         {
             "N": n, "K": k, "BITS": bits, "BM": bm, "BN": 16, "BK": chunk, "SLICES": 4, "ROUTE": routed is not None,
-            "TILE": tile, **route_arguments(counts[0], counts[1]), **payloads(ahead),
+            "TILE": tile, **route_arguments(counts[0], counts[1]), **constants(ahead),
         },
     )  # fmt: skip
 
@@ -176,16 +182,11 @@ def basis_and_route(
     experts: int,
     tile: int,
     arrivals: int,
-    spans: torch.Tensor | None = None,
-    codes_in: torch.Tensor | None = None,
-    steps_in: torch.Tensor | None = None,
-    codes_out: torch.Tensor | None = None,
-    steps_out: torch.Tensor | None = None,
+    ahead: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`basis` and `routing.route`, for few tokens in one launch: (h, tiles, pairs, arrivals)."""
-    ahead = spans, codes_in, steps_in, codes_out, steps_out
     if x.shape[0] > BASIS_TOKENS or not ids.numel():
-        return basis(x, weight, step, bits, group), *route(ids, experts, tile, arrivals, *ahead)
+        return basis(x, weight, step, bits, group), *route(ids, experts, tile, arrivals, ahead)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     routed = routed_tensors(ids, experts, tile, arrivals)
     _launch(x, weight, step, bits, group, y, ids, routed, experts, tile, ahead)
@@ -204,7 +205,7 @@ def _(
     experts: int,
     tile: int,
     arrivals: int,
-    *ahead: torch.Tensor | None,
+    ahead: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
     return x.new_empty(x.shape[0], weight.shape[0]), tiles, pairs, zeros

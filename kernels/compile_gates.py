@@ -126,6 +126,7 @@ _ROUTING = {"ids_ptr": "*i64", "tiles_ptr": "*i32", "pairs_ptr": "*i32", "arriva
 _ROUTING |= dict.fromkeys(("P", "E", "TILES", "ARRIVALS"), "i32")
 _AHEAD = {"spans_ptr": "*i32", **dict.fromkeys(("codes_in_ptr", "codes_out_ptr"), "*u8")}
 _AHEAD |= dict.fromkeys(("steps_in_ptr", "steps_out_ptr"), "*bf16")
+_AHEAD |= dict.fromkeys(("head_in_ptr", "order_in_ptr", "head_out_ptr", "order_out_ptr"), "*i32")
 
 
 def _basis(bits: int, dtype: str = "bf16", tokens: int = 8, group: int = 128, routing: bool = False) -> Case:

@@ -24,7 +24,7 @@ from .launch import (
     prefill_rows,
     prefill_tile,
     swaps,
-    trellis_down_warps,
+    trellis_parts,
     trellis_prefill_tile,
     trellis_rows,
 )
@@ -47,7 +47,7 @@ class Plan:
         arrivals: counters of gate_up and of down.
         total: down adds a token's experts up.
         swap: the order of z (`launch.swaps`).
-        warps: of a program of down with trellis codes.
+        warps: of programs of gate_up and of down with trellis codes; 0: by the rules of `launch`.
         splits: programs of down that share a tile's groups.
         ahead: the weights are fetched by the programs that write the tiles (`ahead.py`).
         stages: of gate_up and of down; 0: as `launch` has them.
@@ -61,7 +61,7 @@ class Plan:
     arrivals: tuple[int, int]
     total: bool
     swap: bool
-    warps: int
+    warps: tuple[int, int]
     splits: int
     ahead: bool
     stages: tuple[int, int] = (0, 0)
@@ -81,6 +81,8 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
         tile = prefill_tile(pairs, layout.num_experts)
     filled = expected_tiles(pairs, layout.num_experts, tile)
     bn, parts = gate_up_tile(filled, layout.intermediate_size, layout.group_size, layout.units_in)
+    if total and layout.codes:
+        parts = trellis_parts(filled, layout.intermediate_size, layout.group_size, layout.units_in)
     parts = tuned.parts or parts
     br = down_tile(filled, layout.rank_out, layout.block_size)
     if not total:
@@ -91,10 +93,10 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     tiles = tile_count(pairs, layout.num_experts, tile)
     arrivals = (tiles * (layout.intermediate_size // bn) if parts > 1 else 0, tokens * (layout.rank_out // br))
     swap = swaps(tile, br, experts.capability)
-    warps = tuned.warps or trellis_down_warps(tile, br, layout.group_size, filled, layout.units_out)
+    warps = tuned.warps_in or 0, tuned.warps or 0
     splits = 1
     if total:
-        own = down_launch(tile, br, layout.group_size, warps, experts.capability, bool(layout.codes))[1].warps
+        own = down_launch(tile, br, layout.group_size, warps[1], experts.capability, bool(layout.codes))[1].warps
         groups = layout.intermediate_size // layout.group_size
         splits = tuned.splits or down_splits(
             filled, layout.rank_out // br, groups, br * layout.group_size, own, experts.processors
@@ -128,10 +130,8 @@ def moe_forward(
     layout, packed, group = experts.layout, experts.packed, experts.layout.basis_group_size
     x, ids, p = x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
     step = plan(*ids.shape, experts)
-    routing = ids, layout.num_experts, step.tile, sum(step.arrivals)
-    if step.ahead:
-        sides = experts.side_in, experts.side_out
-        routing += experts.spans, *(payload for side in sides for payload in (side.codes, side.steps))
+    ahead = [experts.spans, *experts.side_in.factor, *experts.side_out.factor] if step.ahead else []
+    routing = ids, layout.num_experts, step.tile, sum(step.arrivals), ahead
     if packed.basis_in is None:
         h, (tiles, pairs, arrivals) = x, route(*routing)
     else:
@@ -170,12 +170,12 @@ def _products(
     z = gate_up(
         h, tiles, pairs, arrivals[: step.arrivals[0]], side_in.factor, experts.packed.in_bias, list(side_in.widths),
         side_in.gain, trellis, ids.shape[1], *sizes[1:], layout.intermediate_size, step.tile, step.bn, step.parts,
-        step.swap, *gating_arguments(gating), step.stages[0],
+        step.swap, *gating_arguments(gating), step.stages[0], step.warps[0],
     )  # fmt: skip
     total = (ids, p, bias, base) if step.total else (None,) * 4
     y = down(
         z, tiles, pairs, arrivals[step.arrivals[0] :], side_out.factor, *total, list(side_out.widths), *sizes,
-        step.tile, step.br, step.warps, dtype, step.stages[1], step.splits,
+        step.tile, step.br, step.warps[1], dtype, step.stages[1], step.splits,
     )  # fmt: skip
     if step.total:
         return y

@@ -3,8 +3,9 @@ kernel.
 
 A program owns a tile of pairs of one expert and BN columns of I, and walks the units of the factor widest first. The
 steps belong to (direction, group of columns), so they scale the activations: one multiplication serves all BN columns.
-Where one program per tile would leave most of the GPU idle, PARTS of them share it: gate or up, and of these every n-th
-unit. Each stores a float32 partial sum, and the last to arrive adds them in a fixed order and applies the gate.
+Where one program per tile would leave most of the GPU idle, PARTS of them share it: gate or up, and of these an equal
+number of neighbouring units, so that most programs have units of one width, and one loop to fetch. Each stores a
+float32 partial sum, and the last to arrive adds them in a fixed order and applies the gate.
 
 Which unit comes next, and its steps, are loaded one round ahead: they are needed at once when the round begins, the
 first for the address of its activations.
@@ -137,7 +138,8 @@ def _matrix(
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr,
     WIDTHS: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the units that are ``split`` modulo SPLIT."""
+    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the ``split``-th of SPLIT parts of its
+    units."""
     QUANTUM: tl.constexpr = BS * GS // 8
     code, row = tl.load(head), tl.load(head + 1)
     bits = 0  # of one group of this matrix
@@ -148,21 +150,22 @@ def _matrix(
         lo = hi
     code += group * bits  # where this group's units begin, in quanta
     row += group * lo  # lo: all units that are there
+    begin, end = split * lo // SPLIT, (split + 1) * lo // SPLIT
     acc = tl.zeros((BN, BM) if SPREAD == 1 else (SPREAD, BN, BM), tl.float32)
     lo = 0
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
-        first = lo + (split + SPLIT - lo % SPLIT) % SPLIT
-        if first < hi:  # most programs have units of few widths, and each costs two loads that wait for each other
+        first, last = tl.maximum(lo, begin), tl.minimum(hi, end)
+        if first < last:  # most programs have units of one width, and each costs two loads that wait for each other
             unit = tl.load(order + first)
-            steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, first, hi, WIDTHS[s], BS, SPREAD)
-            for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
+            steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, first, last, WIDTHS[s], BS, SPREAD)
+            for place in tl.range(first, last, num_stages=STAGES):
                 # multiplied by a constant here, so that the compiler knows the alignment of the address
                 unit_codes = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
                 acc = _unit(acc, unit_codes, h + unit * BS, here, steps, gain, n, WIDTHS[s], BS, GS, SPREAD, PACK)
-                then = place + SPLIT
-                unit = tl.load(order + then, mask=then < hi, other=0)
-                steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, then, hi, WIDTHS[s], BS, SPREAD)
+                then = place + 1
+                unit = tl.load(order + then, mask=then < last, other=0)
+                steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, then, last, WIDTHS[s], BS, SPREAD)
         code += (hi - lo) * WIDTHS[s]
         lo = hi
     return acc if SPREAD == 1 else tl.sum(acc, 0)

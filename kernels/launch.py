@@ -22,9 +22,16 @@ BASIS_TOKENS = 64
 #: Programs of two warps that fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS_WANTED = 1056
 
-#: Warps of down for each multiprocessor that its groups are split for, those of absent units among them. Not measured:
-#: by `benchmarks/roofline.py` more splits take longer again at 1 to 8 tokens of a layer of Qwen3-30B-A3B.
-WARPS_WANTED = 24
+#: Warps of down for each multiprocessor that its groups are split for, those of absent units among them: on an H100 6
+#: programs were fastest at one token of a layer of Qwen3-30B-A3B, 3 at two, 2 at four and 1 or 2 at eight.
+WARPS_WANTED = 15
+
+#: Weights of trellis codes that a warp decodes in a round of down's loop, and of gate_up's for up to 16 pairs. On an
+#: H100 half as many took up to 7 % longer in down, twice as many 6 % longer in gate_up, all of a tile 15 to 25 %.
+ROUND_WEIGHTS, ROUND_WEIGHTS_IN = 4096, 2048
+
+#: Programs of gate_up of trellis codes up to which more of them share a tile: 4 1/4 on each of 132 multiprocessors.
+GATE_UP_PROGRAMS = 561
 
 #: Weights that a warp of down decodes at least where its groups are split, beside what beginning and ending cost it.
 SPLIT_WEIGHTS = 8192
@@ -54,12 +61,16 @@ class Launch:
         stages: of the software pipeline: loads in flight.
         pack: bytes that one instance of the decoding assembly converts (`digits.digit_values`); 0 interprets.
         registers: per thread at most; None leaves it to the compiler.
+        columns: of trellis codes: what a warp decodes in a round of its loop. Few cost more instructions for a weight,
+            and less of what decoding waited for on a GPU: a short loop is fetched once where instructions came too
+            late, and leaves registers for more programs.
     """
 
     warps: int
     stages: int
     pack: int
     registers: int | None = None
+    columns: int = 32
 
 
 def interpreting() -> bool:
@@ -113,6 +124,12 @@ def launch_down(tile: int, rows: int, cc: int) -> Launch:
     return replace(how, registers=168) if tile <= 8 else how
 
 
+def round_columns(rows: int, weights: int) -> int:
+    """Columns of a tile of so many rows that make about so many weights: 16 or 32, for 64 spill where units of 64 rows
+    have 1 or 3 bits."""
+    return 16 if rows * 32 > weights else 32
+
+
 def trellis_warps(tile: int, rows: int, columns: int) -> int:
     """Warps of a program with trellis codes that share the columns of a tile of codes: one for small tiles, whose
     weights would be too few beside what a round costs every warp.
@@ -140,7 +157,9 @@ def launch_trellis(tile: int, rows: int, columns: int, cc: int, warps: int | Non
     wanted = warps or trellis_warps(tile, rows, columns)
     # without a bound, and with one much lower, the compiler spills
     registers = 216 if tile <= 8 else None
-    return Launch(max(1, min(wanted, columns // 16)), 3, 0 if cc == 0 else 2, registers)
+    # of few tokens rounds are short and loops end soon: a third stage took 2 to 8 % longer on an H100
+    how = Launch(max(1, min(wanted, columns // 16)), 2 if tile <= 8 else 3, 0 if cc == 0 else 2, registers)
+    return replace(how, columns=round_columns(rows, ROUND_WEIGHTS))
 
 
 def launch_trellis_down(tile: int, rows: int, columns: int, cc: int, warps: int | None = None) -> Launch:
@@ -148,23 +167,6 @@ def launch_trellis_down(tile: int, rows: int, columns: int, cc: int, warps: int 
     how = launch_trellis(tile, rows, columns, cc, warps)
     # three programs of four warps share a multiprocessor
     return replace(how, registers=168 if how.warps == 4 else 200) if tile <= 8 else how
-
-
-def trellis_down_warps(tile: int, rows: int, columns: int, tiles: int, units: int) -> int:
-    """Warps of a program of down with trellis codes: more where few programs would leave most of the GPU idle; four at
-    most, since eight were no faster on an H200 at 8 pairs and took 1.7 times as long at 64.
-
-    Args:
-        tile: BM, pairs of a tile.
-        rows: directions of a program.
-        columns: of a group.
-        tiles: of pairs that have any (`expected_tiles`).
-        units: of a matrix, each of which is a program.
-    """
-    warps = trellis_warps(tile, rows, columns)
-    while warps < 4 and 2 * tiles * units * warps < PROGRAMS_WANTED:
-        warps *= 2
-    return warps
 
 
 def swaps(tile: int, br: int, cc: int) -> bool:
@@ -252,10 +254,10 @@ def gate_up_tile(tiles: int, columns: int, group: int, units: int) -> tuple[int,
         tiles: of pairs that have any (`expected_tiles`).
         columns: I.
         group: columns that share a step; BN divides it.
-        units: directions / block_size of one matrix; the parts deal them out.
+        units: directions / block_size of one matrix, which the programs of a matrix share.
 
     Returns:
-        BN; and programs that share a tile: 1 does gate and up, 2 one of them each, 4, 8 and 16 a part of one.
+        BN; and programs that share a tile: 1 does gate and up, 2 one of them each, more of them a part of one.
     """
     bn = min(128, group)
     grid = tiles * (columns // bn)
@@ -263,6 +265,28 @@ def gate_up_tile(tiles: int, columns: int, group: int, units: int) -> tuple[int,
     while 1 < parts < 16 and parts <= units and 16 * grid * parts < 5 * PROGRAMS_WANTED:
         parts *= 2
     return bn, parts
+
+
+def trellis_parts(tiles: int, columns: int, group: int, units: int) -> int:
+    """Programs of gate_up that share a tile of few pairs with trellis codes: 2 do gate and up, more a part of one.
+
+    On an H100 a layer of Qwen3-30B-A3B was fastest with 8 to 12 at one token, 6 at two and four, 4 to 6 at eight and 2
+    to 4 beyond (4 at 64, by 2 %); a program that does both keeps twice as many sums, which took 30 % longer at 64.
+
+    Args:
+        tiles: of pairs that have any (`expected_tiles`).
+        columns: I.
+        group: columns of a program.
+        units: directions / block_size of one matrix.
+
+    Returns:
+        an even number up to 16, of which each has a unit at least.
+    """
+    grid, most = tiles * (columns // group), max(2, min(16, 2 * units))
+    parts = min(4, most)
+    while parts + 2 <= most and grid * (parts + 2) <= GATE_UP_PROGRAMS:
+        parts += 2
+    return parts
 
 
 def down_tile(tiles: int, directions: int, block: int) -> int:

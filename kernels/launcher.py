@@ -13,9 +13,9 @@ from .launch import FUSION, Launch, on
 def options(
     kernel: triton.JITFunction, how: Launch, fusion: dict[str, bool] = FUSION
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """(constants, compiler options) that a launch of ``kernel`` adds to its own: STAGES and PACK go to kernels that
-    have such parameters."""
-    constants = {"STAGES": how.stages, "PACK": how.pack}
+    """(constants, compiler options) that a launch of ``kernel`` adds to its own: STAGES, PACK and COLUMNS go to
+    kernels that have such parameters."""
+    constants = {"STAGES": how.stages, "PACK": how.pack, "COLUMNS": how.columns}
     chosen: dict[str, object] = {"num_warps": how.warps, "num_stages": max(1, how.stages), **fusion}
     if how.registers is not None:
         chosen["maxnreg"] = how.registers

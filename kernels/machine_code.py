@@ -30,9 +30,8 @@ _REGISTERS = 65536
 
 
 #: A kernel that could fetch weights ahead, without.
-_APART: dict[str, object] = dict.fromkeys(
-    ("spans_ptr", "codes_in_ptr", "steps_in_ptr", "codes_out_ptr", "steps_out_ptr")
-)
+_APART: dict[str, object] = {"spans_ptr": None}
+_APART |= {f"{name}_{side}_ptr": None for name in ("codes", "steps", "head", "order") for side in ("in", "out")}
 _APART["AHEAD"] = False
 
 

@@ -162,8 +162,8 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
 
 
 def line_spans(side_in: PreparedSide, side_out: PreparedSide, layout: ExpertsLayout) -> torch.Tensor:
-    """Where an expert lies: int32 ``[E, 4, 2]``, the first 128-byte line and the end, counted from where the codes and
-    the steps of the input side and of the output side begin."""
+    """Where an expert lies: int32 ``[E, 8, 2]``, the first 128-byte line and the end, counted from where each of the
+    tensors `PreparedSide.factor` of the input side and then of the output side begins."""
     columns = []
     for side in (side_in, side_out):
         starts = side.head.view(layout.num_experts, -1, side.head.shape[1])[:, 0, :2].to(torch.int64)
@@ -172,6 +172,10 @@ def line_spans(side_in: PreparedSide, side_out: PreparedSide, layout: ExpertsLay
             ends = torch.cat([begins[1:], begins.new_tensor([payload.nbytes])])
             ends = torch.where(ends > begins, -(-ends // 128), begins // 128)
             columns.append(torch.stack([begins // 128, ends], 1))
+        for table in (side.head, side.order):  # as many rows of every expert
+            row = table.nbytes // layout.num_experts
+            begins = torch.arange(layout.num_experts, device=table.device) * row
+            columns.append(torch.stack([begins // 128, (begins + row + 127) // 128], 1))
     return torch.stack(columns, 1).to(torch.int32).contiguous()
 
 

@@ -13,6 +13,7 @@ import triton
 from .down import down_kernel
 from .gate_up import gate_up_kernel
 from .launch import (
+    ROUND_WEIGHTS_IN,
     Launch,
     capability,
     even_splits,
@@ -20,6 +21,7 @@ from .launch import (
     launch_down,
     launch_trellis,
     launch_trellis_down,
+    round_columns,
     spread,
 )
 from .launcher import run
@@ -33,7 +35,7 @@ def z_dtype(dtype: torch.dtype, trellis: bool) -> torch.dtype:
 
 
 def gate_up_launch(
-    tile: int, columns: int, block: int, widths: tuple[int, ...], cc: int, trellis: bool, shared: bool
+    tile: int, columns: int, block: int, widths: tuple[int, ...], cc: int, trellis: bool, shared: bool, warps: int = 0
 ) -> tuple[triton.JITFunction, Launch, int]:
     """(kernel, launch, parts that its warps cut a unit's directions into) of gate_up.
 
@@ -45,9 +47,12 @@ def gate_up_launch(
         cc: `launch.capability`.
         trellis: the family of codes.
         shared: whether several programs share a tile.
+        warps: of a program with trellis codes; 0: as `launch.launch_trellis` has them.
     """
     if trellis:
-        how = launch_trellis(tile, columns, block, cc)
+        how = launch_trellis(tile, columns, block, cc, warps or None)
+        if tile <= 16:
+            how = replace(how, columns=round_columns(columns, ROUND_WEIGHTS_IN))
         if shared and tile <= 8:  # five programs of two warps on a multiprocessor; not shared, it spills (Triton 3.6)
             how = replace(how, registers=200)
         return trellis_gate_up_kernel, how, how.warps
@@ -76,7 +81,7 @@ def down_launch(
 
 def _staged(how: Launch, stages: int) -> Launch:
     """``how`` with so many stages; 0: as it is."""
-    return Launch(how.warps, stages or how.stages, how.pack, how.registers)
+    return replace(how, stages=stages or how.stages)
 
 
 @torch.library.custom_op("bitsmoe::gate_up", mutates_args=("arrivals",))
@@ -103,6 +108,7 @@ def gate_up(
     alpha: float,
     up_shift: float,
     stages: int = 0,
+    warps: int = 0,
 ) -> torch.Tensor:
     """z ``[T k, I]`` of `z_dtype`, with trellis codes a sixteenth of it; rows of pairs whose id is outside ``[0, E)``
     are not written.
@@ -127,6 +133,7 @@ def gate_up(
         swap: z's columns in the order that `down` takes (`launch.swaps`); not with trellis codes.
         activation: with limit, alpha and up_shift the fields of `Gating`.
         stages: of the pipeline; 0: by the rules of `launch`.
+        warps: of a program with trellis codes; 0: by the rules of `launch`.
     """
     count, device = pairs.numel(), h.device
     z = torch.empty(count, columns, dtype=z_dtype(h.dtype, trellis), device=device)
@@ -134,7 +141,9 @@ def gate_up(
         return z
     shared, (codes, *rest) = parts > 1, factor
     part = torch.empty(parts // 2, count, 2, columns, dtype=torch.float32, device=device) if shared else None
-    kernel, how, share = gate_up_launch(pair_tile, bn, block_size, tuple(widths), capability(device), trellis, shared)
+    kernel, how, share = gate_up_launch(
+        pair_tile, bn, block_size, tuple(widths), capability(device), trellis, shared, warps
+    )
     gain = 1.0 if h.dtype == torch.bfloat16 and not trellis else gain
     run(
         kernel,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .ahead import fetch, payloads
+from .ahead import arguments, constants, fetch
 from .launch import Launch, power_of_two
 from .launcher import run
 
@@ -79,14 +79,18 @@ def route_expert(
 @triton.jit(do_not_specialize=["P", "E", "TILES", "ARRIVALS"])
 def route_kernel(
     ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS,
-    spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr,
+    spans_ptr, codes_in_ptr, steps_in_ptr, head_in_ptr, order_in_ptr,
+    codes_out_ptr, steps_out_ptr, head_out_ptr, order_out_ptr,
     BM: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
     AHEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program (expert); AHEAD: it also asks for its share of the weights (`ahead.fetch`)."""
     e = tl.program_id(0)
     if AHEAD:
-        fetch(ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, codes_out_ptr, steps_out_ptr, e, E, P, E, PAIRS)
+        fetch(
+            ids_ptr, spans_ptr, codes_in_ptr, steps_in_ptr, head_in_ptr, order_in_ptr,
+            codes_out_ptr, steps_out_ptr, head_out_ptr, order_out_ptr, e, E, P, E, PAIRS,
+        )  # fmt: skip
     route_expert(e, ids_ptr, tiles_ptr, pairs_ptr, arrivals_ptr, P, E, TILES, ARRIVALS, BM, CHUNK, BINS)
 
 
@@ -112,11 +116,7 @@ def route(
     experts: int,
     tile: int,
     arrivals: int,
-    spans: torch.Tensor | None = None,
-    codes_in: torch.Tensor | None = None,
-    steps_in: torch.Tensor | None = None,
-    codes_out: torch.Tensor | None = None,
-    steps_out: torch.Tensor | None = None,
+    ahead: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tiles of at most ``tile`` pairs of one expert, for any routing, without waiting for the device.
 
@@ -125,30 +125,28 @@ def route(
         experts: E.
         tile: BM.
         arrivals: how many zeros to return as well.
-        spans: from `prepare.line_spans`, with the four payloads: they are fetched ahead (`ahead.py`). None: not.
-        codes_in: see ``spans``, likewise the others.
+        ahead: spans (`prepare.line_spans`) and the eight payloads that are fetched ahead (`ahead.py`); empty: none.
 
     Returns:
         tiles int32 ``[tile_count, 3]``: expert (-1: unused), first and last + 1 place in ``pairs``; pairs int32
         ``[P]``: the pairs by expert, in rising order within one; arrivals int32 ``[arrivals]``: zeros.
     """
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
-    ahead = spans, codes_in, steps_in, codes_out, steps_out
     if len(pairs):
         run(
             route_kernel,
             (experts,),
-            (ids, tiles, pairs, zeros, len(pairs), experts, len(tiles), arrivals, *ahead),
+            (ids, tiles, pairs, zeros, len(pairs), experts, len(tiles), arrivals, *arguments(ahead)),
             Launch(warps=4, stages=1, pack=0),
             ids.device,
-            {"BM": tile, **route_arguments(len(pairs), experts), **payloads(ahead)},
+            {"BM": tile, **route_arguments(len(pairs), experts), **constants(ahead)},
         )
     return tiles, pairs, zeros
 
 
 @route.register_fake
 def _(
-    ids: torch.Tensor, experts: int, tile: int, arrivals: int, *ahead: torch.Tensor | None
+    ids: torch.Tensor, experts: int, tile: int, arrivals: int, ahead: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tiles, pairs, zeros = routed_tensors(ids, experts, tile, arrivals)
     return tiles, pairs, zeros

@@ -17,15 +17,6 @@ from bitsmoe_modifier.storage.trellis import CODES
 
 
 @triton.constexpr_function
-def slices(columns, tile=8):
-    """How many parts the columns that a warp has of a tile are decoded in: bounds the registers that they take.
-
-    tile: pairs whose activations the warp scales beside them; 16 leave room for 16 columns, beside sums of 128 rows.
-    """
-    return max(1, columns // (16 if tile == 16 else 32))
-
-
-@triton.constexpr_function
 def _chunk(words):
     """Words of a segment that are loaded together: 4, 2 or 1."""
     return 4 if words % 4 == 0 else 2 if words % 2 == 0 else 1

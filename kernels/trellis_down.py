@@ -13,7 +13,7 @@ import triton.language as tl
 from .digits import product
 from .down import down_reference, finish_tile, finish_without_experts
 from .routing import pair_tile
-from .trellis_codes import slices, tile_values
+from .trellis_codes import tile_values
 from .trellis_gate_up import Z_SCALE
 
 
@@ -21,15 +21,15 @@ from .trellis_gate_up import Z_SCALE
 def _unit_sum(
     z_ptr, token_pair, here, n, codes_ptr, steps_ptr, place, width, share, begin, end,
     I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
-    SPREAD: tl.constexpr, JOINED: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
+    SPREAD: tl.constexpr, JOINED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """``[BR, BM]``: the ``share``-th BR directions of a unit times the groups from ``begin`` to ``end`` of z.
 
     place: pointer to the unit's six numbers, see `prepare`; width: the second of them.
     """
     QUANTUM: tl.constexpr = BS * GS // 16  # of uint16
-    SLICES: tl.constexpr = slices(GS // SPREAD)
-    K: tl.constexpr = GS // SPREAD // SLICES
+    K: tl.constexpr = COLUMNS if GS // SPREAD > COLUMNS else GS // SPREAD
+    SLICES: tl.constexpr = GS // SPREAD // K
     PER: tl.constexpr = BS // BR
     code = tl.load(place + 2)
     units = tl.load(place + 3) if JOINED else 1
@@ -44,18 +44,17 @@ def _unit_sum(
     for s in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[s]:  # a loop of no rounds would begin all the same: copies to wait for, and a barrier
             step = tl.load(steps + begin * BS)
-            for g in tl.range(begin, end, num_stages=STAGES):
+            for at in tl.range(begin * SLICES, end * SLICES, num_stages=STAGES):
+                g, j = at // SLICES, at % SLICES
                 tile = codes_ptr + (code + g * units * WIDTHS[s]).to(tl.int64) * QUANTUM
-                dot = tl.zeros((SPREAD, BR, BM), tl.float32)
-                for j in tl.static_range(SLICES):
-                    values = tile_values(
-                        tile, pair + j * (K // 2), units * PER, number * PER + share, WIDTHS[s], BR,
-                        JOINED or PER > 1, PACK,
-                    )  # fmt: skip
-                    x = tl.load(z + (g * GS + j * K), mask=here[None, None, :], other=0.0)
-                    dot = product(values.to(x.dtype), x, dot, PACK)
+                values = tile_values(
+                    tile, pair + j * (K // 2), units * PER, number * PER + share, WIDTHS[s], BR, JOINED or PER > 1, PACK
+                )
+                x = tl.load(z + (g * GS + j * K), mask=here[None, None, :], other=0.0)
+                dot = product(values.to(x.dtype), x, tl.zeros((SPREAD, BR, BM), tl.float32), PACK)
                 acc += dot * step.to(tl.float32)[None, :, None]
-                step = tl.load(steps + tl.minimum(g + 1, end - 1) * BS)  # the last round loads its own once more
+                then = tl.minimum(at + 1, end * SLICES - 1) // SLICES  # the last round loads its own once more
+                step = tl.load(steps + then * BS)
     return tl.sum(acc, 0) * (1 / Z_SCALE)
 
 
@@ -65,7 +64,8 @@ def trellis_down_kernel(
     ids_ptr, p_ptr, bias_ptr, base_ptr, y_ptr, arrivals_ptr, T, TILES, E, EACH,
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, SPREAD: tl.constexpr, JOINED: tl.constexpr, SUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, tile of BR directions in payload order, SPLIT: EACH groups): t [P, R'] from z [P, I], a
     sixteenth of it.
@@ -90,7 +90,7 @@ def trellis_down_kernel(
                 here = token_pair >= 0
                 total = _unit_sum(
                     z_ptr, token_pair, here, n, codes_ptr, steps_ptr, place, width, share, begin, end,
-                    I, BS, GS, WIDTHS, BM, BR, SPREAD, JOINED, STAGES, PACK,
+                    I, BS, GS, WIDTHS, BM, BR, SPREAD, JOINED, COLUMNS, STAGES, PACK,
                 )  # fmt: skip
                 finish_tile(
                     total, token_pair, here, width > 0, unit * BS + n, unit * PER + share,

@@ -21,33 +21,24 @@ from .arrival import arrive
 from .digits import product
 from .gate_up import gate_up_reference
 from .routing import pair_tile
-from .trellis_codes import slices, tile_values
+from .trellis_codes import tile_values
 
 #: What z is multiplied by.
 Z_SCALE = tl.constexpr(1 / 16)
 
 
 @triton.jit
-def _steps(steps, k, K: tl.constexpr, SLICES: tl.constexpr):
-    """The steps of a unit's directions, slice after slice: a tuple."""
-    found = ()
-    for j in tl.static_range(SLICES):
-        found = found + (tl.load(steps + (k + j * K)),)  # noqa: RUF005
-    return found
-
-
-@triton.jit
 def _matrix(
     h, here, codes_ptr, steps_ptr, head, order, group, share, split, SPLIT, gain,
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr, SPREAD: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr, DT: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the units that are ``split`` modulo SPLIT; n: of the
+    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the ``split``-th of SPLIT parts of its units; n: of the
     group's columns the ``share``-th BN."""
     PER: tl.constexpr = GS // BN
     QUANTUM: tl.constexpr = BS * GS // 16  # of uint16
-    SLICES: tl.constexpr = slices(BS // SPREAD, BM)
-    K: tl.constexpr = BS // SPREAD // SLICES
+    K: tl.constexpr = COLUMNS if BS // SPREAD > COLUMNS else BS // SPREAD
+    SLICES: tl.constexpr = BS // SPREAD // K
     part = tl.arange(0, SPREAD)[:, None]
     k = part * (K * SLICES) + tl.arange(0, K)[None, :]
     pair = part * (K * SLICES // 2) + tl.arange(0, K // 2)[None, :]
@@ -60,24 +51,25 @@ def _matrix(
         lo = hi
     code += group * bits  # where this group's units begin, in quanta
     row += group * lo  # lo: all units that are there
+    begin, end = split * lo // SPLIT, (split + 1) * lo // SPLIT
     acc = tl.zeros((SPREAD, BN, BM), tl.float32)
     lo = 0
     for s in tl.static_range(len(WIDTHS)):
         hi = tl.load(head + 2 + s)
-        first = lo + (split + SPLIT - lo % SPLIT) % SPLIT
-        if first < hi:  # most programs have units of few widths, and each costs two loads that wait for each other
+        first, last = tl.maximum(lo, begin), tl.minimum(hi, end)
+        if first < last:  # most programs have units of one width, and each costs two loads that wait for each other
             unit = tl.load(order + first)
-            steps = _steps(steps_ptr + (row + first).to(tl.int64) * BS, k, K, SLICES)
-            for place in tl.range(first, hi, SPLIT, num_stages=STAGES):
+            step = tl.load(steps_ptr + (row + first).to(tl.int64) * BS + k)
+            for at in tl.range(first * SLICES, last * SLICES, num_stages=STAGES):
+                place, j = at // SLICES, at % SLICES
                 tile = codes_ptr + (code + (place - lo) * WIDTHS[s]).to(tl.int64) * QUANTUM
-                for j in tl.static_range(SLICES):
-                    values = tile_values(tile, pair + j * (K // 2), PER, share, WIDTHS[s], BN, PER > 1, PACK)
-                    x = tl.load(h + unit * BS + (k + j * K)[:, :, None], mask=here[None, None, :], other=0.0)
-                    x = (x.to(tl.float32) * (steps[j].to(tl.float32) * gain)[:, :, None]).to(DT)
-                    acc = product(values.to(DT), x, acc, PACK)
-                then = tl.minimum(place + SPLIT, hi - 1)  # the last round loads its own once more
-                unit = tl.load(order + then)
-                steps = _steps(steps_ptr + (row + then).to(tl.int64) * BS, k, K, SLICES)
+                values = tile_values(tile, pair + j * (K // 2), PER, share, WIDTHS[s], BN, PER > 1, PACK)
+                x = tl.load(h + unit * BS + j * K + k[:, :, None], mask=here[None, None, :], other=0.0)
+                x = (x.to(tl.float32) * (step.to(tl.float32) * gain)[:, :, None]).to(DT)
+                acc = product(values.to(DT), x, acc, PACK)
+                then = tl.minimum(at + 1, last * SLICES - 1)  # the last round loads its own once more
+                unit = tl.load(order + then // SLICES)
+                step = tl.load(steps_ptr + (row + then // SLICES).to(tl.int64) * BS + then % SLICES * K + k)
         code += (hi - lo) * WIDTHS[s]
         lo = hi
     return tl.sum(acc, 0)
@@ -105,11 +97,12 @@ def trellis_gate_up_kernel(
     TOP_K: tl.constexpr, R: tl.constexpr, I: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr, WIDTHS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PACK: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs, BN columns of I, SHARED: matrix and share of its units); as `gate_up.gate_up_kernel`.
 
     codes: uint16. z: [P, I] of float16 (or float32). SPREAD: warps, among which a unit's directions are shared.
+    COLUMNS: of them that a warp takes in a round.
     """
     UNITS: tl.constexpr = R // BS
     HEAD: tl.constexpr = 2 + len(WIDTHS)
@@ -128,7 +121,8 @@ def trellis_gate_up_kernel(
             m = tl.program_id(2) % 2
             acc = _matrix(
                 h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                group, share, tl.program_id(2) // 2, PARTS // 2, gain, BM, BN, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
+                group, share, tl.program_id(2) // 2, PARTS // 2, gain, BM, BN, BS, GS, WIDTHS, SPREAD, COLUMNS,
+                STAGES, PACK, DT,
             )  # fmt: skip
             part = part_ptr + row * (2 * I) + column[:, None]
             tl.store(
@@ -150,7 +144,8 @@ def trellis_gate_up_kernel(
                 gate = acc
                 acc = _matrix(
                     h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                    group, share, 0, 1, gain, BM, BN, BS, GS, WIDTHS, SPREAD, STAGES, PACK, DT,
+                    group, share, 0, 1, gain, BM, BN, BS, GS, WIDTHS, SPREAD, COLUMNS,
+                STAGES, PACK, DT,
                 )  # fmt: skip
             _finish(
                 gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,

@@ -13,8 +13,9 @@ from .products import down_launch, gate_up_launch
 from .trellis_encoder import encode_kernel
 from .trellis_rounding import HOW, constants_of, round_chains_kernel, round_groups_kernel
 
-#: Instructions per weight that the loop over the weights may spend, by width: 3.7 decode it.
-BUDGET = {1: 4.5, 2: 4.5, 3: 4.9, 4: 4.9, 6: 5.0, 8: 5.0}
+#: Instructions per weight that the loop over the weights may spend, by width: 3.7 decode it. Gate_up has shorter loops.
+BUDGET = {1: 5.0, 2: 5.0, 3: 5.4, 4: 5.4, 6: 5.5, 8: 5.5}
+SHORT_BUDGET = {1: 5.6, 2: 5.6, 3: 6.0, 4: 6.0, 6: 6.1, 8: 6.1}
 #: Instructions of a warp per weight of a sequence in the encoder's forward pass, by width.
 ENCODER_BUDGET = {1: 67, 2: 65, 3: 86, 4: 101, 6: 130, 8: 99}
 #: Prefill multiplies 32 tokens per weight: a generous budget.
@@ -31,14 +32,16 @@ def _case(
     widths = cast(tuple[int, ...], constants["WIDTHS"])
     tile, block, group = (cast(int, constants[name]) for name in ("BM", "BS", "GS"))
     rows = cast(int, constants["BN" if "BN" in constants else "BR"])
+    columns = min((block if "BN" in constants else group) // how.warps, how.columns)
+    budget = BUDGET if columns > 16 else SHORT_BUDGET
     one, wide = len(widths) == 1, 1.0 if block == group == 128 else 1.6  # short rows share activations among few
     return Case(
         name, kernel, signature, constants, how,
-        weights=rows * (block if "BN" in constants else group) / (32 * how.warps) if one else 0,
-        budget=(wide * BUDGET[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
+        weights=rows * columns / 32 if one else 0,
+        budget=(wide * budget[widths[0]] if tile <= 8 else PREFILL_BUDGET) if one else 0,
         programs=3 if tile <= 8 and how.warps <= 4 else 2 if how.warps <= 4 else 1,
         stack=16 if len(widths) > 3 or block < 128 or group < 128 else 0,
-        flies=True,
+        flies=how.stages > 2,
         stores=4 if one else None,
     )  # fmt: skip
 
@@ -143,34 +146,30 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
     """
     mixed = (6, 4, 2)
     for width in (1, 2, 3, 4, 6, 8) if every else (2,):
-        yield gate_up_case(cc, (width,), 8, r, i)
+        yield gate_up_case(cc, (width,), 8, r, i, shared=True)
         yield down_case(cc, (width,), 8, r, i)
         yield encoder_case(width)
     yield from rounding_cases((1, 2, 3, 4, 6))
     yield gate_up_case(cc, mixed, 8, r, i, shared=True)
     yield down_case(cc, mixed, 8, r, i)
-    yield down_case(cc, mixed, 8, r, i, warps=4, split=True)  # as at one token
+    yield down_case(cc, mixed, 8, r, i, split=True)  # as at one token
     if every:
         for tile in (16, 32):
-            yield gate_up_case(cc, (2,), tile, r, i)
-            yield gate_up_case(cc, mixed, tile, r, i)
+            yield gate_up_case(cc, (2,), tile, r, i, shared=tile == 16)
+            yield gate_up_case(cc, mixed, tile, r, i, shared=tile == 16)
             yield down_case(cc, (2,), tile, r, i)
             yield down_case(cc, mixed, tile, r, i)
-        yield gate_up_case(cc, (2,), 8, r, i, "fp16")
-        yield down_case(cc, mixed, 8, r, i, warps=4)
-        yield down_case(cc, mixed, 8, r, i, split=True)
+        yield gate_up_case(cc, (2,), 8, r, i, "fp16", shared=True)
         for tile in (8, 16):
-            yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), tile, r, i)
+            yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), tile, r, i, shared=True)
         yield down_case(cc, (8, 6, 4, 3, 2, 1), 16, r, i)
-        yield gate_up_case(cc, mixed, 8, r, i, block=64)
+        yield gate_up_case(cc, mixed, 8, r, i, shared=True, block=64)
         yield down_case(cc, mixed, 8, r, i, block=64)
 
 
 def trellis_shapes(cc: int, widths: tuple[int, ...], block: int, group: int, r: int, i: int) -> Iterator[Case]:
     """Every tile and number of warps that a block and a group may be launched with; arguments as of `trellis_cases`."""
     for tile in (8, 16, 32):
-        yield gate_up_case(cc, widths, tile, r, i, block=block, group=group)
+        yield gate_up_case(cc, widths, tile, r, i, shared=tile <= 16, block=block, group=group)
         yield down_case(cc, widths, tile, r, i, block=block, group=group)
-    yield gate_up_case(cc, widths, 8, r, i, shared=True, block=block, group=group)
-    if group >= 64:
-        yield down_case(cc, widths, 8, r, i, block=block, warps=4, group=group, split=True)
+    yield down_case(cc, widths, 8, r, i, block=block, group=group, split=True)

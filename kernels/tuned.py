@@ -22,7 +22,8 @@ class Sizes:
 
     Attributes:
         tile: pairs of a tile, 8 or 16.
-        parts: programs of gate_up that share a tile: 1, 2, 4, 8 or 16.
+        parts: programs of gate_up that share a tile: 1, or an even number up to 16.
+        warps_in: of a program of gate_up: 1, 2 or 4, of 16 directions of a unit or more; trellis codes only.
         rows: directions of a program of down: 32, 64 or 128, at most the block; scalar codes only.
         warps: of a program of down: 1, 2, 4 or 8, of 16 columns of a group or more; trellis codes only.
         splits: programs of down that share a tile's groups: 1 to 8.
@@ -32,6 +33,7 @@ class Sizes:
 
     tile: int | None = None
     parts: int | None = None
+    warps_in: int | None = None
     rows: int | None = None
     warps: int | None = None
     splits: int | None = None
@@ -39,7 +41,13 @@ class Sizes:
     stages_out: int | None = None
 
     def __post_init__(self) -> None:
-        known = {"tile": (8, 16), "parts": (1, 2, 4, 8, 16), "rows": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}
+        known = {
+            "tile": (8, 16),
+            "parts": (1, *range(2, 17, 2)),
+            "warps_in": (1, 2, 4),
+            "rows": (16, 32, 64, 128),
+            "warps": (1, 2, 4, 8),
+        }
         known |= {"splits": tuple(range(1, 9)), "stages_in": (2, 3, 4, 5), "stages_out": (2, 3, 4, 5)}
         for field in fields(self):
             value, allowed = getattr(self, field.name), known[field.name]
@@ -50,6 +58,7 @@ class Sizes:
         """Whether a layer can be launched so."""
         rows = self.rows is None or (not layout.codes and layout.block_size % self.rows == 0)
         warps = self.warps is None or (bool(layout.codes) and layout.group_size >= 16 * self.warps)
+        warps &= self.warps_in is None or (bool(layout.codes) and layout.block_size >= 16 * self.warps_in)
         splits = self.splits is None or self.splits <= layout.intermediate_size // layout.group_size
         return rows and warps and splits and (self.parts is None or self.parts <= max(1, layout.units_in))
 

@@ -246,12 +246,12 @@ def test_operators_describe_their_results():
     dtype = DTYPES[-1]
     weight = torch.randn(32, 32).to(torch.bfloat16)
     torch.library.opcheck(ops.basis.default, (torch.randn(2, 32).to(dtype), weight, None, 16, 32), test_utils=tests)
-    torch.library.opcheck(ops.route.default, (ids, 2, 8, 3), test_utils=tests)
-    routing = (ids, 2, 8, 3)
+    torch.library.opcheck(ops.route.default, (ids, 2, 8, 3, []), test_utils=tests)
+    routing = (ids, 2, 8, 3, [])
     torch.library.opcheck(
         ops.basis_and_route.default, (torch.randn(1, 32).to(dtype), weight, None, 16, 32, *routing), test_utils=tests
     )
-    tiles, pairs, arrivals = ops.route(ids, 2, 8, 10)
+    tiles, pairs, arrivals = ops.route(ids, 2, 8, 10, [])
     h = torch.randn(1, 32).to(dtype)
     sizes, gate = (2, 16, 32, 32, 8, 32, 4, True), ("silu", None, 1.0, 0.0)
     arguments = (h, tiles, pairs, arrivals, side_in.factor, None, [2], side_in.gain, False, *sizes, *gate)

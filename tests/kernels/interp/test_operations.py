@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bitsmoe_kernels import launch, prepare
+from bitsmoe_kernels import prepare
 from bitsmoe_kernels.activation import gating_arguments
 from bitsmoe_kernels.ahead import FETCHED_PAIRS, fetch, fits_ahead
 from bitsmoe_kernels.basis import basis, basis_and_route, basis_reference
@@ -25,7 +25,7 @@ from bitsmoe_kernels.launch import (
     even_splits,
     expected_tiles,
     swaps,
-    trellis_down_warps,
+    trellis_parts,
 )
 from bitsmoe_kernels.prepare import line_spans
 from bitsmoe_kernels.products import down, gate_up
@@ -123,7 +123,7 @@ def check_gate_up(layout, packed, ids, h, gating, parts, tile, swap=True):
     side = prepare(packed).side_in
     bn = min(128, layout.group_size)
     counters = len(ids) * ids.shape[1] * layout.intermediate_size // bn
-    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, counters)
+    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, counters, [])
     got = gate_up(
         h, tiles, pairs, arrivals, side.factor, packed.in_bias, list(side.widths), side.gain, False, ids.shape[1],
         layout.block_size, layout.group_size, layout.intermediate_size, tile, bn, parts, swap,
@@ -182,7 +182,7 @@ def check_down(layout, packed, ids, z, tile, splits):
     side = prepare(packed).side_out
     br = down_tile(ids.numel(), layout.rank_out, layout.block_size)
     tokens, k = ids.shape
-    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.rank_out // br)
+    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.rank_out // br, [])
     last = list(side.widths), False, layout.block_size, layout.group_size, tile, br, 0, z.dtype
     given = swapped(z) if swaps(tile, br, capability(z.device)) else z
     got = down(given, tiles, pairs, arrivals[:0], side.factor, None, None, None, None, *last)
@@ -230,18 +230,17 @@ def test_groups_are_shared_by_programs(splits):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "warps", "splits"),
-    [(1, 4, 3), (2, 4, 3), (4, 2, 3), (8, 2, 1), (16, 2, 1), (64, 2, 1)],
+    ("tokens", "parts", "splits"),
+    [(1, 10, 6), (2, 6, 3), (4, 4, 2), (8, 4, 1), (16, 4, 1), (64, 4, 1)],
 )
-def test_groups_are_shared_where_programs_are_few(monkeypatch, tokens, warps, splits):
-    """A layer of Qwen3-30B-A3B with trellis codes."""
-    monkeypatch.setattr(launch, "PROGRAMS_WANTED", 1056)  # interpreted tests have smaller grids
+def test_tiles_and_groups_are_shared_where_programs_are_few(tokens, parts, splits):
+    """A layer of Qwen3-30B-A3B with trellis codes, whose programs of down have two warps."""
     tiles, units, groups = expected_tiles(8 * tokens, 128, 8), 2048 // 128, 768 // 128
-    assert trellis_down_warps(8, 128, 128, tiles, units) == warps
-    assert down_splits(tiles, units, groups, 128 * 128, warps) == splits
-    few = down_splits(tiles, units, groups, 128 * 128, warps, processors=20)
-    assert few == 1
-    assert down_splits(tiles, units, 1, 128 * 128, warps) == 1
+    assert trellis_parts(tiles, 768, 128, units) == parts
+    assert trellis_parts(tiles, 768, 128, 1) == 2
+    assert down_splits(tiles, units, groups, 128 * 128, 2) == splits
+    assert down_splits(tiles, units, groups, 128 * 128, 2, processors=15) == 1
+    assert down_splits(tiles, units, 1, 128 * 128, 2) == 1
 
 
 @pytest.mark.parametrize(
@@ -274,10 +273,10 @@ def test_routing_gives_each_pair_to_one_tile(beside, data):
     ids = data.draw(routings(experts, tokens))
     tile, counters = data.draw(st.sampled_from([8, 16])), data.draw(st.sampled_from([0, 1, 300]))
     if beside == "alone":
-        tiles, pairs, arrivals = route(ids, experts, tile, counters)
+        tiles, pairs, arrivals = route(ids, experts, tile, counters, [])
     else:
         x, weight = torch.ones(tokens, 64), torch.eye(64).to(torch.bfloat16)
-        h, tiles, pairs, arrivals = basis_and_route(x, weight, None, 16, 64, ids, experts, tile, counters)
+        h, tiles, pairs, arrivals = basis_and_route(x, weight, None, 16, 64, ids, experts, tile, counters, [])
         assert torch.equal(h, x)
     found = [(e, pairs[begin:end].tolist()) for e, begin, end in tiles.tolist() if e >= 0]
     assert found == tiles_reference(ids, experts, tile)
@@ -288,14 +287,20 @@ def test_routing_of_many_pairs():
     """More than one chunk of pairs, more experts than a warp has threads, and one expert with most of them."""
     g = seeded(0)
     ids = torch.where(torch.rand(700, 4, generator=g) < 0.6, 17, torch.randint(-1, 41, (700, 4), generator=g))
-    tiles, pairs, _ = route(ids, 40, 64, 0)
+    tiles, pairs, _ = route(ids, 40, 64, 0, [])
     found = [(e, pairs[begin:end].tolist()) for e, begin, end in tiles.tolist() if e >= 0]
     assert found == tiles_reference(ids, 40, 64)
 
 
 @triton.jit
-def mark_kernel(ids, spans, codes_in, steps_in, codes_out, steps_out, P, E, PAIRS: tl.constexpr):
-    fetch(ids, spans, codes_in, steps_in, codes_out, steps_out, tl.program_id(0), tl.num_programs(0), P, E, PAIRS, True)
+def mark_kernel(
+    ids, spans, codes_in, steps_in, head_in, order_in, codes_out, steps_out, head_out, order_out, P, E,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    fetch(
+        ids, spans, codes_in, steps_in, head_in, order_in, codes_out, steps_out, head_out, order_out,
+        tl.program_id(0), tl.num_programs(0), P, E, PAIRS, True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("codes", [0, 1], ids=["scalar", "trellis"])
@@ -308,23 +313,30 @@ def test_what_is_fetched_ahead_is_what_the_chosen_experts_hold(programs, codes):
         held = prepared.side_out.head[:, :2][prepared.side_out.order[:, 0, 1] > 0]
         assert torch.equal(first[:, [2, 5]], held)
     sides = prepared.side_in, prepared.side_out
-    payloads = [payload for side in sides for payload in (side.codes, side.steps)]
+    payloads = [payload for side in sides for payload in side.factor]
     marks = [torch.zeros(-(-payload.nbytes // 128) * 128, dtype=torch.uint8) for payload in payloads]
     spans = line_spans(*sides, layout)
     mark_kernel[(programs,)](ids, spans, *marks, ids.numel(), layout.num_experts, FETCHED_PAIRS)
-    for side, found in zip(sides, (marks[:2], marks[2:]), strict=True):
+    for side, found in zip(sides, (marks[:4], marks[4:]), strict=True):
         per = len(side.head) // layout.num_experts
-        for mark, payload, column, unit in zip(
-            found, (side.codes, side.steps), (0, 1), (layout.quantum, 2 * layout.block_size), strict=True
-        ):
-            starts = [*(side.head[::per, column].long() * unit).tolist(), payload.nbytes]
+        rows = [table.nbytes // layout.num_experts for table in (side.head, side.order)]
+        begins = [
+            *(
+                (side.head[::per, i].long() * unit).tolist()
+                for i, unit in ((0, layout.quantum), (1, 2 * layout.block_size))
+            ),
+            *([e * row for e in range(layout.num_experts)] for row in rows),
+        ]
+        for mark, payload, first in zip(found, side.factor, begins, strict=True):
+            starts = [*first, payload.nbytes]
             want = torch.zeros_like(mark)
             for e in (0, 2):
                 begin, end = starts[e], starts[e + 1]
                 if end > begin:
                     want[begin // 128 * 128 : end : 128] = 1
             assert torch.equal(mark, want)
-            assert 0 < int(want.sum()) < len(want) // 128
+            assert int(want.sum()) > 0
+        assert all(int(mark.sum()) < len(mark) // 128 for mark in found[:2])
 
 
 @pytest.mark.parametrize(

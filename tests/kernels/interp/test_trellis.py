@@ -85,7 +85,7 @@ def sides(draw):
 def check_gate_up(layout, packed, ids, h, gating, parts, tile):
     a, _ = decode_expert_factors(packed)
     side, k = prepare(packed).side_in, ids.shape[1]
-    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, len(ids) * k * layout.groups)
+    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, len(ids) * k * layout.groups, [])
     got = gate_up(
         h, tiles, pairs, arrivals, side.factor, packed.in_bias, list(side.widths), side.gain, True, k,
         layout.block_size, layout.group_size, layout.intermediate_size, tile, layout.group_size, parts, False,
@@ -139,7 +139,7 @@ def check_down(layout, packed, ids, z, tile, warps, splits):
     """`down` element by element, and with the sum over a token's experts, a bias and a base."""
     _, f = decode_expert_factors(packed)
     side, (tokens, k) = prepare(packed).side_out, ids.shape
-    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.units_out)
+    tiles, pairs, arrivals = route(ids, layout.num_experts, tile, tokens * layout.units_out, [])
     sizes = layout.block_size, layout.group_size, tile, layout.block_size
     last = list(side.widths), True, *sizes, warps, torch.float32
     given = z / 16  # exact: a power of two
@@ -187,7 +187,7 @@ def test_z_beyond_the_range_is_infinite_and_not_wrong():
     _, packed = layer_of((1, 32, 32, 16, 32), (2,), 5, has_bias=1, codes=1, stripes=1)
     packed = dataclasses.replace(packed, in_bias=torch.full_like(packed.in_bias, 3000.0))
     side = prepare(packed).side_in
-    tiles, pairs, arrivals = route(torch.tensor([[0]]), 1, 8, 0)
+    tiles, pairs, arrivals = route(torch.tensor([[0]]), 1, 8, 0, [])
     h = torch.zeros(1, 32, dtype=torch.bfloat16)
     z = gate_up(
         h, tiles, pairs, arrivals, side.factor, packed.in_bias, [2], side.gain, True, 1, 16, 32, 32, 8, 32, 1, False,
@@ -200,7 +200,7 @@ def test_operators_describe_their_results():
     _, packed = layer_of((2, 32, 32, 16, 32), (2,), 0, codes=1, stripes=1)
     experts, tests = prepare(packed), ("test_schema", "test_faketensor")
     side_in, side_out, ids = experts.side_in, experts.side_out, torch.tensor([[0, 1]])
-    tiles, pairs, arrivals = route(ids, 2, 8, 4)
+    tiles, pairs, arrivals = route(ids, 2, 8, 4, [])
     ops, h = torch.ops.bitsmoe, torch.randn(1, 32).to(torch.bfloat16)
     sizes, gate = (2, 16, 32, 32, 8, 32, 4, False), ("silu", None, 1.0, 0.0)
     arguments = (h, tiles, pairs, arrivals, side_in.factor, None, [2], side_in.gain, True, *sizes, *gate)
