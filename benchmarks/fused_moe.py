@@ -63,7 +63,7 @@ def fused_layer(w_in: torch.Tensor, w_out: torch.Tensor) -> Layer:
         x: torch.Tensor, ids: torch.Tensor, p: torch.Tensor, tile: int, config: tuple[int, int, int, int]
     ) -> torch.Tensor:
         (bn, bk, warps, stages), (tokens, k) = config, ids.shape
-        tiles, pairs, _ = route(ids, experts, tile, 0)
+        tiles, pairs, _ = route(ids, experts, tile, 0, [])
         z = x.new_empty(ids.numel(), both // 2)
         t = x.new_empty(ids.numel(), hidden)  # every id is an expert here
         pack = 0 if interpreting() else 4

@@ -1,9 +1,11 @@
 """Tables of docs/kernels.md from the lines that gpu.py wrote: `python benchmarks/gpu_report.py results`."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
+from gpu_stages import TRIED
 from layers import markdown
 
 Line = dict[str, object]
@@ -44,19 +46,21 @@ def decode_text(lines: list[Line]) -> str:
 
 
 def tune_text(lines: list[Line]) -> str:
-    """The rules' time and the best one's, per layer and batch."""
+    """The rules' time and the best one's, per layer, batch and kernel."""
     rows = []
     steps = dict.fromkeys((line["shape"], line["kind"], line["batch"]) for line in lines if "sizes" in line)
-    for shape, kind, batch in steps:
+    for (shape, kind, batch), (kernel, names) in itertools.product(steps, TRIED.items()):
         tried = [line for line in lines if tuple(map(line.get, ("shape", "kind", "batch"))) == (shape, kind, batch)]
-        ruled = [line for line in tried if not any(line["sizes"].values())]
-        best = min(tried, key=lambda line: line["seconds"])
-        sizes = (
-            ", ".join(f"{name} {value}" for name, value in best["sizes"].items() if value is not None) or "the rules"
-        )
-        first = f"{ruled[0]['seconds'] * 1e6:.1f}" if ruled else ""
-        rows.append([str(shape), str(kind), str(batch), first, f"{best['seconds'] * 1e6:.1f}", sizes])
-    return "Launch sizes, µs per layer\n\n" + markdown(["shape", "codes", "batch", "rules", "best", "with"], rows)
+        timed = [line for line in tried if kernel in line]
+        if not timed:
+            continue
+        ruled = [line for line in timed if not any(line["sizes"].values())]
+        best = min(timed, key=lambda line: line[kernel])
+        sizes = ", ".join(f"{name} {best['sizes'][name]}" for name in names if best["sizes"].get(name)) or "the rules"
+        first = f"{ruled[0][kernel] * 1e6:.1f}" if ruled else ""
+        rows.append([str(shape), str(kind), str(batch), kernel, first, f"{best[kernel] * 1e6:.1f}", sizes])
+    header = ["shape", "codes", "batch", "kernel", "rules", "best", "with"]
+    return "Launch sizes, µs per kernel\n\n" + markdown(header, rows)
 
 
 def profile_text(lines: list[Line]) -> str:

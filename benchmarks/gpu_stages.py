@@ -16,7 +16,6 @@ import decode
 import prefill
 import torch
 from bitsmoe_kernels import PreparedExperts, moe_forward, prepare, tuned
-from bitsmoe_kernels.forward import plan
 from bitsmoe_kernels.reference import moe_reference
 from layers import GATING, SHAPES, Shape, copies_beyond_cache, copy_bandwidth, routing, seconds_per_call, stored_layer
 
@@ -39,15 +38,11 @@ OURS = ("trellis", "scalar")
 #: The task of the stage `check` that runs the test files.
 TESTS = "tests compiled"
 
-#: What is tried, one at a time beside the rules.
-TRIED: dict[str, tuple[int, ...]] = {
-    "tile": (8, 16),
-    "parts": (1, 2, 4, 8, 16),
-    "rows": (32, 64, 128),
-    "warps": (1, 2, 4, 8),
-    "splits": (1, 2, 3, 6),
-    "stages_in": (2, 3, 4),
-    "stages_out": (2, 3, 4),
+#: What is tried of gate_up and of down: all that fit, of each. They do not depend on each other, so that one step tries
+#: sizes of both.
+TRIED: dict[str, dict[str, tuple[int, ...]]] = {
+    "gate_up": {"parts": (1, 2, 4, 6, 8, 10, 12, 16), "stages_in": (2, 3), "warps_in": (1, 2, 4)},
+    "down": {"rows": (32, 64, 128), "warps": (1, 2, 4), "splits": (1, 2, 3, 6), "stages_out": (2, 3)},
 }
 
 
@@ -176,32 +171,28 @@ def sample_of(shape: Shape, kind: str, device: torch.device) -> PreparedExperts:
     return replace(experts, layout=replace(experts.layout, num_experts=shape.experts))
 
 
-def candidates(shape: Shape, batch: int, experts: PreparedExperts) -> list[tuned.Sizes]:
-    """The rules, and one size at a time that differs from them."""
-    with tuned.forcing(tuned.RULES):
-        ruled = plan(batch, shape.top_k, experts)
-    known = {
-        "tile": ruled.tile,
-        "parts": ruled.parts,
-        "rows": ruled.br,
-        "warps": ruled.warps,
-        "splits": ruled.splits,
-        "stages_in": 3,
-        "stages_out": 3,
-    }
-    found = [tuned.RULES]
-    for name, values in TRIED.items():
-        found += [tuned.Sizes(**{name: value}) for value in values if value != known[name]]
-    return [sizes for sizes in found if sizes.fits(experts.layout)]
+def candidates(experts: PreparedExperts) -> list[tuned.Sizes]:
+    """The rules, and then sizes of gate_up with sizes of down; those that the layer has no use for are left out."""
+    sides = []
+    for tried in TRIED.values():
+        fitting = {
+            name: [value for value in values if tuned.Sizes(**{name: value}).fits(experts.layout)]
+            for name, values in tried.items()
+        }
+        names = [name for name, values in fitting.items() if values]
+        each = itertools.product(*(fitting[name] for name in names))
+        sides.append([dict(zip(names, values, strict=True)) for values in each])
+    pairs = [[sizes[i % len(sizes)] for sizes in sides] for i in range(max(map(len, sides)))]
+    return [tuned.RULES, *(tuned.Sizes(**first, **second) for first, second in pairs)]
 
 
 def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
-    """Times of one step with every candidate."""
+    """Times of gate_up and of down with every candidate."""
     for name, kind in itertools.product(shapes, OURS):
         experts = sample_of(SHAPES[name], kind, device)
         layer = tuned.layer_key(experts.layout)
         for batch in batches_of(device):
-            for sizes in candidates(SHAPES[name], batch, experts)[: None if device.type == "cuda" else 3]:
+            for sizes in candidates(experts)[: None if device.type == "cuda" else 3]:
                 text = ", ".join(f"{k} {v}" for k, v in asdict(sizes).items() if v is not None) or "rules"
                 line = {"shape": name, "kind": kind, "batch": batch, "layer": layer, "sizes": asdict(sizes)}
                 line["pairs"] = tuned.rounded(batch * SHAPES[name].top_k)
@@ -209,7 +200,9 @@ def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Tas
                 def timed(line: Line = line, batch: int = batch, sizes: tuned.Sizes = sizes) -> Line:
                     calls = kernel_calls(SHAPES[str(line["shape"])], str(line["kind"]), batch, device)
                     with tuned.forcing(sizes):
-                        return {**line, "seconds": seconds_per_call(calls, repeats, device)}
+                        times = kernel_times(calls, max(1, repeats // 10), device)
+                    found = {key: sum(t for name, t in times.items() if key in name) for key in TRIED}
+                    return {**line, **found}
 
                 yield f"{name}, {kind}, batch {batch}, {text}", timed
 
@@ -217,8 +210,8 @@ def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Tas
 def best_sizes(lines: list[Line], margin: float = 0.02) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """The table that `bitsmoe_kernels.tuned` reads, from the lines of the stage `tune`.
 
-    A size is taken where it alone saves more than ``margin`` of the time that the rules take; gate_up and down each
-    have sizes of their own, so that what they save adds up.
+    The sizes of gate_up, and those of down, that were fastest, where they save more than ``margin`` of what the kernel
+    takes by the rules.
     """
     steps: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
@@ -226,15 +219,14 @@ def best_sizes(lines: list[Line], margin: float = 0.02) -> dict[str, dict[str, d
             steps.setdefault((line["device"], line["layer"], str(line["pairs"])), []).append(line)
     found: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
     for (gpu, layer, pairs), tried in steps.items():
-        ruled = [line["seconds"] for line in tried if not any(line["sizes"].values())]
-        if not ruled:
-            continue
-        chosen: dict[str, tuple[float, int]] = {}
-        for line in tried:
-            for name, value in line["sizes"].items():
-                if value is not None and line["seconds"] < (1 - margin) * ruled[0]:
-                    chosen[name] = min(chosen.get(name, (line["seconds"], value)), (line["seconds"], value))
-        entry = {name: value for name, (_, value) in chosen.items()}
+        entry: dict[str, int] = {}
+        for kernel, names in TRIED.items():
+            timed = [line for line in tried if kernel in line]
+            ruled = [line[kernel] for line in timed if not any(line["sizes"].values())]
+            best = min(timed, key=lambda line: line[kernel], default=None)
+            if ruled and best and best[kernel] < (1 - margin) * ruled[0]:
+                sizes = ((name, best["sizes"].get(name)) for name in names)
+                entry |= {name: value for name, value in sizes if value is not None}
         found.setdefault(gpu, {}).setdefault(layer, {})[pairs] = entry
     return found
 
@@ -242,28 +234,35 @@ def best_sizes(lines: list[Line], margin: float = 0.02) -> dict[str, dict[str, d
 # ------------------------------------------------------------------------------------------------ profile, quant
 
 
+def kernel_times(calls: list[Callable[[], torch.Tensor]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of every kernel of a call; on a CPU of every operator."""
+    activity, on_gpu = torch.profiler.ProfilerActivity, device.type == "cuda"
+    for call in calls:
+        call()
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
+        for _ in range(repeats):
+            for call in calls:
+                call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    times = {}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kernel = event.device_type == torch.profiler.DeviceType.CUDA
+        if spent and (kernel or (not on_gpu and event.key.startswith("bitsmoe::"))):
+            times[event.key] = spent * 1e-6 / repeats / len(calls)
+    return times
+
+
 def profiles(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
-    """Microseconds of every kernel of a step; on a CPU of every operator."""
+    """Seconds of every kernel of a step; on a CPU of every operator."""
     for name, kind in itertools.product(shapes, OURS):
         for batch in batches_of(device):
 
             def profiled(name: str = name, kind: str = kind, batch: int = batch) -> Line:
-                calls, activity = kernel_calls(SHAPES[name], kind, batch, device), torch.profiler.ProfilerActivity
-                for call in calls:
-                    call()
-                with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
-                    for _ in range(repeats):
-                        for call in calls:
-                            call()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                times = {}
-                for event in profiler.key_averages():
-                    spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-                    kernel = event.device_type == torch.profiler.DeviceType.CUDA
-                    if spent and (kernel or (device.type != "cuda" and event.key.startswith("bitsmoe::"))):
-                        times[event.key] = spent * 1e-6 / repeats / len(calls)
-                return {"shape": name, "kind": kind, "batch": batch, "kernels": times}
+                calls = kernel_calls(SHAPES[name], kind, batch, device)
+                line = {"shape": name, "kind": kind, "batch": batch}
+                return {**line, "kernels": kernel_times(calls, repeats, device)}
 
             yield f"{name}, {kind}, batch {batch}", profiled
 

@@ -12,19 +12,19 @@ has, one each `ALONE` cycles and `SHARED` more for every warp that is there with
 fetched ahead (`bitsmoe_kernels.ahead`), gate_up and down read the second cache, at its latency and bandwidth, and end
 no earlier than their weights have come from memory. `LAUNCH`, `LATENCY`, `CACHE_LATENCY`, `CACHE_BANDWIDTH`,
 `BANDWIDTH_SHARE` and `IDLE_PROGRAM` are assumptions, from what such kernels usually show, and so are those of the other
-layers (`OTHERS`). `ALONE`, `SHARED`, `GATE_UP` and `DOWN` were fitted to what steps and kernels of trellis codes took
-on an H200 (docs/kernels.md) at 1, 8 and 64 tokens and with other numbers of programs and of warps: 27 times of the code
-before programs shared down's groups; `--fit` prints 20 of them beside the model's. Instructions beside a loop count for
-every program, although one of several adds a token up. The model cannot know: how evenly a router loads experts (it
-assumes random choices), caches (all bytes come from memory), clocks under load, what instructions wait for, and whether
-the compiled code is right. Order is more reliable than size.
+layers (`OTHERS`). `ALONE`, `SHARED`, `GATE_UP` and `DOWN` were fitted to what gate_up and down of trellis codes took on
+an H100 (docs/kernels.md) at 1, 8 and 64 tokens and with other numbers of programs and of warps; `--fit` prints these
+times beside the model's. Instructions beside a loop count for every program, although one of several adds a token up.
+The model cannot know: how evenly a router loads experts (it assumes random choices), caches (all bytes come from
+memory), clocks under load, what instructions wait for (they are fetched late where loops are long), and whether the
+compiled code is right. Order is more reliable than size.
 """
 
 import argparse
 import functools
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitsmoe_kernels import compile_gates, trellis_gates
@@ -36,7 +36,7 @@ from bitsmoe_kernels.launch import (
     expected_tiles,
     gate_up_tile,
     launch,
-    trellis_down_warps,
+    trellis_parts,
     trellis_warps,
 )
 from bitsmoe_kernels.machine_code import Case, compile_case
@@ -55,9 +55,9 @@ CACHE_LATENCY, CACHE_BANDWIDTH = 0.35e-6, 1.6
 #: Share of the bandwidth that a kernel reaches at best.
 BANDWIDTH_SHARE = 0.85
 #: Cycles between two instructions of a warp that is alone on its multiprocessor, and for every warp that is there.
-ALONE, SHARED = 2.1, 0.7
+ALONE, SHARED = 1.3, 0.5
 #: Seconds before the first copy of weights and after the last product: of the basis as assumed, of the others fitted.
-BASIS, GATE_UP, DOWN = 1.4e-6, 3.0e-6, 4.0e-6
+BASIS, GATE_UP, DOWN = 1.4e-6, 1.3e-6, 5.6e-6
 #: Share of the issue slots that the encoder reaches, whose loop is short; not measured.
 ENCODER_ISSUE_SHARE = 0.7
 #: Seconds that a program takes to find that it has nothing to do, per multiprocessor.
@@ -102,6 +102,7 @@ class Kernel:
         flying: its rounds of copies in flight.
         outside: instructions beside the loop of the kernel of the narrowest width: a program has units of few widths.
         warps: of a program.
+        columns: of a tile of trellis codes that a warp takes in a round; 0: its share of the tile.
     """
 
     planes: dict[int, float]
@@ -109,6 +110,11 @@ class Kernel:
     flying: float
     outside: int
     warps: int
+    columns: int = 0
+
+    def rounds(self, columns: int) -> int:
+        """Of its loop for one tile of so many columns, which the warps share."""
+        return max(1, columns // self.warps // self.columns) if self.columns else 1
 
 
 #: The basis kernel, whose rounds go to the four warps of its programs.
@@ -117,15 +123,17 @@ BASIS_KERNEL = Kernel({4: 3.0}, 6, 2.0, 200, 4)
 
 @functools.cache
 def compiled(
-    name: str, cc: int, widths: tuple[int, ...], block: int, trellis: bool, warps: int = 0, rows: int = 128
-) -> Kernel:
+    name: str, cc: int, widths: tuple[int, ...], block: int, trellis: bool, warps: int = 0, rows: int = 128,
+    split: bool = False,
+) -> Kernel:  # fmt: skip
     """Compile "gate_up" or "down" for all widths together, and each width (of scalar codes each plane) alone.
 
-    warps: of a program of down with trellis codes; four are split. rows: of a program of down with scalar codes.
+    warps: of a program of down with trellis codes, likewise whether programs share its groups. rows: of a program of
+    down with scalar codes.
     """
     more: dict[str, object] = {"shared": True} if name == "gate_up" else {}
     if name == "down":
-        more = {"warps": warps, "split": warps == 4} if trellis else {"rows": rows}
+        more = {"warps": warps, "split": split} if trellis else {"rows": rows}
 
     def case(some: tuple[int, ...]) -> Case:
         if trellis:
@@ -136,7 +144,8 @@ def compiled(
 
     whole, alone = compile_case(case(widths), cc), {b: compile_case(case((b,)), cc) for b in widths if trellis or b < 6}
     planes = {b: report.per_weight for b, report in alone.items()}
-    return Kernel(planes, whole.resident, whole.flying or 0.0, alone[min(alone)].outside, case(widths).how.warps)
+    how, beside = case(widths).how, alone[min(alone)].outside
+    return Kernel(planes, whole.resident, whole.flying or 0.0, beside, how.warps, how.columns if trellis else 0)
 
 
 def encoder_table(name: str, weights: float) -> str:
@@ -195,11 +204,9 @@ class Step:
 
 
 def step_of(
-    gpu: Gpu, shape: Shape, batch: int, trellis: bool = True, parts: int = 0, warps: int = 0, splits: int = 0,
-    then: bool = False,
-) -> Step:  # fmt: skip
-    """One step with a 4-bit input basis; parts of gate_up, warps and splits of down: 0 as they are launched; then: with
-    the kernels as they were when they were measured."""
+    gpu: Gpu, shape: Shape, batch: int, trellis: bool = True, parts: int = 0, warps: int = 0, splits: int = 0
+) -> Step:
+    """One step with a 4-bit input basis; parts of gate_up, warps and splits of down: 0 as they are launched."""
     pairs, tile = batch * shape.top_k, decode_tile(batch * shape.top_k, shape.experts)
     reached = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** batch)
     tiles, laid = expected_tiles(pairs, shape.experts, tile), tile_count(pairs, shape.experts, tile)
@@ -218,31 +225,25 @@ def step_of(
     cached = fits_ahead(pairs, shape.experts, int(3 * matrix * shape.experts), gpu.cache // 3)
 
     kernel = compiled("gate_up", gpu.cc, used, shape.block, trellis)
-    if then:
-        kernel = replace(kernel, resident=_GATE_UP_THEN)
     units = shape.hidden // shape.block
     bn, shared = gate_up_tile(tiles, shape.inner, shape.group, units)
-    parts = parts or shared
+    parts = parts or (trellis_parts(tiles, shape.inner, shape.group, units) if trellis else shared)
     programs = shape.inner // bn * parts  # of a tile
     first = kernel_seconds(
         gpu, kernel, GATE_UP, 2 * matrix * reached, 2 * weights * work(kernel) * reached * reads, tiles * programs,
-        max(1.0, units * kept * 2 / parts), (laid - tiles) * programs, cached,
+        max(1.0, units * kept * 2 / parts) * kernel.rounds(shape.block), (laid - tiles) * programs, cached,
     )  # fmt: skip
 
     rows, groups = shape.block if trellis else down_tile(tiles, shape.hidden, shape.block), shape.inner // shape.group
     blocks = shape.hidden // rows
-    if trellis:
-        warps = warps or trellis_down_warps(tile, rows, shape.group, tiles, blocks)
-        least = trellis_warps(tile, rows, shape.group)
-    else:
-        warps = least = launch(min(tile, 8), rows, gpu.cc).warps  # whose kernels are compiled for 8 pairs
-    kernel = compiled("down", gpu.cc, used, shape.block, trellis, warps if trellis and warps != least else 0, rows)
-    if then:
-        kernel = replace(kernel, outside=_DOWN_THEN[warps][0], resident=_DOWN_THEN[warps][1])
+    if not trellis:
+        warps = launch(min(tile, 8), rows, gpu.cc).warps  # whose kernels are compiled for 8 pairs
+    warps = warps or trellis_warps(tile, rows, shape.group)
     splits = splits or down_splits(tiles, blocks, groups, rows * shape.group, warps, gpu.processors)
+    kernel = compiled("down", gpu.cc, used, shape.block, trellis, warps if trellis else 0, rows, splits > 1)
     second = kernel_seconds(
         gpu, kernel, DOWN, matrix * reached, weights * work(kernel) * reached * reads, tiles * blocks * kept * splits,
-        math.ceil(groups / splits), (laid - tiles) * blocks * splits, cached,
+        math.ceil(groups / splits) * kernel.rounds(shape.group), (laid - tiles) * blocks * splits, cached,
     )  # fmt: skip
 
     turns = math.ceil(batch / 16)  # tiles of tokens, each of which decodes the basis
@@ -293,26 +294,21 @@ def table(name: str, shapes: list[str], batches: list[int], codes: str = "trelli
     return f"{name}: {figures}\n\n{markdown(header, rows)}"
 
 
-#: Programs of gate_up for a tile and warps of down by the rules of the code that tune.jsonl is of, by batch.
-_RULES_THEN = {1: (16, 8), 8: (2, 2)}
-#: Of that code (commit 0a939c9) as Triton 3.6 compiled it: programs of gate_up per multiprocessor; and of down, by its
-#: warps: instructions beside its loops, through which programs of all widths went, and programs per multiprocessor.
-_GATE_UP_THEN = 4
-_DOWN_THEN = {1: (4085, 6), 2: (2455, 6), 4: (1763, 2), 8: (1634, 1)}
-
-
 def fit_table() -> str:
-    """Steps as measured on an H200 with other launch sizes (`measured/h200/tune.jsonl`), beside the model's."""
+    """Kernels as measured on an H100 with other launch sizes (`measured/h100/tune.jsonl`), beside the model's."""
     rows = []
-    for text in (Path(__file__).parent / "measured/h200/tune.jsonl").read_text().splitlines():
+    for text in (Path(__file__).parent / "measured/h100/tune.jsonl").read_text().splitlines():
         line = json.loads(text)
-        ruled = _RULES_THEN[line["batch"]]
-        sizes = {name: line["sizes"][name] or rule for name, rule in zip(("parts", "warps"), ruled, strict=True)}
-        step = step_of(
-            GPUS["H200"], SHAPES[line["shape"]], line["batch"], line["kind"] == "trellis", **sizes, splits=1, then=True
-        )
-        rows.append([str(line["batch"]), *map(str, sizes.values()), micro(line["seconds"]), micro(step.seconds)])
-    return markdown(["batch", "parts of gate_up", "warps of down", "µs measured", "µs modelled"], rows)
+        sizes = line["sizes"]
+        if sizes["warps_in"] not in (None, 2):  # the model has gate_up's programs as they are launched
+            continue
+        chosen = {name: sizes[name] or 0 for name in ("parts", "warps", "splits")}
+        step = step_of(GPUS["H100"], SHAPES[line["shape"]], line["batch"], line["kind"] == "trellis", **chosen)
+        for kernel, seconds in (("gate_up", step.gate_up), ("down", step.down)):
+            if kernel in line:
+                text = ", ".join(f"{name} {value}" for name, value in chosen.items() if value)
+                rows.append([str(line["batch"]), kernel, text, f"{line[kernel] * 1e6:.1f}", f"{seconds * 1e6:.1f}"])
+    return markdown(["batch", "kernel", "with", "µs measured", "µs modelled"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -323,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", default="1,4,8,32", help="comma-separated numbers of tokens")
     parser.add_argument("--codes", choices=("trellis", "scalar"), default="trellis")
     parser.add_argument("--encoder", action="store_true", help="the encoder of trellis codes instead")
-    parser.add_argument("--fit", action="store_true", help="steps measured on an H200 beside the model's instead")
+    parser.add_argument("--fit", action="store_true", help="kernels measured on an H100 beside the model's instead")
     options = parser.parse_args(argv)
     if options.fit:
         print(fit_table())

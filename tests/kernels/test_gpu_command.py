@@ -89,12 +89,12 @@ from layers import GATING, SHAPES, routing, stored_layer
 
 shape, cpu, kind = SHAPES["tiny"], torch.device("cpu"), {codes!r}
 experts = prepare(stored_layer(shape, kind, cpu, 0))
-layer, none = tuned.layer_key(experts.layout), dict.fromkeys(("tile", "parts", "rows", "stages_in", "stages_out"))
+layer, none = tuned.layer_key(experts.layout), dict.fromkeys(("tile", "parts", "splits", "stages_in", "stages_out"))
 lines = [
-    {{"device": "", "layer": layer, "pairs": 4, "sizes": none, "seconds": 10.0}},
-    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 2}}, "seconds": 9.0}},
-    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 4}}, "seconds": 8.0}},
-    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "tile": 16}}, "seconds": 9.9}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": none, "gate_up": 10.0, "down": 5.0}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 2}}, "gate_up": 9.0}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 1}}, "gate_up": 8.0}},
+    {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "splits": 2}}, "down": 4.95}},
 ]
 x, (ids, p) = torch.randn(2, 64), routing(shape, 2, cpu, 0)
 before, sizes = moe_forward(x, ids, p, experts, GATING), plan(2, 2, experts)
@@ -103,7 +103,7 @@ with open({str(tmp_path / "tuned.json")!r}, "w") as file:
 tuned.table.cache_clear()
 experts = prepare(stored_layer(shape, kind, cpu, 0))
 after = plan(2, 2, experts)
-print(sizes.parts, sizes.tile, after.parts, after.tile)
+print(sizes.parts, sizes.splits, after.parts, after.splits)
 print(float((moe_forward(x, ids, p, experts, GATING) - before).norm() / before.norm()) < 1e-5)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
@@ -113,7 +113,9 @@ print(float((moe_forward(x, ids, p, experts, GATING) - before).norm() / before.n
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     first, second = ran.stdout.splitlines()
-    assert first.split()[1:4] == ["8", "4", "8"]
+    parts, splits, tuned_parts, tuned_splits = map(int, first.split())
+    assert parts != tuned_parts == 1
+    assert splits == tuned_splits, "1 % is no gain"
     assert second == "True"
 
 
