@@ -7,8 +7,8 @@ are cores. Stages, in the order in which to run them:
     check    the compiled kernels against the fp32 layer, on poisoned memory: error, equal bits when repeated, and a
              CUDA graph's replay equal to the eager result; then the kernels' own tests, compiled
     decode   microseconds per layer and step, and the same layer in other forms (decode.py)
-    tune     steps with other tiles, splits and stages than the rules', and OUT/tuned.json, the table of those that are
-             faster: name it in BITSMOE_TUNED
+    tune     gate_up and down with all sizes that they may be launched with, and OUT/tuned.json, the table of those
+             that are faster than the rules': name it in BITSMOE_TUNED
     prefill  milliseconds per layer at many tokens (prefill.py)
     profile  the time of every kernel of a step
     quant    the rounding kernels against PyTorch; a layer against GPTQ where llm-compressor is installed
