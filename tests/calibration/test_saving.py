@@ -24,17 +24,20 @@ YAML = "a_stage: {q_modifiers: {BitsMoEModifier: {bits: 3.0}}}"
     [
         ({"save_compressed": False}, "save_compressed=False: experts are packed when they are quantized"),
         ({"output_dir": "FILE/out"}, "output_dir=FILE/out: FILE cannot be written (Not a directory)"),
+        ({"output_dir": "SOURCE/."}, "output_dir=SOURCE/. is the folder that the model comes from"),
     ],
-    ids=["not-compressed", "no-folder"],
+    ids=["not-compressed", "no-folder", "the-model's-own"],
 )
 def test_saving_that_would_fail_is_refused(
     dense_checkpoint: Callable[..., Path], tmp_path: Path, options: dict[str, object], said: str, recipe: str
 ) -> None:
     file = tmp_path / "file"
     file.touch()
+    source = dense_checkpoint("qwen3_moe")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
     given = {"output_dir": str(tmp_path / "out"), **options}
-    given["output_dir"] = str(given["output_dir"]).replace("FILE", str(file))
-    model = load(dense_checkpoint("qwen3_moe"))
+    given["output_dir"] = str(given["output_dir"]).replace("FILE", str(file)).replace("SOURCE", str(source))
+    model = load(source)
     model.register_forward_pre_hook(lambda *_: pytest.fail("calibration started"))
     with pytest.raises(RecipeError) as caught:
         oneshot(
@@ -43,8 +46,9 @@ def test_saving_that_would_fail_is_refused(
             dataset=calibration(),
             **given,
         )
-    assert str(caught.value).startswith(said.replace("FILE", str(file)))
+    assert str(caught.value).startswith(said.replace("FILE", str(file)).replace("SOURCE", str(source)))
     assert not (tmp_path / "out").exists()
+    assert before == {path.name: path.read_bytes() for path in source.iterdir()}
 
 
 @pytest.mark.parametrize("first", ["one-file", "several"])

@@ -98,7 +98,8 @@ def _install_validation() -> None:
         return
 
     def validate_model(run: Any, model: Any) -> None:
-        check_saving(run.recipe, run.output_dir, run.model_args.save_compressed)
+        source = str(getattr(model, "name_or_path", "") or "")
+        check_saving(run.recipe, run.output_dir, run.model_args.save_compressed, source)
         if getattr(model, "decoded_from", None) is None:
             original(run, model)
         else:

@@ -9,12 +9,13 @@ from ..storage.folders import existing_parent
 from .recipe_content import bitsmoe_fields
 
 
-def check_saving(recipe: Any, output_dir: str | Path | None, save_compressed: bool) -> None:
+def check_saving(recipe: Any, output_dir: str | Path | None, save_compressed: bool, source: str = "") -> None:
     """Refuse runs of a BitsMoEModifier whose result could not be saved as `oneshot` was told to.
 
     Args:
         recipe: in any form that `oneshot` takes.
         output_dir, save_compressed: as `oneshot` takes them.
+        source: the folder or the hub's name that the model was loaded from.
 
     Raises:
         RecipeError: naming the argument, and what to do.
@@ -25,6 +26,10 @@ def check_saving(recipe: Any, output_dir: str | Path | None, save_compressed: bo
         raise RecipeError(
             "save_compressed=False: experts are packed when they are quantized, and are saved packed; leave it out "
             "(`bitsmoe export` writes dense weights of what was saved)"
+        )
+    if source and Path(source).is_dir() and Path(source).resolve() == Path(output_dir).resolve():
+        raise RecipeError(
+            f"output_dir={output_dir} is the folder that the model comes from; give another, which keeps it"
         )
     parent = existing_parent(Path(output_dir))
     try:
