@@ -50,11 +50,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"scheme": "W4A16", "targets": ["re:.*o_proj$"]},
             "128 does not divide 64, the columns of model.layers.0.self",
         ),
+        (
+            {"scheme": "FP8_BLOCK", "targets": ["re:.*o_proj$"]},
+            "128 does not divide 64, the columns of model.layers.0.",
+        ),
         ({**groups("Linear", 24), "ignore": ["re:.*experts.*"]}, "24 does not divide 64, the columns of model.layers."),
         (groups("re:.*self_attn[.]q_proj$", 11), "set strategy to channel"),
         ({**groups(EXPERTS, 32), "ignore": [f"re:{FIRST}"]}, "the columns of model.layers.0.mlp.experts.1.down_proj"),
     ],
-    ids=["experts", "remedy", "bypassed", "longer", "class", "channel", "ignored"],
+    ids=["experts", "remedy", "bypassed", "longer", "activations", "class", "channel", "ignored"],
 )
 def test_groups_that_do_not_divide(model: Path, tmp_path: Path, fields: dict[str, object], said: str) -> None:
     stages = read_stages(write_recipe(tmp_path / "recipe.yaml", **fields))

@@ -75,9 +75,9 @@ def _others(stage: Stage) -> list[Any]:
 def _groups(modifier: Any) -> Iterator[tuple[list[str], int]]:
     """Targets and group size of each of a modifier's groups of layers that have one."""
     for scheme in modifier.resolved_config.config_groups.values():
-        weights = scheme.weights
-        if weights is not None and weights.strategy in _GROUPED and weights.group_size:
-            yield list(scheme.targets), int(weights.group_size)
+        for what in (scheme.weights, scheme.input_activations):  # both divide a layer's columns
+            if what is not None and what.strategy in _GROUPED and what.group_size:
+                yield list(scheme.targets), int(what.group_size)
 
 
 def _problem(modifier: Any, layers: Mapping[str, nn.Linear]) -> str:

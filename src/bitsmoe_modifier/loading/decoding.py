@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..sources.model import read_config
-from ..storage.shards import checkpoint_files, scan
+from ..storage.shards import checkpoint_files, packed_modules, scan
 
 _PACKED = ".weight_packed"
 #: llm-compressor's names of an expert's Linears, and what families that call their blocks `block_sparse_moe` store
@@ -40,9 +41,29 @@ def misread_experts(folder: Path) -> str | None:
     return None
 
 
+def refuse_misread(folder: Path) -> None:
+    """Refuse a checkpoint with experts packed as bitsmoe beside others that transformers would misread.
+
+    Raises:
+        CheckpointError: naming the reason and the remedy.
+    """
+    reason = misread_experts(folder)
+    if reason is not None:
+        raise CheckpointError(
+            f"{folder}: {reason}; let one symmetric scheme quantize the experts that are not packed as bitsmoe"
+        )
+
+
 def load_decoded(folder: Path, dtype: torch.dtype) -> Any:
-    """The dense model that a compressed-tensors checkpoint of packed Linears stands for, weights decoded here."""
+    """The dense model that a compressed-tensors checkpoint of packed Linears stands for, weights decoded here.
+
+    Raises:
+        CheckpointError: when it has experts packed as bitsmoe too, which are no Linears.
+    """
     import transformers
+
+    if packed_modules(_tensors(folder)):
+        refuse_misread(folder)
 
     from .compressed_tensors_api import BaseCompressor
 

@@ -4,7 +4,7 @@ With a quantizer, transformers takes tensors of any shape and makes up what is m
 states: a wrong file would fail in the middle of the first forward, and a forged one could ask for any amount of memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -46,7 +46,7 @@ def check_fits(model: PreTrainedModel, found: Mapping[str, Stored]) -> None:
             name, converter = key, None
         present.add(name)
         if converter is None and name in expected:
-            _check_shape(found[key], name, expected[name])
+            _check_shape(found[key], name, expected[name], _packed_zero_points(model, name, expected[name]))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     absent = {name: t for name, t in wanted.items() if name not in present and name not in tied}
@@ -61,8 +61,20 @@ def check_fits(model: PreTrainedModel, found: Mapping[str, Stored]) -> None:
         )
 
 
-def _check_shape(stored: Stored, name: str, expected: torch.Tensor) -> None:
-    if _essential(stored.shape) != _essential(expected.shape):
+def _packed_zero_points(model: PreTrainedModel, name: str, expected: torch.Tensor) -> list[tuple[int, ...]]:
+    """Shapes in which zero points of integer weights are stored, 32 bits to a number, which the model unpacks later."""
+    prefix, _, leaf = name.rpartition(".")
+    scheme = getattr(model.get_submodule(prefix), "quantization_scheme", None) if leaf == "weight_zero_point" else None
+    bits = getattr(getattr(scheme, "weights", None), "num_bits", None)
+    if not bits or not expected.dim():
+        return []
+    rows = expected.shape[0]
+    # bit after bit; or, where bits do not divide 32, whole numbers to an int32
+    return [(count, *expected.shape[1:]) for count in (-(-rows * bits // 32), -(-rows // (32 // bits)))]
+
+
+def _check_shape(stored: Stored, name: str, expected: torch.Tensor, others: Sequence[tuple[int, ...]] = ()) -> None:
+    if _essential(stored.shape) not in {_essential(tuple(shape)) for shape in (expected.shape, *others)}:
         raise CheckpointError(
             f"{stored.file}: {stored.key} is {stored.shape}, config.json makes {name} {tuple(expected.shape)}; they do "
             "not belong together"

@@ -23,6 +23,7 @@ from ..storage.packed import TENSOR_NAMES, PackedExperts, check_content, check_s
 from ..storage.shards import Stored, checkpoint_files, file_names, packed_modules, read_structure, scan
 from . import format as bitsmoe_format
 from .compressed_tensors_api import match_named_modules
+from .decoding import refuse_misread
 from .fit import check_fits
 from .transformers_api import (
     CompressedTensorsHfQuantizer,
@@ -79,12 +80,15 @@ class BitsMoEHfQuantizer(CompressedTensorsHfQuantizer):
                 "experts packed as bitsmoe run packed: load without `dequantize=True` / `run_compressed=False` "
                 "(for dense weights use `bitsmoe export`; to quantize again, start from the unquantized model)"
             )
-        check_transforms(Path(checkpoint_files[0]).parent)
+        folder = Path(checkpoint_files[0]).parent
+        check_transforms(folder)
         # set for a model that was saved after its Linears had been decompressed; it would make the loaded model forget
         # its quantization_config, and a checkpoint saved from it would not say that its experts are packed
         self.quantization_config.dequantize = False
         found = scan(checkpoint_files)
         self._packed_linears = any(".experts." in key and key.endswith(_LINEAR_SUFFIXES) for key in found)
+        if self._packed_linears and (folder / "config.json").is_file():
+            refuse_misread(folder)
         self._show(self._other_groups())
         super()._process_model_before_weight_loading(model, *args, checkpoint_files=checkpoint_files, **kwargs)
         if len(self._schemes) == len(self._whole.config_groups):
