@@ -119,6 +119,8 @@ def attempt(seed: int, base: Path, work: Path) -> tuple[str, list[str]]:
 
 def campaign(seeds: range, bases: list[Path], work: Path) -> tuple[Counter[str], list[str]]:
     """Many attempts, in turn on each base."""
+    for base in bases:
+        read(base)  # compiles what runs it, which starts the compiler
     outcomes: Counter[str] = Counter()
     findings: list[str] = []
     for seed in seeds:
