@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+#: `BitsMoEModifier.targets` where a recipe does not say
+EVERY = (r"re:.*\.experts$",)
+
 
 def bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
     """The fields of every BitsMoEModifier of a recipe: those that were given, or, of a modifier, where it works.

@@ -12,10 +12,7 @@ from ..loading.claims import matches
 from ..method.gating import gating_of
 from ..method.layer import DenseExperts
 from ..sources.stacks import KEPT_DECODED, StoredStack, Turned, read_parameters, stored_parameters
-from .recipe_content import bitsmoe_fields
-
-#: `BitsMoEModifier.targets` where a recipe does not say
-_EVERY = (r"re:.*\.experts$",)
+from .recipe_content import EVERY, bitsmoe_fields
 
 
 class _Product(torch.autograd.Function):
@@ -149,7 +146,7 @@ def read_other_experts(model: nn.Module, recipe: Any) -> None:
         model: as it was loaded.
         recipe: in any form that `oneshot` takes.
     """
-    ours = [(list(f.get("targets") or _EVERY), list(f.get("ignore") or ())) for f in bitsmoe_fields(recipe)]
+    ours = [(list(f.get("targets") or EVERY), list(f.get("ignore") or ())) for f in bitsmoe_fields(recipe)]
     for name, module in list(model.named_modules()):
         taken = any(matches(name, targets) and not matches(name, ignored) for targets, ignored in ours)
         if not taken and stored_parameters(module):

@@ -196,7 +196,7 @@ def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str
     headers = read_headers(model)
     check_unquantized(model, headers)
     require("llmcompressor", "planning, which asks it what it can do with a family,")
-    from ..calibration.group_sizes import check_group_sizes
+    from ..calibration.other_schemes import check_schemes
 
     check_stage(chosen)
     fields = bitsmoe_fields(chosen)
@@ -205,7 +205,7 @@ def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str
     ours = sum(kind == "BitsMoEModifier" for kind, _ in chosen.modifiers)
     if ours > 1:
         raise RecipeError(f"plan counts one BitsMoEModifier, the stage {chosen.name} has {ours}; plan each alone")
-    check_group_sizes([chosen], headers.source)
+    check_schemes([chosen], headers.source)
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

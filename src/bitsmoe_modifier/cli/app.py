@@ -63,7 +63,7 @@ class Command(TyperCommand):
         shells leave in ``--model=~/folder``."""
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)
-            if value == "" and ctx.get_parameter_source(param.name).name == "COMMANDLINE":
+            if value == "" and getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE":
                 given = param.opts[0] if param.param_type_name == "option" else param.metavar
                 raise BitsMoEError(f"{given} is empty (a variable that is not set?); give it a value, or leave it out")
             if isinstance(value, str) and value.startswith("~/"):

@@ -72,9 +72,9 @@ def check_inputs(stages: list[Stage], job: Job, tokens: int | None) -> None:
     """
     for stage in stages:
         check_stage(stage)
-    from ..calibration.group_sizes import check_group_sizes  # imports llm-compressor
+    from ..calibration.other_schemes import check_schemes  # imports llm-compressor
 
-    check_group_sizes(stages, str(job.model))
+    check_schemes(stages, str(job.model))
     check_tasks(job.tasks)
     if tokens is not None:
         check_machine(stages, job.model, job.out, tokens, job.dtype, job.device)

@@ -149,9 +149,9 @@ def _quantize_each(
     set_up_logging(options.verbose)
     for stage in stages:
         check_stage(stage)
-    from ..calibration.group_sizes import check_group_sizes  # imports llm-compressor
+    from ..calibration.other_schemes import check_schemes  # imports llm-compressor
 
-    check_group_sizes(stages, str(dense.folder))
+    check_schemes(stages, str(dense.folder))
     settings = QuantizeSettings(
         options.batch_size,
         dtype,

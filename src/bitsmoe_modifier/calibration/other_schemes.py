@@ -1,8 +1,8 @@
-"""Group sizes of a recipe's other modifiers against the widths of a model's layers, before weights are read.
+"""What a recipe's other modifiers store, against the model and beside packed experts, before weights are read.
 
-llm-compressor finds them once the model is loaded (of a comparison's last run, after all others have been quantized),
-and a group that is longer than a row only while it calibrates. It has `bypass_divisibility_checks`, and in 0.14 no code
-that could do with such a group afterwards.
+Group sizes that do not divide a layer's columns llm-compressor finds once the model is loaded (of a comparison's last
+run, after all others have been quantized), and a group that is longer than a row only while it calibrates. It has
+`bypass_divisibility_checks`, and in 0.14 no code that could do with such a group afterwards.
 """
 
 import math
@@ -14,18 +14,21 @@ from compressed_tensors.utils.match import is_match
 from torch import nn
 
 from ..errors import CheckpointError, RecipeError
+from ..loading.claims import matches
 from ..loading.quantizer import experts_sizes
 from ..sources.classes import build_empty
 from .linearizing import experts_modules
 from .recipe import Stage
+from .recipe_content import EVERY
 
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 #: below this, scales take more than they give
 _LEAST = 8
 
 
-def check_group_sizes(stages: Iterable[Stage], source: str) -> None:
-    """Refuse stages whose other modifiers share a scale among more weights than divide a layer's rows.
+def check_schemes(stages: Iterable[Stage], source: str) -> None:
+    """Refuse stages whose other modifiers share a scale among more weights than divide a layer's rows, or pack experts
+    beside a BitsMoEModifier's as transformers could not read them.
 
     Args:
         stages: that `recipe.check_stage` found nothing wrong with.
@@ -34,17 +37,17 @@ def check_group_sizes(stages: Iterable[Stage], source: str) -> None:
     Raises:
         RecipeError: naming stage, modifier, layer and remedy.
     """
-    grouped = [(stage.name, modifier) for stage in stages for modifier in _others(stage) if any(_groups(modifier))]
-    if not grouped:
+    others = [(stage, modifier) for stage in stages for modifier in _others(stage)]
+    if not others:
         return
     try:
         layers = linear_layers(build_empty(source))
     except (CheckpointError, RecipeError, RuntimeError):
         return  # of a family that cannot be built without weights; what is wrong with it is said where it is loaded
-    for name, modifier in grouped:
-        problem = _problem(modifier, layers)
+    for stage, modifier in others:
+        problem = _problem(modifier, layers) or _misread(modifier, stage, layers)
         if problem:
-            raise RecipeError(f"{name}: {type(modifier).__name__}: {problem}")
+            raise RecipeError(f"{stage.name}: {type(modifier).__name__}: {problem}")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -78,6 +81,37 @@ def _groups(modifier: Any) -> Iterator[tuple[list[str], int]]:
         for what in (scheme.weights, scheme.input_activations):  # both divide a layer's columns
             if what is not None and what.strategy in _GROUPED and what.group_size:
                 yield list(scheme.targets), int(what.group_size)
+
+
+def _misread(modifier: Any, stage: Stage, layers: Mapping[str, nn.Linear]) -> str:
+    """Why transformers could not read the experts that a modifier packs beside ours; "" where it could.
+
+    It takes one symmetric scheme for all (`loading.decoding`).
+    """
+    ours = [fields for kind, fields in stage.modifiers if kind == "BitsMoEModifier"]
+    found = {}
+    for scheme in modifier.resolved_config.config_groups.values() if ours else ():
+        weights = scheme.weights
+        if weights is None or weights.type != "int":
+            continue
+        for name, linear in layers.items():
+            experts = name.rpartition(".")[0].rpartition(".")[0]
+            if not experts.endswith(".experts") or not is_match(name, linear, scheme.targets, modifier.ignore):
+                continue
+            taken = any(
+                matches(experts, one.get("targets") or EVERY) and not matches(experts, one.get("ignore") or ())
+                for one in ours
+            )
+            if not taken:  # else the modifiers get in each other's way, which is said with the remedy elsewhere
+                found[weights.model_dump_json()] = weights
+                break
+    if len(found) < 2 and all(weights.symmetric for weights in found.values()):
+        return ""
+    return (
+        "it packs experts beside those of BitsMoEModifier by "
+        + ("several schemes" if len(found) > 1 else "an asymmetric scheme")
+        + ", and transformers reads them by one symmetric scheme; take one such"
+    )
 
 
 def _problem(modifier: Any, layers: Mapping[str, nn.Linear]) -> str:

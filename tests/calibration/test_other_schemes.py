@@ -1,4 +1,4 @@
-"""Group sizes of other modifiers that do not divide a layer's columns are refused before weights are read."""
+"""What other modifiers could not store, or nobody could read, is refused before weights are read."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from bitsmoe_modifier.calibration.group_sizes import check_group_sizes
+from bitsmoe_modifier.calibration.other_schemes import check_schemes
 from bitsmoe_modifier.calibration.recipe import read_stages
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.comparison.runs import Job, check_inputs
@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_groups_that_do_not_divide(model: Path, tmp_path: Path, fields: dict[str, object], said: str) -> None:
     stages = read_stages(write_recipe(tmp_path / "recipe.yaml", **fields))
     with pytest.raises(RecipeError) as caught:
-        check_group_sizes(stages, str(model))
+        check_schemes(stages, str(model))
     assert str(caught.value).startswith("other: GPTQModifier: its group size ")
     assert said in str(caught.value)
 
@@ -78,12 +78,52 @@ def test_groups_that_do_not_divide(model: Path, tmp_path: Path, fields: dict[str
     ids=["divides", "ignored", "channels"],
 )
 def test_groups_that_pass(model: Path, tmp_path: Path, fields: dict[str, object]) -> None:
-    check_group_sizes(read_stages(write_recipe(tmp_path / "recipe.yaml", **fields)), str(model))
+    check_schemes(read_stages(write_recipe(tmp_path / "recipe.yaml", **fields)), str(model))
+
+
+def beside(first: dict[str, object], second: dict[str, object], ignore: list[str]) -> str:
+    """A recipe that packs gate and up of the first layer by one group, down by another, and the rest by ours."""
+    layer = r"re:.*layers[.]0[.]mlp[.]experts[.]\d+[.]"
+    some = {"type": "int", "strategy": "group", "group_size": 16}
+    config = {
+        "a": {"targets": [f"{layer}(gate|up)_proj$"], "weights": {**some, **first}},
+        "b": {"targets": [f"{layer}down_proj$"], "weights": {**some, **second}},
+    }
+    ours = {"bits": 4.0, "group_size": 16, "block_size": 16, "ignore": ignore}
+    return yaml.safe_dump(
+        {"a_stage": {"m_modifiers": {"GPTQModifier": {"config_groups": config}, "BitsMoEModifier": ours}}}
+    )
+
+
+FOUR, EIGHT = {"num_bits": 4, "symmetric": True}, {"num_bits": 8, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({**FOUR, "symmetric": False}, {**FOUR, "symmetric": False}, "by an asymmetric scheme, and transformers reads"),
+        (FOUR, EIGHT, "by several schemes, and transformers reads them by one symmetric scheme; take one such"),
+        (FOUR, FOUR, ""),
+    ],
+    ids=["asymmetric", "several", "one"],
+)
+def test_experts_beside_ours(
+    model: Path, tmp_path: Path, first: dict[str, object], second: dict[str, object], said: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for ignore in ([], ["re:.*layers[.]0[.].*"]):
+        recipe.write_text(beside(first, second, ignore))
+        stages = read_stages(recipe)
+        if not said or not ignore:  # experts that both modifiers mean are refused elsewhere
+            check_schemes(stages, str(model))
+            continue
+        with pytest.raises(RecipeError, match=said):
+            check_schemes(stages, str(model))
 
 
 def test_a_model_that_cannot_be_built_without_weights_is_left_to_others(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "of_tomorrow"}')
-    check_group_sizes(read_stages(write_recipe(tmp_path / "recipe.yaml", **groups(EXPERTS, 32))), str(tmp_path))
+    check_schemes(read_stages(write_recipe(tmp_path / "recipe.yaml", **groups(EXPERTS, 32))), str(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize"])
