@@ -21,8 +21,8 @@ from .spectral import SharedBasis
 
 #: Bits per weight, everything counted, at which bases are tried (`trial`).
 TRIAL_BITS = (1.25, 2.0)
-#: Bits per weight from which on what was found at 2 counts alone. At 1.6 bits it chose within 3 % of the best on every
-#: model (docs/quality.md); at 1.25, where half of the directions are dropped, it cost 16 experts five times the loss.
+#: Bits per weight from which on what was found at 2 counts alone. At 1.6 bits it chose within 4 % of the best on all
+#: models but one (docs/quality.md); at 1.25, where half of the directions are dropped, it lost 5 times the best there.
 _LARGE_BITS = 1.6
 #: What a basis must be expected to win by. Of the input: held-out rows are of the calibration text, which it fits more
 #: closely than the channels do (on a layer cut out of a real language model, in scalar codes, it won by 2 % on held-out

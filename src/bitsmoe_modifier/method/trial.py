@@ -4,8 +4,7 @@ What plain rounding would lose on the calibration rows, which the cost tables sa
 bases and a poor one between them. Feedback takes much off where inputs correlate (the channels) and little where a
 basis has made them white; and the weak directions of a basis carry more energy on other text than they seemed to. How
 much of either, neither theory nor the calibration rows say well enough (docs/quality.md). Trials at two sizes do, for
-all: what they find is interpolated between them. One would not: where half of the directions are dropped, bases count
-otherwise than where hardly any are.
+all sizes. One would not: where half of the directions are dropped, bases count otherwise than where hardly any are.
 """
 
 from collections.abc import Sequence
