@@ -65,7 +65,7 @@ def messages() -> Iterator[list[tuple[str, str]]]:
 
 
 def test_defaults_are_those_of_the_pure_settings() -> None:
-    assert BitsMoEModifier().settings == QuantizerSettings()
+    assert BitsMoEModifier().settings == QuantizerSettings(least_bits=2.0)
 
 
 def test_fields_reach_the_settings() -> None:
@@ -85,7 +85,15 @@ def test_fields_reach_the_settings() -> None:
     }
     widths = tuple(fields["bit_widths"])
     rest = {name: value for name, value in fields.items() if name != "bit_widths"}
-    assert BitsMoEModifier(**fields).settings == QuantizerSettings(**rest, widths=widths)
+    assert BitsMoEModifier(**fields).settings == QuantizerSettings(**rest, widths=widths, least_bits=1.7)
+
+
+@pytest.mark.parametrize(
+    ("more", "least"),
+    [({}, 2.5), ({"max_kld": 0.1}, 0.0), ({"survey_only": True}, 0.0), ({"resume_dir": "kept"}, 0.0)],
+)
+def test_plans_that_may_serve_other_sizes_are_tried_at_small_ones(more: dict[str, object], least: float) -> None:
+    assert BitsMoEModifier(bits=2.5, scope="global", **more).settings.least_bits == least
 
 
 def test_the_old_name_of_a_field_still_works_and_says_so() -> None:

@@ -231,8 +231,13 @@ def test_a_trial_corrects_what_the_cost_tables_choose_by() -> None:
 def test_what_is_tried_at_a_small_size_counts_at_small_sizes() -> None:
     experts, x, ids, p, _ = make(16, 200, num_experts=32)
     tokens = RoutedTokens.from_router(x, ids, p, 32, rows=16)
-    plan = plan_layer(experts, tokens, QuantizerSettings(bits=2.0, block_size=16, group_size=16))
+    settings = QuantizerSettings(bits=2.0, block_size=16, group_size=16)
+    plan = plan_layer(experts, tokens, settings)
     assert {side.times[0] == side.times[1] for side in plan.inputs} == {False}
+    large = plan_layer(experts, tokens, replace(settings, least_bits=2.0))  # of no use below, and not tried there
+    assert [side.times for side in large.inputs] == [(side.times[1], side.times[1]) for side in plan.inputs]
+    below = plan_layer(experts, tokens, replace(settings, least_bits=1.9))
+    assert [side.times for side in below.inputs] == [side.times for side in plan.inputs]
 
     def with_basis(bits: float, times: tuple[float, float]) -> bool:
         one = replace(plan, inputs=(replace(plan.inputs[0], times=times), replace(plan.inputs[1], times=(1.0, 1.0))))

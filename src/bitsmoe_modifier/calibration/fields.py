@@ -88,8 +88,10 @@ class BitsMoEFields(Modifier):
     @property
     def settings(self) -> QuantizerSettings:
         """The fields that the pure modules need."""
+        kept = self.resume_dir is not None  # the survey then serves later runs of other sizes
         return QuantizerSettings(
             bits=self.bits,
+            least_bits=0.0 if kept or self.max_kld is not None or self.survey_only else self.bits,
             codes=self.codes,
             widths=tuple(self.bit_widths),
             block_size=self.block_size,

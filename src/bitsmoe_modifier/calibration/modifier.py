@@ -94,7 +94,7 @@ class BitsMoEModifier(BitsMoEFields):
     Args:
         bits: average bits per expert weight; codes, scales, bases, bit-widths and dense experts are all counted.
         codes: "trellis", windows of a bit stream, or "scalar", values of an even grid: at the same bytes trellis codes
-            lose 35 to 43 % less, and a run takes a fifth to a third longer. "auto": trellis, but for layers whose block
+            lose 35 to 43 % less, and a run takes 18 to 25 % longer. "auto": trellis, but for layers whose block
             or group size is no multiple of 16, and on a CPU without a C++ compiler, where they would take hours.
         max_kld: in place of `bits`, which it sets: the smallest size at which the survey predicts a KL divergence of at
             most this many nats per token. With `scope: global` only.

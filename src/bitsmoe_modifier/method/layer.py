@@ -28,9 +28,14 @@ AUTO_GROUP_SIZE = 0
 
 @dataclass(frozen=True)
 class QuantizerSettings:
-    """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users."""
+    """Everything that decides how a layer is quantized; `BitsMoEModifier` documents the fields for users, but of
+
+    Attributes:
+        least_bits: the smallest budget that a layer's plan has to serve; 0: any. Small ones need a trial more.
+    """
 
     bits: float = 2.0
+    least_bits: float = 0.0
     codes: CodesChoice = "auto"
     widths: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
     block_size: int | None = None

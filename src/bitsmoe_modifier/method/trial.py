@@ -46,7 +46,8 @@ def settled(
 ) -> LayerPlan:
     """The plan with what trials found (`SidePlan.times`), by which it chooses bases at every budget.
 
-    Tried at `TRIAL_BITS`, whatever the budget, because one plan serves many, and in the layer's own codes: scalar ones
+    Tried at `TRIAL_BITS`, because one plan may serve many budgets; where it need not serve smaller ones
+    (`QuantizerSettings.least_bits`) the trial at the last stands for all. Tried in the layer's own codes: scalar ones
     lose many times more in a few experts, and a layer was judged by those. The input's candidates first. The first
     process decides for all.
 
@@ -92,7 +93,8 @@ def _found(plan: LayerPlan, trials: "Trials") -> tuple[list[tuple[float, ...]], 
             return np.full_like(inputs, np.inf), np.full_like(outputs, np.inf)
         return inputs / unit, outputs / outputs[last]
 
-    by_size = [factors(bits) for bits in TRIAL_BITS]
+    tried = TRIAL_BITS if plan.settings.least_bits < TRIAL_BITS[-1] else TRIAL_BITS[-1:] * len(TRIAL_BITS)
+    by_size = [factors(bits) for bits in tried]
 
     def of_side(side: int) -> list[tuple[float, ...]]:
         sizes = [np.where(np.isfinite(found[side]), found[side], by_size[-1][side]).tolist() for found in by_size]
