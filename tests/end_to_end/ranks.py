@@ -44,10 +44,13 @@ def main(source: Path, out: Path, trouble: str = "none", scope: str = "global") 
         norm = model.model.layers[1].post_attention_layernorm
         norm.register_forward_pre_hook(lambda m, a: hook(m, a) if not a[0].is_meta and next(count) > 4 else None)
     loader = DataLoader(batches, batch_size=None)
+    # A trial of bases rounds with feedback, where the last digit of a sum moves its verdict by per cents on few rows,
+    # and with a survey verdicts move bits between layers. Bases that are given are not tried.
+    given = {"input_basis": "spectral", "output_basis": "spectral"} if scope == "global" else {}
     oneshot(
         model=model,
         dataset=loader,
-        recipe=[BitsMoEModifier(**FIELDS, scope=scope)],
+        recipe=[BitsMoEModifier(**FIELDS, scope=scope, **given)],
         pipeline="sequential",
         output_dir=out / "saved",
     )
