@@ -74,7 +74,7 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     widths = {*experts.side_in.widths, *experts.side_out.widths}
     tuned = sizes_of(experts.sizes, pairs) if total else RULES
     if total:
-        tile = tuned.tile or decode_tile(pairs, layout.num_experts)
+        tile = decode_tile(pairs, layout.num_experts)
     elif layout.codes:
         tile = trellis_prefill_tile(pairs, layout.num_experts, widths)
     else:

@@ -138,8 +138,7 @@ def _matrix(
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, GS: tl.constexpr,
     WIDTHS: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the ``split``-th of SPLIT parts of its
-    units."""
+    """``A[n, :] h`` of one matrix, float32 ``[BN, BM]``, over the ``split``-th of SPLIT parts of its units."""
     QUANTUM: tl.constexpr = BS * GS // 8
     code, row = tl.load(head), tl.load(head + 1)
     bits = 0  # of one group of this matrix

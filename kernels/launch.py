@@ -280,7 +280,7 @@ def trellis_parts(tiles: int, columns: int, group: int, units: int) -> int:
         units: directions / block_size of one matrix.
 
     Returns:
-        an even number up to 16, of which each has a unit at least.
+        an even number up to 16; units of a matrix are enough for half of them, if none is absent.
     """
     grid, most = tiles * (columns // group), max(2, min(16, 2 * units))
     parts = min(4, most)

@@ -144,8 +144,7 @@ def trellis_gate_up_kernel(
                 gate = acc
                 acc = _matrix(
                     h, here, codes_ptr, steps_ptr, head_ptr + (e * 2 + m) * HEAD, order_ptr + (e * 2 + m) * UNITS,
-                    group, share, 0, 1, gain, BM, BN, BS, GS, WIDTHS, SPREAD, COLUMNS,
-                STAGES, PACK, DT,
+                    group, share, 0, 1, gain, BM, BN, BS, GS, WIDTHS, SPREAD, COLUMNS, STAGES, PACK, DT,
                 )  # fmt: skip
             _finish(
                 gate * inverse_gain, acc * inverse_gain, bias_ptr, e, column, z, here,

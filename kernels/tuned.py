@@ -21,7 +21,6 @@ class Sizes:
     """How a decoding step of one layer is launched; None: by the rules.
 
     Attributes:
-        tile: pairs of a tile, 8 or 16.
         parts: programs of gate_up that share a tile: 1, or an even number up to 16.
         warps_in: of a program of gate_up: 1, 2 or 4, of 16 directions of a unit or more; trellis codes only.
         rows: directions of a program of down: 32, 64 or 128, at most the block; scalar codes only.
@@ -31,7 +30,6 @@ class Sizes:
         stages_out: of down's.
     """
 
-    tile: int | None = None
     parts: int | None = None
     warps_in: int | None = None
     rows: int | None = None
@@ -42,7 +40,6 @@ class Sizes:
 
     def __post_init__(self) -> None:
         known = {
-            "tile": (8, 16),
             "parts": (1, *range(2, 17, 2)),
             "warps_in": (1, 2, 4),
             "rows": (16, 32, 64, 128),

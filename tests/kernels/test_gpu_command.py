@@ -89,7 +89,7 @@ from layers import GATING, SHAPES, routing, stored_layer
 
 shape, cpu, kind = SHAPES["tiny"], torch.device("cpu"), {codes!r}
 experts = prepare(stored_layer(shape, kind, cpu, 0))
-layer, none = tuned.layer_key(experts.layout), dict.fromkeys(("tile", "parts", "splits", "stages_in", "stages_out"))
+layer, none = tuned.layer_key(experts.layout), dict.fromkeys(("parts", "splits", "stages_in", "stages_out"))
 lines = [
     {{"device": "", "layer": layer, "pairs": 4, "sizes": none, "gate_up": 10.0, "down": 5.0}},
     {{"device": "", "layer": layer, "pairs": 4, "sizes": {{**none, "parts": 2}}, "gate_up": 9.0}},
