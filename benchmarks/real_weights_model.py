@@ -135,8 +135,9 @@ def _rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """In the weights' bfloat16, as the dense model computes."""
-    return linear(x.bfloat16(), weight, bias).float()
+    """As in the weights' bfloat16: factors and products are rounded to it. Sums are float32 here as they are there, but
+    products of float32 are six times as fast on a CPU that knows no bfloat16 (AVX2)."""
+    return linear(x.bfloat16().float(), weight.float(), None if bias is None else bias.float()).bfloat16().float()
 
 
 def _attention(x: torch.Tensor, layer: dict[str, torch.Tensor]) -> torch.Tensor:
