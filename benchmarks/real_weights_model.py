@@ -324,7 +324,14 @@ def build(work: Path, out: Path, variant: str, layers: list[int], start: int | N
     first = start or 0
     if variant not in ("exact", "carved") or not all(first <= i < LAYERS for i in layers):
         raise SystemExit(f"exact or carved, and layers between {first} and {LAYERS - 1}; not {variant} and {layers}")
-    out.mkdir(parents=True)
+    if out.exists():
+        raise SystemExit(f"{out} exists already; give --out another folder, or remove it")
+    needed = ["dense", "inputs", "rows"] + ["states"] * (start is not None)
+    if missing := [name for name in needed if not (work / f"{name}.safetensors").exists()]:
+        raise SystemExit(f"{work} lacks {', '.join(missing)}: run prepare, to its end, first")
+    states = load_file(work / "states.safetensors") if start is not None else {}
+    if start is not None and f"calibration.{start}" not in states:
+        raise SystemExit(f"{work} has no states before layer {start}; run prepare with --starts {start}")
     state, inputs, rows = (load_file(work / f"{name}.safetensors") for name in ("dense", "inputs", "rows"))
     made: dict[str, torch.Tensor] = {"model.norm.weight": state["norm"]}
     sizes: dict[str, int] = {}
@@ -334,6 +341,7 @@ def build(work: Path, out: Path, variant: str, layers: list[int], start: int | N
             experts, sizes = experts_of(layer, inputs[str(i)], variant)
             made.update({f"{prefix}mlp.{name}": tensor for name, tensor in experts.items()})
         made.update({prefix + n: t for n, t in layer.items() if i not in layers or not n.startswith("mlp.")})
+    out.mkdir(parents=True)
     save_file(made, out / "layers.safetensors", metadata={"format": "pt"})
     vocabulary = rows.pop("vocabulary")
     save_file({"head": state["head"][vocabulary]}, out / "head.safetensors")
@@ -341,9 +349,6 @@ def build(work: Path, out: Path, variant: str, layers: list[int], start: int | N
     where[vocabulary] = torch.arange(len(vocabulary))
     ids = {f"ids.{kind}": where[chosen] for kind, chosen in rows.items()}
     if start is not None:
-        states = load_file(work / "states.safetensors")
-        if f"calibration.{start}" not in states:
-            raise SystemExit(f"{work} has no states before layer {start}; run prepare with --starts {start}")
         ids.update({f"states.{kind}": states[f"{kind}.{start}"] for kind in rows})
     save_file(ids, out / "rows.safetensors")
     config = Qwen2MoeConfig(

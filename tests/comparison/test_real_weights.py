@@ -67,6 +67,20 @@ def test_exact_is_the_dense_model_and_a_later_start_changes_nothing(work, tmp_pa
         assert figures["perplexity"] == pytest.approx(perplexity, rel=2e-2)  # the dense pass computes in bfloat16
 
 
+def test_build_says_what_is_missing_and_leaves_no_folder(work, tmp_path):
+    folder = tmp_path / "carved"
+    with pytest.raises(SystemExit, match=r"lacks inputs.*run prepare"):
+        making.build(work, folder, "carved", [1], None)
+    assert not folder.exists()
+    making.pass_dense(work, [1])
+    with pytest.raises(SystemExit, match="no states before layer 2"):
+        making.build(work, folder, "carved", [2], 2)
+    assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(SystemExit, match="exists already"):
+        making.build(work, folder, "carved", [1], 1)
+
+
 def test_arms_are_measured_once_and_better_codes_lose_less(work, tmp_path, capsys):
     making.pass_dense(work, [1])
     making.build(work, tmp_path / "carved", "carved", [1], 1)
