@@ -7,6 +7,7 @@ import torch
 from test_quantize import CLAMPED, check_budget, make_layer, settings
 
 from bitsmoe_modifier.method import layer as layer_module
+from bitsmoe_modifier.method import sides
 from bitsmoe_modifier.method.costs import side_costs
 from bitsmoe_modifier.method.trellis import ChainTrellis, GroupTrellis, chain_error, group_error
 from bitsmoe_modifier.storage.chains import chains_of
@@ -117,6 +118,19 @@ def test_refined_columns_of_groups_are_no_worse() -> None:
         return (weight * (second - v).square()).view(6, 2, 32).sum(2)
 
     assert bool((lost(better) <= lost(value) * (1 + 1e-6)).all())
+
+
+def test_columns_without_feedback_are_those_of_the_coder() -> None:
+    """One by one on a CPU, to the last bit."""
+    gen = torch.Generator().manual_seed(2)
+    level = torch.tensor([0.0, 3, 15])[:, None, None].expand(3, 1, 5)
+    w, weight, step = torch.randn(3, 64, 5, generator=gen), torch.rand(3, 64, generator=gen), torch.ones(3, 2, 5)
+    codes, steps = sides._columns(GroupTrellis(), w, step, level, weight)
+    for at in range(5):
+        one = w[:, :, at].contiguous(), step[:, :, at].contiguous(), level[:, :, at], weight
+        windows, fitted, _ = GroupTrellis().column(*one)
+        assert torch.equal(codes[:, :, at], windows.to(torch.uint8))
+        assert torch.equal(steps[:, :, at], fitted)
 
 
 def test_refined_columns_of_chains_are_no_worse() -> None:

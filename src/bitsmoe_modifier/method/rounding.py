@@ -185,7 +185,7 @@ def round_with_feedback(
     level = level.expand(count, -1, -1).mT
     level = level.gather(1, turn.expand(-1, -1, level.shape[2])) if level.shape[1] == n else level.expand(-1, n, -1)
     codes, change = torch.empty_like(w), torch.empty_like(w)
-    for block in _column_blocks(n):
+    for block in column_blocks(n):
         target = w[:, block].clone()
         if block.start:
             target.baddbmm_(factor[:, : block.start, block].mT, change[:, : block.start], alpha=-1)
@@ -230,7 +230,7 @@ def refine(
     value = (grid_of(codes.unflatten(2, (groups, -1)), limits, coder) * step[..., None]).flatten(2)
     # H (W - Q)ᵀ: minus half the objective's slope in Qᵀ
     pull, change = torch.bmm(moment, w.mT - value), torch.empty_like(value)
-    for block in _column_blocks(n):
+    for block in column_blocks(n):
         target = pull[:, block]
         if block.start:
             target.baddbmm_(moment[:, block, : block.start], change[:, : block.start], alpha=-1)
@@ -243,9 +243,14 @@ def refine(
     return codes.mT, step.mT
 
 
-def _column_blocks(columns: int) -> list[slice]:
-    """Consecutive blocks of `_COLUMN_BLOCK` columns."""
-    return [slice(at, min(at + _COLUMN_BLOCK, columns)) for at in range(0, columns, _COLUMN_BLOCK)]
+def column_blocks(columns: int, size: int = _COLUMN_BLOCK) -> list[slice]:
+    """Consecutive blocks of ``size`` columns."""
+    return [slice(at, min(at + size, columns)) for at in range(0, columns, size)]
+
+
+def columns_at_once(w: torch.Tensor) -> int:
+    """Columns to give `round_block` where none moves another: a block to the kernel, in PyTorch one by one."""
+    return _COLUMN_BLOCK if _on_kernels(w) else 1
 
 
 def round_block(

@@ -12,12 +12,15 @@ from .layer import DenseExperts, QuantizerSettings
 from .linear_systems import solve_positive
 from .rounded import RoundedSide, SidePacker, layout_of
 from .rounding import (
+    column_blocks,
+    columns_at_once,
     damp_,
     encode,
     feedback_factor,
     grid_of,
     refine,
     refit_row_steps,
+    round_block,
     round_with_feedback,
 )
 from .shrinkage import absorbed_energy, least_share, sample_experts, towards_diagonal_
@@ -72,13 +75,17 @@ def _columns(
     coder: ColumnCoder, w: torch.Tensor, step: torch.Tensor, level: torch.Tensor, row_weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`round_with_feedback` without feedback: codes uint8 ``[N, m, n]``, steps ``[N, groups, n]``."""
-    level = level.expand(-1, -1, w.shape[2])
-    found = [
-        coder.column(w[:, :, at].contiguous(), step[:, :, at].contiguous(), level[:, :, at], row_weight)
-        for at in range(w.shape[2])
-    ]
-    codes, steps, _ = zip(*found, strict=True)
-    return torch.stack(codes, 2).to(torch.uint8), torch.stack(steps, 2)
+    count, _, n = w.shape
+    level = level.expand(-1, -1, n).mT
+    codes, steps = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(step)
+    for block in column_blocks(n, columns_at_once(w)):
+        target = w.mT[:, block].contiguous()
+        columns = target.shape[1]
+        none = target.new_zeros(count, columns, columns)  # what a column changes moves no other
+        given = target, none, torch.zeros_like(target), step.mT[:, block].contiguous(), level[:, block]
+        found, fitted, _ = round_block(*given, row_weight, coder=coder)
+        codes[:, :, block], steps[:, :, block] = found.mT, fitted.mT
+    return codes, steps
 
 
 def expert_gate_up(inputs: RoundedSide, expert: int) -> torch.Tensor:

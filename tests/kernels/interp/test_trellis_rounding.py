@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_backend import DEVICE, seeded
 
-from bitsmoe_modifier.method import rounding
+from bitsmoe_modifier.method import rounding, sides
 from bitsmoe_modifier.method.coders import ColumnCoder
 from bitsmoe_modifier.method.trellis import NORMAL_STEP, ChainTrellis, GroupTrellis, grid_values
 from bitsmoe_modifier.storage.steps import storable_steps
@@ -165,3 +165,36 @@ def test_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = passes()
     monkeypatch.setattr(rounding, "_on_kernels", lambda _: True)
     torch.testing.assert_close(passes(), expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_columns_without_feedback_are_rounded_together(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`error_feedback: false`: no column moves another, and a launch takes a block of them."""
+    widths, columns, rows = torch.tensor([[2, 0, 2]], dtype=torch.uint8, device="cpu"), 33, 48
+    gen = seeded(4)
+    w = torch.randn(1, rows, columns, generator=gen)
+    coder: ColumnCoder
+    if side == "in":
+        drawn = torch.tensor([0, 2, 4])[torch.arange(columns) * 3 // columns]
+        coder, level, weight = GroupTrellis([2, 4]), (2.0**drawn - 1)[None, None], torch.rand(1, rows, generator=gen)
+        step = torch.ones(1, 3, columns)
+    else:
+        coder, weight = ChainTrellis(widths, 1, None, torch.rand(rows, generator=gen) + 0.1, 16), None
+        level = (2.0 ** widths.to(DEVICE).repeat_interleave(16, 1) - 1)[:, :, None]
+        step = storable_steps(torch.rand(1, rows, columns, generator=gen) + 0.5)
+    expected = sides._columns(coder, w, step, level, weight)
+    launches, block = [], coder.block
+
+    def counted(target: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        launches.append(target.shape[1])
+        return block(target, *others)
+
+    monkeypatch.setattr(coder, "block", counted)
+    monkeypatch.setattr(rounding, "_on_kernels", lambda _: True)
+    found = sides._columns(coder, w, step, level, weight)
+    assert launches == [32, 1]
+    alike = [(mine == other).all(1) for mine, other in zip(found, expected, strict=True)]
+    assert float((alike[0] & alike[1]).float().mean()) > 0.9
+    dropped = level.expand_as(w) == 0
+    assert bool(dropped.any())
+    assert not bool(found[0][dropped].any())
