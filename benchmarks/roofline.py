@@ -36,7 +36,6 @@ from bitsmoe_kernels.launch import (
     expected_tiles,
     gate_up_tile,
     launch,
-    trellis_parts,
     trellis_warps,
 )
 from bitsmoe_kernels.machine_code import Case, compile_case
@@ -226,8 +225,8 @@ def step_of(
 
     kernel = compiled("gate_up", gpu.cc, used, shape.block, trellis)
     units = shape.hidden // shape.block
-    bn, shared = gate_up_tile(tiles, shape.inner, shape.group, units)
-    parts = parts or (trellis_parts(tiles, shape.inner, shape.group, units) if trellis else shared)
+    bn, ruled = gate_up_tile(tiles, shape.inner, shape.group, units, trellis, gpu.processors)
+    parts = parts or ruled
     programs = shape.inner // bn * parts  # of a tile
     first = kernel_seconds(
         gpu, kernel, GATE_UP, 2 * matrix * reached, 2 * weights * work(kernel) * reached * reads, tiles * programs,

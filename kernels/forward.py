@@ -24,7 +24,6 @@ from .launch import (
     prefill_rows,
     prefill_tile,
     swaps,
-    trellis_parts,
     trellis_prefill_tile,
     trellis_rows,
 )
@@ -80,9 +79,9 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     else:
         tile = prefill_tile(pairs, layout.num_experts)
     filled = expected_tiles(pairs, layout.num_experts, tile)
-    bn, parts = gate_up_tile(filled, layout.intermediate_size, layout.group_size, layout.units_in)
-    if total and layout.codes:
-        parts = trellis_parts(filled, layout.intermediate_size, layout.group_size, layout.units_in)
+    short = total and bool(layout.codes)
+    columns, group = layout.intermediate_size, layout.group_size
+    bn, parts = gate_up_tile(filled, columns, group, layout.units_in, short, experts.processors)
     parts = tuned.parts or parts
     br = down_tile(filled, layout.rank_out, layout.block_size)
     if not total:

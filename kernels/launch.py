@@ -30,8 +30,8 @@ WARPS_WANTED = 15
 #: H100 half as many took up to 7 % longer in down, twice as many 6 % longer in gate_up, all of a tile 15 to 25 %.
 ROUND_WEIGHTS, ROUND_WEIGHTS_IN = 4096, 2048
 
-#: Programs of gate_up of trellis codes up to which more of them share a tile: 4 1/4 on each of 132 multiprocessors.
-GATE_UP_PROGRAMS = 561
+#: Programs of gate_up for each multiprocessor, up to which more of them share a tile of few pairs with trellis codes.
+GATE_UP_PROGRAMS = 4.25
 
 #: Weights that a warp of down decodes at least where its groups are split, beside what beginning and ending cost it.
 SPLIT_WEIGHTS = 8192
@@ -244,49 +244,38 @@ def expected_tiles(pairs: int, experts: int, tile: int) -> int:
     return max(1, round(max(reached, pairs / tile)))
 
 
-def gate_up_tile(tiles: int, columns: int, group: int, units: int) -> tuple[int, int]:
+def gate_up_tile(
+    tiles: int, columns: int, group: int, units: int, short: bool, processors: int = PROCESSORS
+) -> tuple[int, int]:
     """(BN, PARTS) of gate_up: wide tiles share the scaled activations among more columns, many programs fill the GPU.
 
-    On an H200 a step of 8 pairs was fastest with 384 programs (2.9 for each multiprocessor; twice as many took 12 %
-    longer), one of 64 pairs with 600 and 1,200, and 15 % slower where gate and up were one program's.
+    Scalar codes: on an H200 a step of 8 pairs was fastest with 384 programs (2.9 for each multiprocessor; twice as many
+    took 12 % longer), one of 64 pairs with 600 and 1,200, and 15 % slower where gate and up were one program's.
+
+    Short loops of trellis codes: on an H100 a layer of Qwen3-30B-A3B was fastest with 8 to 12 parts at one token, 6 at
+    two and four, 4 to 6 at eight and 2 to 4 beyond (4 at 64, by 2 %); a program that does both matrices keeps twice as
+    many sums, which took 30 % longer at 64.
 
     Args:
         tiles: of pairs that have any (`expected_tiles`).
         columns: I.
         group: columns that share a step; BN divides it.
         units: directions / block_size of one matrix, which the programs of a matrix share.
+        short: tiles of few pairs with trellis codes.
+        processors: multiprocessors of the GPU.
 
     Returns:
-        BN; and programs that share a tile: 1 does gate and up, 2 one of them each, more of them a part of one.
+        BN; and programs that share a tile: 1 does gate and up, 2 one of them each, more of them a part of one, for
+        which a matrix has units enough if none is absent.
     """
     bn = min(128, group)
     grid = tiles * (columns // bn)
-    parts = 2 if 4 * grid < 3 * PROGRAMS_WANTED else 1
-    while 1 < parts < 16 and parts <= units and 16 * grid * parts < 5 * PROGRAMS_WANTED:
-        parts *= 2
-    return bn, parts
-
-
-def trellis_parts(tiles: int, columns: int, group: int, units: int) -> int:
-    """Programs of gate_up that share a tile of few pairs with trellis codes: 2 do gate and up, more a part of one.
-
-    On an H100 a layer of Qwen3-30B-A3B was fastest with 8 to 12 at one token, 6 at two and four, 4 to 6 at eight and 2
-    to 4 beyond (4 at 64, by 2 %); a program that does both keeps twice as many sums, which took 30 % longer at 64.
-
-    Args:
-        tiles: of pairs that have any (`expected_tiles`).
-        columns: I.
-        group: columns of a program.
-        units: directions / block_size of one matrix.
-
-    Returns:
-        an even number up to 16; units of a matrix are enough for half of them, if none is absent.
-    """
-    grid, most = tiles * (columns // group), max(2, min(16, 2 * units))
-    parts = min(4, most)
-    while parts + 2 <= most and grid * (parts + 2) <= GATE_UP_PROGRAMS:
-        parts += 2
-    return parts
+    if short:
+        parts, more, most = min(4, 2 * units), range(6, 17, 2), int(GATE_UP_PROGRAMS * processors)
+    else:
+        parts = 2 if 4 * grid < 3 * PROGRAMS_WANTED else 1
+        more, most = (4, 8, 16) if parts == 2 else (), 5 * PROGRAMS_WANTED // 8 - 1
+    return bn, max([parts, *(n for n in more if n <= 2 * units and grid * n <= most)])
 
 
 def down_tile(tiles: int, directions: int, block: int) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from bitsmoe_kernels import launch as launch_sizes
 from bitsmoe_kernels import prepare
 from bitsmoe_kernels.activation import gating_arguments
 from bitsmoe_kernels.ahead import FETCHED_PAIRS, fetch, fits_ahead
@@ -24,8 +25,8 @@ from bitsmoe_kernels.launch import (
     down_tile,
     even_splits,
     expected_tiles,
+    gate_up_tile,
     swaps,
-    trellis_parts,
 )
 from bitsmoe_kernels.prepare import line_spans
 from bitsmoe_kernels.products import down, gate_up
@@ -236,11 +237,27 @@ def test_groups_are_shared_by_programs(splits):
 def test_tiles_and_groups_are_shared_where_programs_are_few(tokens, parts, splits):
     """A layer of Qwen3-30B-A3B with trellis codes, whose programs of down have two warps."""
     tiles, units, groups = expected_tiles(8 * tokens, 128, 8), 2048 // 128, 768 // 128
-    assert trellis_parts(tiles, 768, 128, units) == parts
-    assert trellis_parts(tiles, 768, 128, 1) == 2
+    assert gate_up_tile(tiles, 768, 128, units, True) == (128, parts)
+    assert gate_up_tile(tiles, 768, 128, 1, True) == (128, 2)
     assert down_splits(tiles, units, groups, 128 * 128, 2) == splits
     assert down_splits(tiles, units, groups, 128 * 128, 2, processors=15) == 1
     assert down_splits(tiles, units, 1, 128 * 128, 2) == 1
+
+
+@pytest.mark.parametrize(("processors", "parts"), [(40, 4), (108, 8), (128, 10), (132, 10), (148, 12)])
+def test_programs_of_a_tile_follow_the_multiprocessors(processors, parts):
+    """Of gate_up, at one token of such a layer."""
+    assert gate_up_tile(8, 768, 128, 16, True, processors) == (128, parts)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "units", "parts"),
+    [(8, 16, 8), (8, 3, 4), (8, 1, 2), (4, 16, 16), (51, 16, 2), (126, 16, 2), (132, 16, 1)],
+)
+def test_programs_of_a_tile_of_scalar_codes(tiles, units, parts, monkeypatch):
+    monkeypatch.setattr(launch_sizes, "PROGRAMS_WANTED", 1056)
+    for processors in (40, 132):
+        assert gate_up_tile(tiles, 768, 128, units, False, processors) == (128, parts)
 
 
 @pytest.mark.parametrize(
