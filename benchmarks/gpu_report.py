@@ -89,6 +89,7 @@ def prefill_text(lines: list[Line]) -> str:
 #: Stage -> its text, and the field without which there is nothing to tell.
 TEXTS = {
     "check": (check_text, "task"),
+    "tests": (check_text, "task"),
     "decode": (decode_text, "seconds"),
     "tune": (tune_text, "sizes"),
     "prefill": (prefill_text, "table"),

@@ -4,9 +4,11 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -34,9 +36,6 @@ CHECKED = {
 
 #: Layers in this project's format, the default first.
 OURS = ("trellis", "scalar")
-
-#: The task of the stage `check` that runs the test files.
-TESTS = "tests compiled"
 
 #: What is tried of gate_up and of down: all that fit, of each. They do not depend on each other, so that one step tries
 #: sizes of both.
@@ -87,28 +86,36 @@ def check(shape: Shape, kind: str, tokens: int, dtype: torch.dtype, device: torc
     return {**result, "passed": error <= 10 * torch.finfo(dtype).eps and equal}
 
 
-def run_tests(paths: list[Path]) -> Line:
-    """Files of the kernels' own tests, compiled, all at once: each in a process of its own."""
+def run_tests(paths: list[Path], until: float = math.inf) -> Line:
+    """Files of the kernels' own tests, compiled, all at once: each in a process of its own, ended at ``until``, of
+    `time.time`. Where one was, the line counts as a failure and not as done."""
     with ThreadPoolExecutor(len(paths)) as pool:
-        found = dict(zip((path.name for path in paths), pool.map(run_file, paths), strict=True))
+        ran = pool.map(lambda path: run_file(path, until), paths)
+        found = dict(zip((path.name for path in paths), ran, strict=True))
     failed = {name: output for name, (passed, output) in found.items() if not passed}
     results = {name: output.strip().splitlines()[-1] for name, (_, output) in found.items() if output.strip()}
-    return {"passed": not failed, "results": results, **({"output": failed} if failed else {})}
+    ended = [name for name, (passed, _) in found.items() if passed is None]
+    more: Line = {"exception": f"no time was left for {', '.join(ended)}"} if ended else {}
+    return {"passed": not failed, "results": results, **({"output": failed} if failed else {}), **more}
 
 
-def run_file(path: Path) -> tuple[bool, str]:
-    """(whether it passed, the end of what it said) of one file of tests, compiled."""
+def run_file(path: Path, until: float) -> tuple[bool | None, str]:
+    """(whether it passed, the end of what it said) of one file of tests, compiled; None: it did not end in time."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     folder = path.parents[2]
     environment |= {"BITSMOE_TEST_KERNELS": "compiled"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, sys.path)])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(path)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    wait = None if until == math.inf else max(0.0, until - time.time())
+    try:
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=wait)
+    except subprocess.TimeoutExpired as ended:
+        return None, (ended.stdout or b"").decode(errors="replace")[-4000:]
     return ran.returncode == 0, (ran.stderr + ran.stdout)[-4000:]
 
 
 def checks(device: torch.device) -> Iterator[Task]:
-    """Layers, then the kernels' test files: compiled on a GPU."""
+    """Layers: ours in the recipe's blocks first."""
     dtypes, on_gpu = [torch.bfloat16, torch.float16], device.type == "cuda"
     for name, shape in CHECKED.items() if on_gpu else [("tiny", SHAPES["tiny"])]:
         for kind in (*OURS, "plain-2", "plain-4") if on_gpu else OURS:
@@ -117,27 +124,31 @@ def checks(device: torch.device) -> Iterator[Task]:
                     arguments = shape, kind, tokens, dtype, device
                     title = f"{name}, {kind}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
                     yield title, lambda arguments=arguments: check(*arguments)
-    tests = sorted((Path(__file__).parents[1] / "tests/kernels/interp").glob("test_*.py"))
-    if on_gpu and tests and all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
-        yield TESTS, lambda: run_tests(tests)
+
+
+def tests(device: torch.device, until: float) -> Iterator[Task]:
+    """The kernels' test files, compiled: on a GPU only."""
+    files = sorted((Path(__file__).parents[1] / "tests/kernels/interp").glob("test_*.py"))
+    installed = all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis"))
+    if device.type == "cuda" and files and installed:
+        yield "tests compiled", lambda: run_tests(files, until)
 
 
 # ------------------------------------------------------------------------------------------------- decode, prefill
 
 
 def decodes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
-    """Every form of every layer at every batch."""
+    """Every form of every layer at every batch, ours first."""
     yield "copy", lambda: {"bytes_per_second": copy_bandwidth(device)}
-    for name in shapes:
-        for batch in batches_of(device):
-            for kind in ("trellis", *decode.OTHERS):
+    for kinds in (OURS, [kind for kind in decode.OTHERS if kind not in OURS]):
+        for name, batch, kind in itertools.product(shapes, batches_of(device), kinds):
 
-                def timed(name: str = name, batch: int = batch, kind: str = kind) -> Line:
-                    arguments = kind, SHAPES[name], batch, device, dtype_of(device), repeats
-                    seconds, nbytes = decode.time_of(*arguments)
-                    return {"shape": name, "batch": batch, "kind": kind, "seconds": seconds, "bytes": nbytes}
+            def timed(name: str = name, batch: int = batch, kind: str = kind) -> Line:
+                arguments = kind, SHAPES[name], batch, device, dtype_of(device), repeats
+                seconds, nbytes = decode.time_of(*arguments)
+                return {"shape": name, "batch": batch, "kind": kind, "seconds": seconds, "bytes": nbytes}
 
-                yield f"{name}, batch {batch}, {kind}", timed
+            yield f"{name}, batch {batch}, {kind}", timed
 
 
 def prefills(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
@@ -313,10 +324,12 @@ def quants(device: torch.device, repeats: int) -> Iterator[Task]:
             yield f"layer, {arm}", lambda arm=arm: layer(arm)
 
 
-def tasks(stage: str, shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
-    """The stage's tasks, cheapest first."""
+def tasks(stage: str, shapes: list[str], device: torch.device, repeats: int, until: float = math.inf) -> Iterator[Task]:
+    """The stage's tasks, those first whose results are missed most; ``until``, of `time.time`: tests end then."""
     if stage == "check":
         yield from checks(device)
+    elif stage == "tests":
+        yield from tests(device, until)
     elif stage == "quant":
         yield from quants(device, repeats)
     else:
