@@ -260,7 +260,7 @@ def round_groups(
     groups, device = step.shape[2], target.device
     widths, length = tuple(widths), rows // groups
     steps, scratch = _scratch(count * groups, length, widths, device)
-    found, change = torch.zeros(target.shape, device=device), (-reference).contiguous()
+    found, change = torch.zeros(target.shape, dtype=torch.float32, device=device), (-reference).contiguous()
     new_step = step.clone(memory_format=torch.contiguous_format)
     before, weight = reference if windows is None else windows, step if row_weight is None else row_weight
     run(
@@ -302,7 +302,7 @@ def round_chains(
         longest: weights of a chain at most.
     """
     device, (columns, rows), count = target.device, target.shape[1:], len(chains[2])
-    found, change = torch.zeros(target.shape, device=device), (-reference).contiguous()
+    found, change = torch.zeros(target.shape, dtype=torch.float32, device=device), (-reference).contiguous()
     if count:
         widths = tuple(widths)
         steps, scratch = _scratch(count, longest, widths, device)

@@ -1,6 +1,8 @@
 """Random packed layers and tiny random models for the tests."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +10,35 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from bitsmoe_modifier.method import native_viterbi
+from bitsmoe_modifier.runtime import packed_product, trellis_product
 from bitsmoe_modifier.storage.factors import pack_basis, pack_factor
 from bitsmoe_modifier.storage.layout import FORMAT_VERSION, ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts
 from bitsmoe_modifier.storage.planes import WIDTHS, code_values, levels
 from bitsmoe_modifier.storage.steps import storable_steps
+from bitsmoe_modifier.storage.trellis import sequence_order, value_tables
 from trellis_reader import read_factors
+
+
+@contextlib.contextmanager
+def other_defaults(dtype: torch.dtype) -> Iterator[None]:
+    """As in a script that set a default dtype and a default device; nothing may be made on the latter, so it is meta.
+
+    What is made once for all calls is made anew inside, and after it.
+    """
+    made_once = (value_tables, sequence_order, trellis_product._tables, native_viterbi._tables, packed_product._table)
+    before = torch.get_default_dtype()
+    for one in made_once:
+        one.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        for one in made_once:
+            one.cache_clear()
 
 
 @dataclass(frozen=True)

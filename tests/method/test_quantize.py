@@ -23,6 +23,7 @@ from bitsmoe_modifier.method.statistics import RoutedTokens, collect_statistics
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.packed import PackedExperts, check_content, check_structure
+from helpers import other_defaults
 
 CLAMPED = Gating("silu", limit=1.5, alpha=1.702, up_shift=1.0)
 BASES = ("auto", "spectral", "none")
@@ -322,6 +323,25 @@ def test_predicted_distortion_is_the_error_of_plain_rounding() -> None:
     packed, report = layer.run(s)
     measured = float((layer.packed_forward(packed) - layer.dense_forward()).square().sum())
     assert 0.4 < report.predicted_distortion / measured < 2.5
+
+
+@pytest.mark.parametrize("codes", ["scalar", "trellis"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_defaults_of_the_user_change_nothing(dtype: torch.dtype, codes: str) -> None:
+    layer, s = make_layer(num_experts=3), settings(codes=codes)
+
+    def run() -> tuple[PackedExperts, LayerReport]:
+        tokens = RoutedTokens.from_router(layer.x, layer.ids, layer.p, 3, rows=8)  # some are held out
+        plan = plan_layer(layer.experts, tokens, s, dense_ids="auto")
+        return quantize_layer(layer.experts, tokens, plan.choose(s.bits * layer.weights), s)
+
+    packed, report = run()
+    with other_defaults(dtype):
+        again, same = run()
+    assert same == report
+    assert all(
+        torch.equal(tensor, other) for (_, tensor), (_, other) in zip(packed.items(), again.items(), strict=True)
+    )
 
 
 def test_result_is_the_same_twice() -> None:

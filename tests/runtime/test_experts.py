@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, attach_execution_device_hook
 
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.runtime import decoded, experts, native_product
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
 from bitsmoe_modifier.storage.packed import TENSOR_NAMES, PackedExperts
-from helpers import RandomLayer, random_layer
+from helpers import RandomLayer, other_defaults, random_layer
 
 LAYERS = {
     "both-bases": {},
@@ -249,10 +250,30 @@ def test_cache_stays_in_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     second.put("a", entry)  # two layers: 650 bytes each
     first.put("e", entry)
     assert (first.nbytes, second.nbytes) == (600, 600)
+    second.put("a", entry)  # by a thread that found nothing, as did another
+    assert second.nbytes == 600
+    third = decoded.DecodedCache()
+    third.put("a", (torch.zeros(100),))  # 433 bytes each
+    assert (first.nbytes, second.nbytes, third.nbytes) == (0, 0, 400), "no layer waits for its turn to give back"
     first.put("huge", (torch.zeros(1000),))
     assert first.get("huge") is None
     first.clear()
     assert first.nbytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("kind", [{"stripes": 2}, {"dense": (1,), "bias": True}], ids=["trellis", "scalar"])
+def test_defaults_of_the_user_change_nothing(kind: dict[str, object], tokens: int, dtype: torch.dtype) -> None:
+    layer = random_layer(**kind)
+    x, ids, p = _inputs(layer, tokens, torch.float32)
+    expected = BitsMoEExperts(layer.packed, Gating())
+    want, weights = expected(x, ids, p), expected.dense_weights()
+    module = BitsMoEExperts(layer.packed, Gating())
+    with other_defaults(dtype):
+        found = module(x, ids, p)
+        assert all(map(torch.equal, module.dense_weights(), weights))
+    assert torch.equal(found, want)
 
 
 @pytest.mark.parametrize("change", ["half", "float", "bfloat16", "double"])
@@ -363,7 +384,9 @@ def test_dispatches_to_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("BITSMOE_FORCE_PLAIN", "1")
     assert run() == "plain"
     monkeypatch.delenv("BITSMOE_FORCE_PLAIN")
-    offloaded = BitsMoEExperts(random_layer().packed, Gating())
-    offloaded._hf_hook = object()
-    module = offloaded
+    module = BitsMoEExperts(random_layer().packed, Gating())
+    attach_execution_device_hook(module, "cpu")  # as every module of a model on several GPUs has
+    assert run() == "kernels"
+    module = BitsMoEExperts(random_layer().packed, Gating())
+    module._hf_hook = AlignDevicesHook("cpu", offload=True)
     assert run() == "plain"

@@ -133,7 +133,7 @@ def chosen_steps(
     """
     matrices, length, directions = factor.shape
     groups = length // group_size
-    steps = torch.ones(matrices, groups, directions, device=factor.device)
+    steps = torch.ones(matrices, groups, directions, dtype=torch.float32, device=factor.device)
     blocks = steps.view(matrices, groups, -1, block_size)
     rows = factor.reshape(matrices, groups, group_size, -1, block_size)
     rho = weight.reshape(matrices, groups, group_size, 1)

@@ -228,7 +228,7 @@ class LayerPlan:
 
     def _widths(self, choice: np.ndarray) -> torch.Tensor:
         """Widths, uint8, of chosen columns of the cost tables."""
-        return torch.tensor(self.inputs[0].costs.widths, dtype=torch.uint8)[torch.from_numpy(choice)]
+        return torch.tensor(self.inputs[0].costs.widths, dtype=torch.uint8, device="cpu")[torch.from_numpy(choice)]
 
     def _design(self, inputs: SidePlan, outputs: SidePlan, allocation: Allocation) -> LayerDesign:
         num_experts = self.shape[0]
@@ -264,7 +264,7 @@ class LayerPlan:
             return table
         # A dense expert's units lose nothing at width 0, so no solver buys them more while another unit gains by it.
         table = table.copy()
-        matrices = torch.zeros(self.shape[0], dtype=torch.bool)
+        matrices = torch.zeros(self.shape[0], dtype=torch.bool, device="cpu")
         matrices[list(self.dense_ids)] = True
         units_in, units_out = inputs.costs.distortion.shape[1], outputs.costs.distortion.shape[1]
         mask = torch.cat([matrices.repeat_interleave(2 * units_in), matrices.repeat_interleave(units_out)])

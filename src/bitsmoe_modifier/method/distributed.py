@@ -102,7 +102,7 @@ class Ranks:
         parts = [tensor]
         for rank, length in enumerate(lengths[1:], 1):
             if length:
-                part = torch.empty(length, dtype=tensor.dtype)
+                part = torch.empty(length, dtype=tensor.dtype, device="cpu")
                 dist.recv(_bytes(part), rank, group=self._group)
                 parts.append(part.to(tensor.device))
         return torch.cat(parts)
@@ -125,7 +125,7 @@ class Ranks:
         made = []
         for column in columns:
             like = column[0]
-            whole = torch.empty(sum(lengths), *like.shape[1:], dtype=like.dtype)
+            whole = torch.empty(sum(lengths), *like.shape[1:], dtype=like.dtype, device="cpu")
             if rank == self.rank:
                 whole = torch.cat(column).cpu().contiguous()
             dist.broadcast(_bytes(whole), rank, group=self._group)

@@ -114,7 +114,8 @@ def _activation_of(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str,
 def _probe_values(limit: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of gate and up on which formulas are told apart: on both sides of the clamp, where there is one."""
     reach = 9.0 if limit is None else max(9.0, 1.5 * float(limit))
-    return torch.linspace(-reach, reach, 37), torch.linspace(reach - 0.5, 1.0 - reach, 37)
+    gate = torch.linspace(-reach, reach, 37, dtype=torch.float32, device="cpu")
+    return gate, torch.linspace(reach - 0.5, 1.0 - reach, 37, dtype=torch.float32, device="cpu")
 
 
 def _probe(experts: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:

@@ -62,8 +62,8 @@ class QuantizerSettings:
     def resolve_group_size(self, length: int) -> int:
         """Weights along I that share a scale in a layer of expert size ``length``.
 
-        As set; else 128 where it divides I, or the largest power of two from 64 to 16 that does, which the kernels
-        take; where none does, the largest multiple of 8 below 128, or 128, which then is refused by name.
+        As set; else 128 where it divides I, or the largest power of two from 64 to 16 that does, of which the kernels
+        take 64 and 32; where none does, the largest multiple of 8 below 128, or 128, which then is refused by name.
         """
         if self.group_size != AUTO_GROUP_SIZE:
             return self.group_size

@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL | None:
 @torch.inference_mode(False)
 def _tables() -> torch.Tensor:
     """`window_values` of every width, float32 ``[9, 256]``."""
-    tables = torch.zeros(max(WIDTHS) + 1, 256)
+    tables = torch.zeros(max(WIDTHS) + 1, 256, dtype=torch.float32, device="cpu")
     for width in CODES:
         tables[width] = window_values(width)
     return tables
@@ -59,8 +59,8 @@ def encode(
         raise ValueError("the encoder's sequences do not belong together")
     if len(place) and not 0 <= int(place.min()) <= int(place.max()) < target.numel():
         raise ValueError("the encoder's places lie outside of its targets")
-    spans = torch.tensor([preludes.get(b, 0) for b in range(max(WIDTHS) + 1)], dtype=torch.int32)
-    windows = torch.zeros(target.shape, dtype=torch.uint8)
+    spans = torch.tensor([preludes.get(b, 0) for b in range(max(WIDTHS) + 1)], dtype=torch.int32, device="cpu")
+    windows = torch.zeros(target.shape, dtype=torch.uint8, device="cpu")
     arrays = [ctypes.c_void_p(t.data_ptr()) for t in (target, gain, begin, place, width)]
     tables = [ctypes.c_void_p(t.data_ptr()) for t in (_tables(), spans)]
     found = ctypes.c_void_p(windows.data_ptr())

@@ -174,7 +174,7 @@ def _relative_error(layer: LayerTask, tokens: RoutedTokens, inputs: RoundedSide,
     chosen = tokens.token.unique()[:_REPORT_TOKENS]
     place = torch.full((len(tokens.x),), -1, device=h.device)
     place[chosen] = torch.arange(len(chosen), device=h.device)
-    exact = torch.zeros(len(chosen), experts.down.shape[1], device=h.device)
+    exact = torch.zeros(len(chosen), experts.down.shape[1], dtype=torch.float32, device=h.device)
     error = torch.zeros_like(exact)
     for expert, pairs in zip(range(len(tokens.counts)), tokens.pairs(range(len(tokens.counts))), strict=True):
         token = tokens.token[pairs]

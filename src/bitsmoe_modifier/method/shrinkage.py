@@ -56,7 +56,7 @@ def absorbed_energy(
     Returns:
         ``Σ (M⁻¹ h)_k²``, ``[shares, n]``, columns in their own order.
     """
-    energy = torch.zeros(len(shares), len(order), device=moment.device)
+    energy = torch.zeros(len(shares), len(order), dtype=torch.float32, device=moment.device)
     turned = inputs.T[order]
     for row, share in zip(energy, shares, strict=True):
         factor = feedback_factor(damp_(towards_diagonal_(moment.clone(), share), dampening)[None], order[None])[0]

@@ -115,7 +115,8 @@ def round_input(layer: LayerTask) -> RoundedSide:
         if coder is None:
             steps = chosen_steps(factor, weight, widths, design.block_size, settings.group_size)
         else:  # its columns find their own
-            steps = torch.ones(len(factor), length // settings.group_size, rank, device=h.device)
+            groups = length // settings.group_size
+            steps = torch.ones(len(factor), groups, rank, dtype=torch.float32, device=h.device)
         if not settings.error_feedback:
             if coder is None:
                 codes = _encoded(factor, steps, level)
@@ -264,7 +265,7 @@ class _DownMoments:
         if self._kept is not None:
             common = self._kept[0].sum(0)
         else:
-            common = torch.zeros(length, length, device=layer.h.device)
+            common = torch.zeros(length, length, dtype=torch.float32, device=layer.h.device)
             for expert, pairs in zip(mine, layer.tokens.pairs(mine), strict=True):
                 x, root = layer.h[layer.tokens.token[pairs]], layer.tokens.weight[pairs].sqrt()[:, None]
                 z = layer.experts.activations(expert, x, self._gate_up(expert)) * root

@@ -125,7 +125,7 @@ def round_basis(matrix: torch.Tensor, bits: int, group: int) -> SharedBasis:
     if columns % group:
         raise RecipeError(f"basis groups of {group} do not divide {columns} columns; set basis_bits: 16")
     grouped = matrix.view(rows, columns // group, group, 1)
-    step, _ = search_step(grouped, torch.ones((), device=matrix.device), bits, 32, _in_fp16)
+    step, _ = search_step(grouped, torch.ones_like(matrix[0, 0]), bits, 32, _in_fp16)
     codes = encode(grouped, step, levels(bits)).to(torch.uint8).view(rows, columns)
     step = step.view(rows, -1).to(torch.float16)
     stored = pack_basis(codes, bits, group)
@@ -196,7 +196,7 @@ def output_coupling(
     basis: SharedBasis | None, metric: torch.Tensor | None, hidden: int, device: torch.device | str
 ) -> torch.Tensor:
     """Uᵀ M U: how errors of two output directions act together in the loss, float32 ``[R', R']``."""
-    metric = torch.eye(hidden, device=device) if metric is None else metric
+    metric = torch.eye(hidden, dtype=torch.float32, device=device) if metric is None else metric
     return metric if basis is None else basis.matrix.T @ metric @ basis.matrix
 
 

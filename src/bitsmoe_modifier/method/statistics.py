@@ -6,6 +6,7 @@ multiplies an expert's output error by the routing weight.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -120,7 +121,7 @@ class RoutedTokens:
 
     def pairs(self, experts: Sequence[int]) -> list[slice]:
         """Slice of the pairs of each of the given experts."""
-        ends = torch.tensor((0, *self.counts)).cumsum(0).tolist()
+        ends = list(accumulate(self.counts, initial=0))
         return [slice(ends[e], ends[e + 1]) for e in experts]
 
     @property
@@ -285,12 +286,12 @@ def collect_statistics(
     ranks = ranks or Ranks.alone()
     num_experts, hidden, width = down.shape
     device = tokens.x.device
-    importance = torch.zeros(num_experts, 2 * width, device=device)
-    diagonal = torch.zeros(num_experts, width, device=device)
+    importance = torch.zeros(num_experts, 2 * width, dtype=torch.float32, device=device)
+    diagonal = torch.zeros(num_experts, width, dtype=torch.float32, device=device)
     ratio = torch.zeros_like(diagonal)
-    output_moment = torch.zeros(hidden, hidden, device=device)
-    mass = torch.zeros(num_experts, device=device)
-    peak = torch.zeros(num_experts, device=device)
+    output_moment = torch.zeros(hidden, hidden, dtype=torch.float32, device=device)
+    mass = torch.zeros(num_experts, dtype=torch.float32, device=device)
+    peak = torch.zeros_like(mass)
     mine, rows = ranks.mine(num_experts), ranks.mine(len(tokens.x))
     for expert, pairs in zip(mine, tokens.pairs(mine), strict=True):
         if pairs.stop == pairs.start:

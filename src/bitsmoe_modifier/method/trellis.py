@@ -36,7 +36,8 @@ def root_mean_square(w: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.T
 
 def normal_steps(rms: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
     """Storable steps of weights of root mean square ``rms`` at the given widths; of no meaning at width 0."""
-    factors = torch.tensor([NORMAL_STEP.get(b, 1.0) for b in range(max(CODES) + 1)], device=rms.device)
+    known = [NORMAL_STEP.get(b, 1.0) for b in range(max(CODES) + 1)]
+    factors = torch.tensor(known, dtype=torch.float32, device=rms.device)
     return storable_steps(rms * factors[width.long()])
 
 
@@ -300,7 +301,7 @@ def chain_error(
     root = (gain.clamp_min(0).sqrt() * step).view(-1, joined * block_size)
     root = root * root.square().mean(1, keepdim=True).clamp_min(_TINY).rsqrt()
     count, chain = root.shape
-    sequences = Sequences.rows(torch.full((count,), width), sequence_order(chain))
+    sequences = Sequences.rows(torch.full((count,), width, device="cpu"), sequence_order(chain))
     windows = encode(root * (factor / step).view(root.shape), root, sequences)
     grid = trellis_values(windows, width).view(grouped.shape)
     weighted = rho * grid
@@ -311,4 +312,4 @@ def chain_error(
 
 def _fresh(w: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     widths = torch.full((len(w),), width, device=w.device)
-    return fit_rows(w, weight, widths, torch.ones(len(w), 1, device=w.device))
+    return fit_rows(w, weight, widths, w.new_ones(len(w), 1))

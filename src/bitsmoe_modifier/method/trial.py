@@ -160,9 +160,10 @@ class Trials:
 
 def predicted_losses(plan: LayerPlan, design: LayerDesign) -> torch.Tensor:
     """What the cost tables say of each expert, float64 ``[E]``, for a design of a plan with one candidate per side."""
-    losses = torch.zeros(plan.shape[0], dtype=torch.float64)
+    losses = torch.zeros(plan.shape[0], dtype=torch.float64, device="cpu")
     for side, chosen in ((plan.inputs[0], design.inputs), (plan.outputs[0], design.outputs)):
-        column = torch.searchsorted(torch.tensor(side.costs.widths), chosen.widths.to("cpu", torch.int64))
+        known = torch.tensor(side.costs.widths, device="cpu")
+        column = torch.searchsorted(known, chosen.widths.to("cpu", torch.int64))
         lost = side.costs.distortion.gather(2, column[:, :, None]).sum((1, 2))
         losses += lost.view(plan.shape[0], -1).sum(1)
     return losses
@@ -177,7 +178,7 @@ def trial_experts(losses: torch.Tensor, held: RoutedTokens, dense_ids: tuple[int
     if not usable:
         return []
     reached = losses[usable].cumsum(0)
-    marks = (torch.arange(number, dtype=torch.float64) + 0.5) / number * reached[-1]
+    marks = (torch.arange(number, dtype=torch.float64, device="cpu") + 0.5) / number * reached[-1]
     found = torch.searchsorted(reached, marks).clamp_max(len(usable) - 1)
     return [usable[at] for at in sorted(set(found.tolist()))]
 
@@ -217,7 +218,7 @@ def trial_losses(
     layer = LayerTask(some, fitted, None, None, part, settings, metric, Ranks.alone(), h)
     inputs = round_input(layer)
     outputs = round_output(layer, inputs)
-    losses = torch.zeros(len(judges), len(ids), dtype=torch.float64)
+    losses = torch.zeros(len(judges), len(ids), dtype=torch.float64, device="cpu")
     for loss, judge in zip(losses, judges, strict=True):
         seen = {"held": held, "fitted": fitted}[judge]
         for expert, pairs in enumerate(seen.pairs(range(len(ids)))):

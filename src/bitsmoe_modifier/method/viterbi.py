@@ -108,13 +108,13 @@ def _encode_rows(target: torch.Tensor, gain: torch.Tensor, width: int) -> torch.
     count, length = target.shape
     states = _WINDOWS >> width
     closing = torch.zeros(count, dtype=torch.int64, device=target.device)
+    free = torch.zeros(count, states, dtype=torch.float32, device=target.device)
     if width < WINDOW_BITS:
         span = min(PRELUDE[width], length)
         around = torch.arange(length - span, length + span, device=target.device) % length
-        free = torch.zeros(count, states, device=target.device)
         costs, branches = run(target[:, around], gain[:, around], width, free)
         closing = trace(branches, costs.argmin(1), width)[1][:, span]
-    held = torch.full((count, states), 1e30, device=target.device).scatter_(1, closing[:, None], 0.0)
+    held = torch.full_like(free, 1e30).scatter_(1, closing[:, None], 0.0)
     return trace(run(target, gain, width, held)[1], closing, width)[0]
 
 

@@ -250,8 +250,9 @@ class BitsMoEExperts(nn.Module):
             as stored for super experts. Biases, where there are any, are the parameters ``in_bias`` and ``out_bias``.
         """
         spec, device = self.spec, self.codes_in.device
-        gate_up = torch.empty(spec.num_experts, 2 * spec.intermediate_size, spec.hidden_size, device=device)
-        down = torch.empty(spec.num_experts, spec.hidden_size, spec.intermediate_size, device=device)
+        experts, hidden, length, like = spec.num_experts, spec.hidden_size, spec.intermediate_size, torch.float32
+        gate_up = torch.empty(experts, 2 * length, hidden, dtype=like, device=device)
+        down = torch.empty(experts, hidden, length, dtype=like, device=device)
         basis_in, basis_out = self._basis("in", torch.float32), self._basis("out", torch.float32)
         dense = self._rows_of_dense()
         for e, a, f in self._factors([e for e in range(spec.num_experts) if e not in dense], torch.float32):
@@ -299,9 +300,7 @@ class BitsMoEExperts(nn.Module):
         """What the kernels need of this layer, computed at its first use; None where they cannot run it."""
         if dtype not in self._prepared:
             self._prepared[dtype] = None
-            # an offloaded layer's tensors come and go with every call, and the kernels would hold on to them
-            offloaded = hasattr(self, "_hf_hook") or not isinstance(self._parameters, dict)
-            if not offloaded:
+            if not self._is_offloaded():
                 from bitsmoe_kernels import prepare, unsupported
 
                 reason = unsupported(self.spec, dtype, self.codes_in.device)
@@ -310,6 +309,13 @@ class BitsMoEExperts(nn.Module):
                 else:
                     self._prepared[dtype] = _at_fixed_addresses(prepare(self.packed))
         return self._prepared[dtype]
+
+    def _is_offloaded(self) -> bool:
+        """Whether the tensors come and go with every call, by accelerate or compressed-tensors: kernels would hold on
+        to them. accelerate's hook alone says nothing: a model on several GPUs has one on every module."""
+        hook = getattr(self, "_hf_hook", None)
+        offloading = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+        return offloading or not isinstance(self._parameters, dict)
 
     def forward_plain(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -47,7 +47,7 @@ def fastest_product(
     n, m = (layout.block_size, layout.group_size) if inward else (layout.group_size, layout.block_size)
     v = v.contiguous()
     y = v.new_zeros(len(experts), 2 * layout.intermediate_size if inward else layout.rank_out)
-    spans = torch.tensor([[(bounds[e], bounds[e + 1]) for bounds in planes.bounds] for e in experts])
+    spans = torch.tensor([[(bounds[e], bounds[e + 1]) for bounds in planes.bounds] for e in experts], device="cpu")
 
     def run(begin: int, end: int) -> None:
         tensors = (planes.entries, spans[begin], codes, steps, v[begin], y[begin])

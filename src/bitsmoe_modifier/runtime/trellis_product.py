@@ -23,7 +23,7 @@ _SOURCE = Path(__file__).with_name("trellis_product.cpp")
 
 @dataclass(frozen=True)
 class TileIndex:
-    """All tiles of codes of one side of a layer, expert after expert.
+    """All tiles of codes of one side of a layer, expert after expert, on the CPU.
 
     Attributes:
         entries: int64 ``[tiles, 7]``: quantum where the tile begins; row of its first unit's steps; bit-width; units of
@@ -60,7 +60,8 @@ def index_tiles(widths: torch.Tensor, layout: ExpertsLayout, side: str) -> TileI
             members += units
         if matrix % matrices == matrices - 1:
             bounds.append(len(entries))
-    return TileIndex(torch.tensor(entries, dtype=torch.int64).view(-1, 7), torch.tensor(members), bounds)
+    tiles = torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 7)
+    return TileIndex(tiles, torch.tensor(members, dtype=torch.int64, device="cpu"), bounds)
 
 
 def is_available(x: torch.Tensor) -> bool:
@@ -74,7 +75,7 @@ def is_available(x: torch.Tensor) -> bool:
 @torch.inference_mode(False)
 def _tables() -> torch.Tensor:
     """`window_values` of every width, float32 ``[9, 256]``."""
-    tables = torch.zeros(max(WIDTHS) + 1, 256)
+    tables = torch.zeros(max(WIDTHS) + 1, 256, dtype=torch.float32, device="cpu")
     for width in CODES:
         tables[width] = window_values(width)
     return tables
@@ -115,7 +116,8 @@ def trellis_product(
         raise ValueError(f"the product reads bytes and float32, not {codes.dtype}, {steps.dtype} and {v.dtype}")
     inward, v = side == "in", v.contiguous()
     y = v.new_zeros(len(experts), 2 * layout.intermediate_size if inward else layout.rank_out)
-    spans = torch.tensor([(tiles.bounds[e], tiles.bounds[e + 1]) for e in experts], dtype=torch.int64).view(-1, 2)
+    pieces = [(tiles.bounds[e], tiles.bounds[e + 1]) for e in experts]
+    spans = torch.tensor(pieces, dtype=torch.int64, device="cpu").view(-1, 2)
     codes, steps = codes.detach(), steps.detach()
 
     def run(begin: int, end: int) -> None:

@@ -180,16 +180,17 @@ def _decode_compiled(
     rows, columns = (
         (layout.intermediate_size, layout.rank_in) if inward else (layout.rank_out, layout.intermediate_size)
     )
-    out = torch.zeros(len(widths), rows, columns)
-    step_rows, group = steps.view(-1, bs), torch.arange(groups)[:, None]
+    out = torch.zeros(len(widths), rows, columns, dtype=torch.float32, device="cpu")
+    step_rows, group = steps.view(-1, bs), torch.arange(groups, device="cpu")[:, None]
+    column, direction = torch.arange(gs, device="cpu"), torch.arange(bs, device="cpu")
     for width, matrix, units in _tiles(widths, layout, side):
         offset = index.code_offset[matrix, :, units[:, 0]] * layout.quantum
         scale = step_values(step_rows[index.step_offset[matrix[:, None], :, units]]).transpose(1, 2)
         # where a tile's rows begin: those of the group along I, or those of the chain's units
         if inward:
-            own = ((group * gs + torch.arange(gs)) * columns)[None] + units[:, :, None] * bs
+            own = ((group * gs + column) * columns)[None] + units[:, :, None] * bs
         else:
-            own = ((units[:, :, None] * bs + torch.arange(bs)).flatten(1) * columns)[:, None] + group * gs
+            own = ((units[:, :, None] * bs + direction).flatten(1) * columns)[:, None] + group * gs
         place = own + matrix[:, None, None] * (rows * columns)
         native_trellis.decode_tiles(
             library,

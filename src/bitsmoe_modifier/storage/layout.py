@@ -144,9 +144,9 @@ class ExpertsLayout:
         return (3 - self.ungated) * self.num_experts * self.intermediate_size * self.hidden_size
 
     def to_tensor(self) -> torch.Tensor:
-        """The header as int32 ``[16]``: version first, then the other fields in order, zero-padded."""
+        """The header as int32 ``[16]`` on the CPU: version first, then the other fields in order, zero-padded."""
         values = [self.version, *(getattr(self, f.name) for f in fields(self)[:-1])]
-        return torch.tensor(values + [0] * (_HEADER_SIZE - len(values)), dtype=torch.int32)
+        return torch.tensor(values + [0] * (_HEADER_SIZE - len(values)), dtype=torch.int32, device="cpu")
 
     @classmethod
     def from_tensor(cls, header: torch.Tensor) -> "ExpertsLayout":

@@ -38,8 +38,8 @@ _HALF = 16
 @torch.inference_mode(False)
 def value_tables(device: torch.device) -> torch.Tensor:
     """Values of all windows at all widths, float32 ``[9 * 256]``, row b for width b; 0 where b is no width > 0."""
-    tables = torch.zeros(max(WIDTHS) + 1, _WINDOWS, dtype=torch.float64)
-    window = torch.arange(_WINDOWS)
+    tables = torch.zeros(max(WIDTHS) + 1, _WINDOWS, dtype=torch.float64, device="cpu")
+    window = torch.arange(_WINDOWS, device="cpu")
     for width, (multiplier, alpha, gamma) in CODES.items():
         r = (2 * (multiplier * window % _WINDOWS) - (_WINDOWS - 1)).double() / _WINDOWS
         square = _half(r * r + alpha)
