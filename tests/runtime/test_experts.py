@@ -365,7 +365,15 @@ def test_dispatches_to_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     kernels.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     kernels.unsupported = lambda layout, dtype, device: "no kernel" if dtype == torch.float64 else ""
     sides = {"side_in": types.SimpleNamespace(), "side_out": types.SimpleNamespace()}
-    kernels.prepare = lambda packed: prepared.append(packed) or types.SimpleNamespace(packed=packed, **sides)
+
+    def prepare(packed: PackedExperts) -> types.SimpleNamespace:
+        if no_memory:
+            raise no_memory.pop()
+        prepared.append(packed)
+        return types.SimpleNamespace(packed=packed, **sides)
+
+    kernels.prepare = prepare
+    no_memory = [torch.OutOfMemoryError()]
     kernels.moe_forward = lambda x, ids, p, experts, gating: "kernels"
     monkeypatch.setitem(sys.modules, "bitsmoe_kernels", kernels)
     monkeypatch.setattr(BitsMoEExperts, "forward_plain", lambda *_: "plain")
@@ -377,7 +385,9 @@ def test_dispatches_to_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
         return module(torch.zeros(1, 64, dtype=dtype).as_subclass(OnCuda), torch.zeros(1, 1), torch.zeros(1, 1))
 
     module = BitsMoEExperts(random_layer().packed, Gating())
-    assert (run(), run(), len(prepared)) == ("kernels", "kernels", 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    assert (run(), run(), len(prepared)) == ("kernels", "kernels", 1), "what failed is tried again"
     assert run(torch.float64) == "plain"
     module.to("cpu")
     assert (run(), len(prepared)) == ("kernels", 2)

@@ -299,7 +299,7 @@ class BitsMoEExperts(nn.Module):
     def _prepare_kernels(self, dtype: torch.dtype) -> "PreparedExperts | None":
         """What the kernels need of this layer, computed at its first use; None where they cannot run it."""
         if dtype not in self._prepared:
-            self._prepared[dtype] = None
+            prepared = None
             if not self._is_offloaded():
                 from bitsmoe_kernels import prepare, unsupported
 
@@ -307,7 +307,8 @@ class BitsMoEExperts(nn.Module):
                 if reason:
                     _LOGGER.warning("packed experts run in plain PyTorch, which is slow: %s", reason)
                 else:
-                    self._prepared[dtype] = _at_fixed_addresses(prepare(self.packed))
+                    prepared = _at_fixed_addresses(prepare(self.packed))
+            self._prepared[dtype] = prepared  # not before: what fails (memory, a capture) is tried again
         return self._prepared[dtype]
 
     def _is_offloaded(self) -> bool:
