@@ -16,9 +16,15 @@ Instructions are counted in the machine code of the innermost loop that decodes,
 decodes in one round of it. A 2-bit weight at full memory bandwidth leaves time for about 1.7 of them on an H200 (4.3
 TB/s, 132 multiprocessors, 4 instructions of 32 lanes a clock at 1.75 GHz). Nothing depends on the number of pairs but
 the routing, which is compiled for up to 128 and for more.
+
+As many processes as there are cores compile. What was compiled stays in Triton's cache, so that a call that was ended
+goes through what it had done in a second a case.
 """
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -242,21 +248,45 @@ HEADER = (
 )
 
 
-def rows(targets: tuple[int, ...], every: bool = True, all_shapes: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """(a row of the table in Markdown, the gates that it misses), as they are compiled."""
-    for cc in targets:
-        for case in shapes(cc) if all_shapes else cases(cc, every):
-            if SHARED[cc] <= 100:  # the shared memory of small GPUs holds two of the mixed kernels
-                case = replace(case, programs=min(case.programs, 2))
-            report = compile_case(case, cc)
-            spent, budget = (f"{report.per_weight:.2f}", f"{case.budget}") if case.weights else ("", "")
-            cells = (
-                f"sm_{cc}", case.name, case.how.warps, report.registers, report.stack, f"{report.shared / 1024:.1f}",
-                report.resident, "" if report.flying is None else f"{report.flying:g}",
-                "" if report.start is None else report.start, spent, budget,
-            )  # fmt: skip
-            missed = [f"sm_{cc} {case.name}: {failure}" for failure in report.failures(case)]
-            yield "| " + " | ".join(map(str, cells)) + " |", missed
+def row(cc: int, case: Case) -> tuple[str, list[str]]:
+    """(a row of the table in Markdown, the gates that it misses)."""
+    if SHARED[cc] <= 100:  # the shared memory of small GPUs holds two of the mixed kernels
+        case = replace(case, programs=min(case.programs, 2))
+    report = compile_case(case, cc)
+    spent, budget = (f"{report.per_weight:.2f}", f"{case.budget}") if case.weights else ("", "")
+    cells = (
+        f"sm_{cc}", case.name, case.how.warps, report.registers, report.stack, f"{report.shared / 1024:.1f}",
+        report.resident, "" if report.flying is None else f"{report.flying:g}",
+        "" if report.start is None else report.start, spent, budget,
+    )  # fmt: skip
+    missed = [f"sm_{cc} {case.name}: {failure}" for failure in report.failures(case)]
+    return "| " + " | ".join(map(str, cells)) + " |", missed
+
+
+def rows(
+    targets: tuple[int, ...], every: bool = True, all_shapes: bool = False, processes: int = 1
+) -> Iterator[tuple[str, list[str]]]:
+    """`row` of every case, in their order, as soon as it and those before it are compiled."""
+    numbers = [
+        (cc, every, all_shapes, number)
+        for cc in targets
+        for number in range(sum(1 for _ in _chosen(cc, every, all_shapes)))
+    ]
+    if processes == 1:
+        yield from map(_row, numbers)
+        return
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap(_row, numbers)
+
+
+def _chosen(cc: int, every: bool, all_shapes: bool) -> Iterator[Case]:
+    return shapes(cc) if all_shapes else cases(cc, every)
+
+
+def _row(which: tuple[int, bool, bool, int]) -> tuple[str, list[str]]:
+    """`row` of a case by its number, for cases hold kernels, which cannot be sent to another process."""
+    cc, every, all_shapes, number = which
+    return row(cc, next(itertools.islice(_chosen(cc, every, all_shapes), number, None)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,13 +295,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cc", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--quick", action="store_true", help="only decode with the default recipe's widths")
     parser.add_argument("--shapes", action="store_true", help="instead, every block, group and tile with all widths")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile; as many as cores")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: these kernels would be interpreted, not compiled")
     print(f"Triton {triton.__version__}\n\n{HEADER}", flush=True)
     missed = []
-    for row, failures in rows(tuple(options.cc), not options.quick, options.shapes):
-        print(row, flush=True)  # the whole table takes an hour: what a killed run has found is not lost
+    for text, failures in rows(tuple(options.cc), not options.quick, options.shapes, options.processes):
+        print(text, flush=True)
         missed += failures
     print("\n" + ("\n".join(f"MISSED {line}" for line in missed) or "all gates passed"))
     return 1 if missed else 0

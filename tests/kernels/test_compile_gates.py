@@ -8,6 +8,7 @@ the test takes the kernels of the default recipe's decode step, in a process wit
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,6 +22,22 @@ def test_compile_gates(target):
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+
+
+def test_processes_share_the_cases_and_keep_their_order(monkeypatch):
+    pytest.importorskip("triton.backends.nvidia")
+    from bitsmoe_kernels import compile_gates
+
+    def compiled(cc, case):
+        time.sleep(0.05 * (3 - case))  # the first ones take longest
+        return f"sm_{cc} {case} by {os.getpid()}", [f"{cc} {case}"]
+
+    monkeypatch.setattr(compile_gates, "cases", lambda cc, every: iter(range(4)))
+    monkeypatch.setattr(compile_gates, "row", compiled)
+    texts, missed = zip(*compile_gates.rows((80, 90), processes=2), strict=True)
+    assert [one for each in missed for one in each] == [f"{cc} {case}" for cc in (80, 90) for case in range(4)]
+    assert len({text.split()[-1] for text in texts} - {str(os.getpid())}) == 2
+    assert [each for _, each in compile_gates.rows((80, 90))] == list(missed)
 
 
 def test_the_package_imports_without_triton(tmp_path):
