@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run, and return 1 where a task failed."""
     parser = argparse.ArgumentParser(description="Check and time the kernels on a GPU, in pieces that may be cut off.")
     parser.add_argument("--stage", choices=(*STAGES, "all"), nargs="+", required=True, help="one after another")
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["qwen3-30b-a3b"])
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["qwen3-30b-a3b", "qwen3-30b-a3b-default"])
     parser.add_argument("--deadline", type=float, default=500, help="seconds after which no task begins")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON lines")

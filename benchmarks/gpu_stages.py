@@ -137,11 +137,18 @@ def tests(device: torch.device, until: float) -> Iterator[Task]:
 # ------------------------------------------------------------------------------------------------- decode, prefill
 
 
+def sizes_once(shapes: list[str]) -> list[str]:
+    """Those of the shapes that differ from the ones before in more than their bit-widths."""
+    sizes = [replace(SHAPES[name], widths=()) for name in shapes]
+    return [name for i, name in enumerate(shapes) if sizes[i] not in sizes[:i]]
+
+
 def decodes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
     """Every form of every layer at every batch, ours first."""
     yield "copy", lambda: {"bytes_per_second": copy_bandwidth(device)}
-    for kinds in (OURS, [kind for kind in decode.OTHERS if kind not in OURS]):
-        for name, batch, kind in itertools.product(shapes, batches_of(device), kinds):
+    others = [kind for kind in decode.OTHERS if kind not in OURS]  # which have one bit-width
+    for names, kinds in ((shapes, OURS), (sizes_once(shapes), others)):
+        for name, batch, kind in itertools.product(names, batches_of(device), kinds):
 
             def timed(name: str = name, batch: int = batch, kind: str = kind) -> Line:
                 arguments = kind, SHAPES[name], batch, device, dtype_of(device), repeats
@@ -198,8 +205,8 @@ def candidates(experts: PreparedExperts) -> list[tuned.Sizes]:
 
 
 def tunes(shapes: list[str], device: torch.device, repeats: int) -> Iterator[Task]:
-    """Times of gate_up and of down with every candidate."""
-    for name, kind in itertools.product(shapes, OURS):
+    """Times of gate_up and of down with every candidate; the table has one entry for all bit-widths."""
+    for name, kind in itertools.product(sizes_once(shapes), OURS):
         experts = sample_of(SHAPES[name], kind, device)
         layer = tuned.layer_key(experts.layout)
         for batch in batches_of(device):

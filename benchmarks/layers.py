@@ -40,6 +40,8 @@ class Shape:
 
 SHAPES = {
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
+    # units of 1 and 3 bits too, as the default recipe makes them: other kernels, and narrower tiles for many tokens
+    "qwen3-30b-a3b-default": Shape(128, 8, 2048, 768, widths=(4, 3, 3, 2, 2, 1, 1, 0)),
     "qwen3-235b-a22b": Shape(128, 8, 4096, 1536),
     "deepseek-v3": Shape(256, 8, 7168, 2048),
     "gpt-oss-120b": Shape(128, 4, 2880, 2880, block=64, group=64),

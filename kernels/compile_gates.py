@@ -2,8 +2,8 @@
 
 Every kernel is compiled as it would be launched for a Qwen3-30B-A3B layer (R = 2048, I = 768, blocks and groups of
 128) and disassembled with the tools of Triton's package. A row passes when
-- no thread uses the stack, which is where spilled registers go (off the default recipe, four registers may: kernels of
-  six widths, or of blocks of 64);
+- no thread uses the stack, which is where spilled registers go (four registers may, outside the loops, in kernels of
+  six widths or of blocks of 64), and no loop does;
 - the shared memory fits a program of the smallest GPU of its kind, and that of one multiprocessor, with its registers,
   holds the programs that are wanted there;
 - no byte is loaded alone in the loop over the weights;
@@ -190,7 +190,7 @@ def _rounding() -> Iterator[Case]:
 
 
 def cases(cc: int, every: bool = True) -> Iterator[Case]:
-    """The kernels to check for one target; ``every=False``: decode with the default recipe's widths only."""
+    """The kernels to check for one target; ``every=False``: decode with widths 6, 4 and 2 only."""
     mixed = (6, 4, 2)
     for make in (_gate_up, _down):
         for width in (1, 2, 3, 4, 6, 8) if every else (2, 4):

@@ -62,7 +62,7 @@ class Report:
 
     ``resident``: programs per multiprocessor; ``byte_loads``: in the loop; ``flying``: rounds of the loop whose copies
     are under way while it waits, and ``start``: instructions before the first copy, None where nothing is copied;
-    ``outside``: instructions of the kernel beside its innermost loops.
+    ``outside``: instructions of the kernel beside its innermost loops; ``spills``: inside these, to the stack.
     """
 
     registers: int
@@ -76,11 +76,13 @@ class Report:
     fits: bool
     stores: int
     outside: int
+    spills: int
 
     def failures(self, case: Case) -> list[str]:
         """The gates that this report misses."""
         checks = {
             f"{self.stack} bytes of stack, {case.stack} allowed": self.stack > case.stack,
+            f"{self.spills} loads and stores of the stack in a loop": self.spills > 0,
             f"{self.resident} programs resident, {case.programs} wanted": self.resident < case.programs,
             f"{self.byte_loads} byte loads": self.byte_loads > 0,
             f"{self.per_weight:.2f} instructions per weight > {case.budget}": self.per_weight > case.budget,
@@ -123,7 +125,7 @@ def compile_case(case: Case, cc: int) -> Report:
     resident = min(_REGISTERS // (-(-registers // 8) * 8 * threads), THREADS[cc] // threads)
     if shared:
         resident = min(resident, SHARED[cc] * 1024 // (shared + 1024))
-    loop = main_loop(code)
+    loop, loops = main_loop(code), [_opcodes(text) for text in inner_loops(code)]
     opcodes = Counter(_opcodes(loop))
     waits, groups = re.findall(r"DEPBAR\.LE SB0, (0x\w+)", loop), opcodes["LDGDEPBAR"]
     loads = [op for op in opcodes.elements() if op.startswith(("LDG", "LDS."))]
@@ -138,7 +140,8 @@ def compile_case(case: Case, cc: int) -> Report:
         start=len(_opcodes(code[: code.index("LDGSTS")])) if "LDGSTS" in code else None,
         fits=shared <= (SHARED[cc] - 1) * 1024,
         stores=sum(op.split(".")[0] in ("STS", "STSM") for op in opcodes.elements()),
-        outside=len(_opcodes(code)) - sum(len(_opcodes(text)) for text in inner_loops(code)),
+        outside=len(_opcodes(code)) - sum(map(len, loops)),
+        spills=sum(op.startswith(("LDL", "STL")) for ops in loops for op in ops),
     )
 
 

@@ -10,6 +10,7 @@ from bitsmoe_modifier.method.viterbi import PRELUDE
 
 from .launch import Launch, trellis_rows
 from .machine_code import Case
+from .prepare import WIDTH_SETS
 from .products import down_launch, gate_up_launch
 from .trellis_encoder import encode_kernel
 from .trellis_rounding import HOW, constants_of, round_chains_kernel, round_groups_kernel
@@ -137,7 +138,7 @@ def rounding_cases(widths: tuple[int, ...], length: int = 128) -> Iterator[Case]
 
 
 def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
-    """The kernels to check for one target; ``every=False``: decode with the default recipe's widths only.
+    """The kernels to check for one target; ``every=False``: decode with widths 6, 4 and 2 only.
 
     Args:
         cc: the target.
@@ -177,6 +178,7 @@ def trellis_shapes(cc: int, widths: tuple[int, ...], block: int, group: int, r: 
     Above 8 pairs programs share a tile where tiles are few; where they do not, more registers are needed.
     """
     for tile in (8, 16, 32):
-        yield gate_up_case(cc, widths, tile, r, i, shared=tile == 8, block=block, group=group)
-        yield down_case(cc, widths, tile, r, i, block=block, group=group)
+        some = widths if tile <= 16 else WIDTH_SETS[0]  # layers with units of 1 or 3 bits have narrower tiles
+        yield gate_up_case(cc, some, tile, r, i, shared=tile == 8, block=block, group=group)
+        yield down_case(cc, some, tile, r, i, block=block, group=group)
     yield down_case(cc, widths, 8, r, i, block=block, group=group, split=True)

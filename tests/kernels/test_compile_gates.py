@@ -2,7 +2,7 @@
 docstring).
 
 `python -m bitsmoe_kernels.compile_gates` checks every width, dtype and tile and prints the table of docs/kernels.md;
-the test takes the kernels of the default recipe's decode step, in a process without TRITON_INTERPRET.
+the test takes the decoding step of widths 6, 4 and 2, in a process without TRITON_INTERPRET.
 """
 
 import os

@@ -88,7 +88,8 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 from pathlib import Path
 import gpu, gpu_stages
 line = gpu_stages.run_tests([Path({str(folder / "test_slow.py")!r})], time.time() + 0.1)
-kinds = [name.split(", ")[2] for name, _ in list(gpu_stages.decodes(["tiny"], torch.device("cuda"), 1))[1:]]
+shapes = ["qwen3-30b-a3b", "qwen3-30b-a3b-default", "tiny"]
+kinds = [name.split(", ") for name, _ in list(gpu_stages.decodes(shapes, torch.device("cuda"), 1))[1:]]
 now, log = [0.0], []
 gpu.time.monotonic = lambda: now[0]
 
@@ -115,8 +116,10 @@ print(json.dumps([line, kinds, lines, first, log]))
     line, kinds, lines, first, log = json.loads(ran.stdout.splitlines()[-1])
     assert not line["passed"]
     assert line["exception"] == "no time was left for test_slow.py"
-    assert set(kinds[:14]) == {"trellis", "scalar"}
-    assert not {"trellis", "scalar"} & set(kinds[14:])
+    ours, others = kinds[: 3 * 14], kinds[3 * 14 :]
+    assert {kind for _, _, kind in ours} == {"trellis", "scalar"}
+    assert not {"trellis", "scalar"} & {kind for _, _, kind in others}
+    assert {name for name, _, _ in others} == {"qwen3-30b-a3b", "tiny"}, "they know nothing of our bit-widths"
     assert lines["check"] >= 9
     assert min(lines[stage] for stage in ("decode", "prefill", "quant", "profile")) >= 1
     assert lines["tune"] == 0
