@@ -1,5 +1,6 @@
 """What other modifiers could not store, or nobody could read, is refused before weights are read."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,39 @@ def test_commands_say_it_before_weights_are_read(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"bitsmoe {command}: other: GPTQModifier: its group size 24 does not divide 64, ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("first", ["ours", "gptq"])
+def test_oneshot_says_it_before_calibration(first: str, dense_checkpoint: Callable[..., Path]) -> None:
+    """A group longer than a row llm-compressor itself finds while it calibrates, by an error of torch."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    from bitsmoe_modifier import BitsMoEModifier
+    from helpers import calibration, load
+
+    tiny = load(dense_checkpoint("qwen3_moe"))
+    tiny.register_forward_pre_hook(lambda *_: pytest.fail("calibration started"))
+    recipe = [
+        BitsMoEModifier(bits=4.0, group_size=16, block_size=16, scope="layer"),
+        GPTQModifier(scheme="W4A16", targets=["re:.*self_attn.*_proj$"]),
+    ]
+    said = (
+        "^GPTQModifier: its group size 128 does not divide 64, the columns of model.layers.0.self_attn.q_proj and of "
+    )
+    with pytest.raises(RecipeError, match=said):
+        oneshot(model=tiny, dataset=calibration(), recipe=recipe if first == "ours" else recipe[::-1])
+
+
+def test_experts_beside_ours_in_python() -> None:
+    from llmcompressor.recipe import Recipe
+
+    from bitsmoe_modifier.calibration.other_schemes import check_modifiers
+    from helpers import tiny_model
+
+    modifiers = Recipe.create_instance(beside(FOUR, EIGHT, ["re:.*layers[.]0[.].*"])).modifiers
+    with pytest.raises(RecipeError, match=r"^GPTQModifier: it packs experts .* by several schemes"):
+        check_modifiers(modifiers, tiny_model("qwen3_moe"))
 
 
 def test_a_comparison_says_it_before_its_first_run(model: Path, tmp_path: Path) -> None:

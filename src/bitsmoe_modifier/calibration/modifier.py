@@ -44,6 +44,7 @@ from .fusing import fuse_dense_experts
 from .gpu_check import check_product, check_rounding
 from .mtp import plan_mtp, quantize_mtp
 from .mtp_layers import MtpLayer
+from .other_schemes import check_modifiers
 from .padding import Padding
 from .prediction import Prediction, Surveyed, predict
 from .progress import Progress
@@ -202,9 +203,10 @@ class BitsMoEModifier(BitsMoEFields):
 
     def _check_others(self, state: State, experts: Mapping[str, Any]) -> None:
         """Refuse layers, or a ``resume_dir``, that another modifier of this kind in the recipe has too, and modifiers
-        that leave another model."""
+        that leave another model, or schemes that cannot be stored beside it."""
         together = active_session().lifecycle.recipe.modifiers
         check_transforms(state.model, together)
+        check_modifiers(together, state.model)
         ours = [one for one in together if isinstance(one, BitsMoEModifier)]
         # a recipe that this modifier is not in is an older run's
         others = [one for one in ours if one is not self] if any(one is self for one in ours) else []

@@ -19,7 +19,7 @@ from ..loading.quantizer import experts_sizes
 from ..sources.classes import build_empty
 from .linearizing import experts_modules
 from .recipe import Stage
-from .recipe_content import EVERY
+from .recipe_content import EVERY, bitsmoe_fields
 
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 #: below this, scales take more than they give
@@ -45,9 +45,30 @@ def check_schemes(stages: Iterable[Stage], source: str) -> None:
     except (CheckpointError, RecipeError, RuntimeError):
         return  # of a family that cannot be built without weights; what is wrong with it is said where it is loaded
     for stage, modifier in others:
-        problem = _problem(modifier, layers) or _misread(modifier, stage, layers)
+        ours = [fields for kind, fields in stage.modifiers if kind == "BitsMoEModifier"]
+        problem = _problem(modifier, layers) or _misread(modifier, ours, layers)
         if problem:
             raise RecipeError(f"{stage.name}: {type(modifier).__name__}: {problem}")
+
+
+def check_modifiers(modifiers: Iterable[Any], model: nn.Module) -> None:
+    """The same of a recipe in Python, whose model is there already: as a modifier of it is initialized.
+
+    Args:
+        modifiers: of the whole recipe.
+        model: its experts may have been taken apart into Linears, or not.
+
+    Raises:
+        RecipeError: naming modifier, layer and remedy.
+    """
+    modifiers = list(modifiers)
+    others = _quantizing(modifiers)
+    layers = linear_layers(model) if others else {}
+    ours = list(bitsmoe_fields(modifiers))
+    for modifier in others:
+        problem = _problem(modifier, layers) or _misread(modifier, ours, layers)
+        if problem:
+            raise RecipeError(f"{type(modifier).__name__}: {problem}")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -69,10 +90,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _others(stage: Stage) -> list[Any]:
     """The stage's modifiers that quantize by compressed-tensors' schemes."""
-    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
     from llmcompressor.recipe import Recipe
 
-    return [one for one in Recipe.create_instance(stage.text).modifiers if isinstance(one, QuantizationMixin)]
+    return _quantizing(Recipe.create_instance(stage.text).modifiers)
+
+
+def _quantizing(modifiers: Iterable[Any]) -> list[Any]:
+    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+
+    return [one for one in modifiers if isinstance(one, QuantizationMixin)]
 
 
 def _groups(modifier: Any) -> Iterator[tuple[list[str], int]]:
@@ -83,12 +109,11 @@ def _groups(modifier: Any) -> Iterator[tuple[list[str], int]]:
                 yield list(scheme.targets), int(what.group_size)
 
 
-def _misread(modifier: Any, stage: Stage, layers: Mapping[str, nn.Linear]) -> str:
+def _misread(modifier: Any, ours: list[dict[str, Any]], layers: Mapping[str, nn.Linear]) -> str:
     """Why transformers could not read the experts that a modifier packs beside ours; "" where it could.
 
-    It takes one symmetric scheme for all (`loading.decoding`).
+    It takes one symmetric scheme for all (`loading.decoding`). ``ours`` has the fields of the BitsMoEModifiers.
     """
-    ours = [fields for kind, fields in stage.modifiers if kind == "BitsMoEModifier"]
     found = {}
     for scheme in modifier.resolved_config.config_groups.values() if ours else ():
         weights = scheme.weights
