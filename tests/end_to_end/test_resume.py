@@ -12,6 +12,7 @@ import torch
 from llmcompressor import oneshot
 from quantize_once import FIELDS, dying, quantize, quantize_until
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from bitsmoe_modifier import BitsMoEModifier, CheckpointError, RecipeError
 from bitsmoe_modifier.calibration import modifier
@@ -285,3 +286,11 @@ def test_damaged_layers_are_refused(source: Path, tmp_path: Path) -> None:
     layer_file(folder, SECOND).write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp.*is damaged .* delete it to compute it again"):
         quantize(source, tmp_path / "again.safetensors", folder)
+
+
+def test_rows_that_change_with_every_reading(source: Path, tmp_path: Path) -> None:
+    """llm-compressor shuffles datasets anew each time, by default: no later run could go on from there."""
+    rows = DataLoader(list(calibration()), batch_size=None, shuffle=True)
+    with pytest.raises(RecipeError, match=r"^resume_dir: .* each time .*shuffle_calibration_samples=False"):
+        oneshot(model=load(source), recipe=[BitsMoEModifier(**FIELDS, resume_dir=str(tmp_path / "kept"))], dataset=rows)
+    assert not (tmp_path / "kept").exists()

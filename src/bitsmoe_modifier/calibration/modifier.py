@@ -244,12 +244,18 @@ class BitsMoEModifier(BitsMoEFields):
                 self.register_hook(module, cast(Any, self._capture), "forward_pre", with_kwargs=True)
 
     def _open_resume(self, state: State) -> None:
-        """Open the folder of an earlier run, and refuse rows that several processes share."""
+        """Open the folder of an earlier run; refuse rows that several processes share, or that change."""
         rows = self._ranks.everyones(rows_digest(cast(Any, state.data).calib))
         check_shares(rows)
         self._tokens = sum(one["tokens"] for one in rows)
         if self.resume_dir is None:
             return
+        if self._ranks.everyones(rows_digest(cast(Any, state.data).calib)) != rows:
+            raise RecipeError(
+                "resume_dir: the calibration rows are others, or in another order, each time that they are read, so "
+                "that no later run could go on with them; give oneshot shuffle_calibration_samples=False, or a "
+                "DataLoader that does not shuffle"
+            )
         folder = self.resume_dir
 
         def open_folder() -> ResumeFolder:
