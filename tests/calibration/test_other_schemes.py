@@ -165,15 +165,33 @@ def test_oneshot_says_it_before_calibration(first: str, dense_checkpoint: Callab
         oneshot(model=tiny, dataset=calibration(), recipe=recipe if first == "ours" else recipe[::-1])
 
 
-def test_experts_beside_ours_in_python() -> None:
+def check_in_python(text: str) -> None:
     from llmcompressor.recipe import Recipe
 
+    from bitsmoe_modifier.calibration.linearizing import linearize
     from bitsmoe_modifier.calibration.other_schemes import check_modifiers
+    from bitsmoe_modifier.calibration.targets import find_experts
     from helpers import tiny_model
 
-    modifiers = Recipe.create_instance(beside(FOUR, EIGHT, ["re:.*layers[.]0[.].*"])).modifiers
+    tiny = linearize(tiny_model("qwen3_moe"))
+    check_modifiers(Recipe.create_instance(text).modifiers, tiny, find_experts(tiny, ["re:.*experts$"], []))
+
+
+def test_experts_beside_ours_in_python() -> None:
+    check_in_python(beside(FOUR, FOUR, ["re:.*layers[.]0[.].*"]))
     with pytest.raises(RecipeError, match=r"^GPTQModifier: it packs experts .* by several schemes"):
-        check_modifiers(modifiers, tiny_model("qwen3_moe"))
+        check_in_python(beside(FOUR, EIGHT, ["re:.*layers[.]0[.].*"]))
+
+
+def test_typos_in_python(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of targets that match nothing llm-compressor says nothing, and quantizes nothing."""
+    some = "a_stage: {m_modifiers: {QuantizationModifier: {targets: [%s], scheme: W8A8, ignore: [lm_haed]}}}"
+    check_in_python(some % "Linear")
+    assert "QuantizationModifier: ignore: 'lm_haed' matches no module" in capsys.readouterr().err
+    with pytest.raises(
+        RecipeError, match=r"^QuantizationModifier: targets: 're:.*self_atn.*' matches no module .*self_att"
+    ):
+        check_in_python(some % "'re:.*self_atn.q_proj'")
 
 
 def test_a_comparison_says_it_before_its_first_run(model: Path, tmp_path: Path) -> None:

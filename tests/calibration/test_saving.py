@@ -51,6 +51,29 @@ def test_saving_that_would_fail_is_refused(
     assert before == {path.name: path.read_bytes() for path in source.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "BitsMoEModifier: {bits: 3.0}",
+        "q_modifiers: {BitsMoEModifier: {bits: 3.0}}",
+        "a_stages: {q_modifiers: {BitsMoEModifier: {bits: 3.0}}}",
+        "a_stage: {q_modifier: {BitsMoEModifier: {bits: 3.0}}}",
+        "a_stage: {q_modifiers: [BitsMoEModifier: {bits: 3.0}]}",
+        f"{YAML}\nq_modifiers: {{BitsMoEModifier: {{bits: 2.0}}}}",
+    ],
+    ids=["bare", "no-stage", "another-key", "another-group", "list", "one-of-two"],
+)
+def test_a_modifier_that_would_be_passed_over(dense_checkpoint: Callable[..., Path], tmp_path: Path, text: str) -> None:
+    """llm-compressor reads groups of stages, says nothing of the rest, and would save the model as it was."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    model = load(dense_checkpoint("qwen3_moe"))
+    for given in (text, str(recipe)):
+        with pytest.raises(RecipeError, match=r"^the recipe has a BitsMoEModifier where llm-compressor reads no modif"):
+            oneshot(model=model, recipe=given, dataset=calibration(), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("first", ["one-file", "several"])
 def test_saving_into_the_same_folder_again(
     dense_checkpoint: Callable[..., Path], tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch

@@ -79,8 +79,6 @@ def near_names(entry: str, modules: Mapping[str, nn.Module], experts: Mapping[st
 def check_others(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Check the entries of a recipe's other modifiers, of which llm-compressor says nothing: it quantizes nothing then.
 
-    An entry of ``ignore`` that matches nothing is only said: recipes are written for many models, and it does no harm.
-
     Args:
         model: as transformers builds it.
         recipe: its YAML as an object.
@@ -100,16 +98,38 @@ def check_others(model: nn.Module, recipe: Mapping[str, Any]) -> None:
             continue
         within = [body for body in (fields.get("config_groups") or {}).values() if isinstance(body, Mapping)]
         targets = [entry for body in (fields, *within) for entry in _entries(body.get("targets"))]
-        ignore = _entries(fields.get("ignore"))
-        check_patterns(targets, ignore)
-        for entry in targets:
-            if not _matches(entry, modules):
-                near = near_names(entry, modules, experts)
-                raise RecipeError(f"{kind}: targets: {entry!r} matches no module of the model; {near}")
-        for entry in ignore:
-            if not _matches(entry, modules):
-                near = near_names(entry, modules, experts)
-                messages.say("warning", f"{kind}: ignore: {entry!r} matches no module of the model; {near}")
+        check_others_entries(kind, targets, _entries(fields.get("ignore")), modules, experts)
+
+
+def check_others_entries(
+    kind: str,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    experts: Mapping[str, nn.Module],
+) -> None:
+    """The same of one modifier.
+
+    An entry of ``ignore`` that matches nothing is only said: recipes are written for many models, and it does no harm.
+
+    Args:
+        kind: the modifier's class, for the message.
+        targets, ignore: its entries.
+        modules: all that may be meant, by name.
+        experts: the experts modules among them, which a message names where no name is near.
+
+    Raises:
+        RecipeError: when an entry of ``targets`` matches nothing, naming the nearest names.
+    """
+    check_patterns(targets, ignore)
+    for entry in targets:
+        if not _matches(entry, modules):
+            near = near_names(entry, modules, experts)
+            raise RecipeError(f"{kind}: targets: {entry!r} matches no module of the model; {near}")
+    for entry in ignore:
+        if not _matches(entry, modules):
+            near = near_names(entry, modules, experts)
+            messages.say("warning", f"{kind}: ignore: {entry!r} matches no module of the model; {near}")
 
 
 def _entries(value: Any) -> list[str]:

@@ -206,7 +206,7 @@ class BitsMoEModifier(BitsMoEFields):
         that leave another model, or schemes that cannot be stored beside it."""
         together = active_session().lifecycle.recipe.modifiers
         check_transforms(state.model, together)
-        check_modifiers(together, state.model)
+        check_modifiers(together, state.model, experts)
         ours = [one for one in together if isinstance(one, BitsMoEModifier)]
         # a recipe that this modifier is not in is an older run's
         others = [one for one in ours if one is not self] if any(one is self for one in ours) else []

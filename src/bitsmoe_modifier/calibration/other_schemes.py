@@ -17,6 +17,7 @@ from ..errors import CheckpointError, RecipeError
 from ..loading.claims import matches
 from ..loading.quantizer import experts_sizes
 from ..sources.classes import build_empty
+from .entries import check_others_entries
 from .linearizing import experts_modules
 from .recipe import Stage
 from .recipe_content import EVERY, bitsmoe_fields
@@ -51,24 +52,28 @@ def check_schemes(stages: Iterable[Stage], source: str) -> None:
             raise RecipeError(f"{stage.name}: {type(modifier).__name__}: {problem}")
 
 
-def check_modifiers(modifiers: Iterable[Any], model: nn.Module) -> None:
-    """The same of a recipe in Python, whose model is there already: as a modifier of it is initialized.
+def check_modifiers(modifiers: Iterable[Any], model: nn.Module, experts: Mapping[str, nn.Module]) -> None:
+    """What `check_schemes` and `entries.check_others` say of a recipe's text, of modifiers at a model that is there.
 
     Args:
         modifiers: of the whole recipe.
-        model: its experts may have been taken apart into Linears, or not.
+        model: its experts taken apart into Linears.
+        experts: its experts modules, by name.
 
     Raises:
-        RecipeError: naming modifier, layer and remedy.
+        RecipeError: naming modifier, layer or entry, and remedy.
     """
     modifiers = list(modifiers)
     others = _quantizing(modifiers)
     layers = linear_layers(model) if others else {}
     ours = list(bitsmoe_fields(modifiers))
     for modifier in others:
+        kind, groups = type(modifier).__name__, modifier.resolved_config.config_groups.values()
+        targets = [entry for scheme in groups for entry in scheme.targets]
+        check_others_entries(kind, targets, modifier.ignore, dict(model.named_modules()), experts)
         problem = _problem(modifier, layers) or _misread(modifier, ours, layers)
         if problem:
-            raise RecipeError(f"{type(modifier).__name__}: {problem}")
+            raise RecipeError(f"{kind}: {problem}")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

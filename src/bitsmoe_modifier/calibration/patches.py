@@ -40,6 +40,7 @@ from ..sources.precision import is_low_precision_source
 from ..storage.shards import drop_older
 from .given_rows import check_rows
 from .linearizing import experts_modules, linearize
+from .recipe_content import check_places
 from .saving import check_saving
 from .stored_experts import read_other_experts
 
@@ -92,8 +93,8 @@ class _Published:
 def _install_validation() -> None:
     """Let pass what was decoded on loading: llm-compressor looks at the config.json that it came from.
 
-    Refuse what could not be saved at the end, and rows that cannot be read. This is also the place where a run knows
-    both its model and its recipe.
+    Refuse what could not be saved at the end, rows that cannot be read, and recipes of which nothing would be run. This
+    is also the place where a run knows both its model and its recipe.
     """
     original = _oneshot.Oneshot.validate_model
     if getattr(original, "knows_decoded", False):
@@ -101,6 +102,7 @@ def _install_validation() -> None:
 
     def validate_model(run: Any, model: Any) -> None:
         source = str(getattr(model, "name_or_path", "") or "")
+        check_places(run.recipe)
         check_saving(run.recipe, run.output_dir, run.model_args.save_compressed, source)
         data = run.dataset_args
         check_rows(run.recipe, data.dataset, data.text_column, data.preprocessing_func is not None)

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import RecipeError
+
 #: `BitsMoEModifier.targets` where a recipe does not say
 EVERY = (r"re:.*\.experts$",)
 
@@ -17,9 +19,7 @@ def bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
         recipe: a YAML text, a file's path, its content, a modifier, a recipe of llm-compressor, or a list of these.
     """
     if isinstance(recipe, (str, Path)):
-        path = Path(recipe)
-        is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and path.is_file()
-        yield from _within(yaml.safe_load(path.read_text(encoding="utf-8") if is_file else str(recipe)))
+        yield from _within(_content(recipe))
     elif isinstance(recipe, dict):
         yield from _within(recipe)
     elif isinstance(recipe, (list, tuple)):
@@ -29,6 +29,41 @@ def bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
         yield {"targets": recipe.targets, "ignore": recipe.ignore}
     else:
         yield from (bitsmoe_fields(recipe.modifiers) if hasattr(recipe, "modifiers") else ())
+
+
+def check_places(recipe: Any) -> None:
+    """Refuse a YAML recipe with a BitsMoEModifier where llm-compressor reads no modifiers: it would pass over it, and
+    save the model as it was, without a word.
+
+    Args:
+        recipe: in any form that `oneshot` takes; in all others every modifier is run.
+
+    Raises:
+        RecipeError: saying where modifiers belong.
+    """
+    if not isinstance(recipe, (str, Path)):
+        return
+    content = _content(recipe)
+    stages = [stage for name, stage in _items(content) if name.endswith("_stage")]
+    groups = [group for stage in stages for name, group in _items(stage) if name.endswith("_modifiers")]
+    read = sum(name == "BitsMoEModifier" for group in groups for name, _ in _items(group))
+    if read < sum(1 for _ in _within(content)):
+        raise RecipeError(
+            "the recipe has a BitsMoEModifier where llm-compressor reads no modifiers, and would pass over it; write "
+            "it under a key that ends in '_modifiers' (quant_modifiers:), and that under one that ends in '_stage' "
+            "(quant_stage:), without dashes"
+        )
+
+
+def _content(recipe: str | Path) -> Any:
+    """What the text of a recipe says, or of the file that it names."""
+    path = Path(recipe)
+    is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and path.is_file()
+    return yaml.safe_load(path.read_text(encoding="utf-8") if is_file else str(recipe))
+
+
+def _items(content: Any) -> list[tuple[str, Any]]:
+    return [(str(name), value) for name, value in content.items()] if isinstance(content, dict) else []
 
 
 def _within(content: Any) -> Iterator[dict[str, Any]]:
