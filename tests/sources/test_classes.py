@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from bitsmoe_modifier import CheckpointError
-from bitsmoe_modifier.sources.classes import auto_class_of, class_of, has_processor, read_auto_config
+from bitsmoe_modifier.sources.classes import auto_class_of, class_of, has_processor, load_whole, read_auto_config
+from helpers import tiny_model
 
 
 def config(model_type: str, *architectures: str):
@@ -48,6 +50,25 @@ def test_an_unknown_model_type_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(CheckpointError, match=r"transformers cannot read its config\.json.*no_such_type"):
         read_auto_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lacking", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.0.down_proj.weight"]
+)
+@pytest.mark.parametrize("device_map", [None, "meta"])
+def test_weights_that_no_file_holds_are_not_made_up(tmp_path: Path, lacking: str, device_map: str | None) -> None:
+    whole = tiny_model("qwen3_moe")
+    whole.save_pretrained(tmp_path)
+    auto = auto_class_of(read_auto_config(tmp_path))
+    load_whole(auto, tmp_path, device_map=device_map)
+    tensors = load_file(tmp_path / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if not name.startswith(lacking.partition(".0.down")[0])}
+    assert len(left) < len(tensors)
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"no file holds model[.]layers[.].* missing tensors.*fetch the model again"
+    ):
+        load_whole(auto, tmp_path, device_map=device_map)
 
 
 def test_a_processor_is_found_by_its_files(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
 from ..loading.source_keys import restore_keys
-from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor
+from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor, load_whole
 from ..sources.model import load_tokenizer
 from ..sources.precision import is_low_precision_source
 from ..storage.shards import drop_older
@@ -84,7 +84,11 @@ class _Published:
             model = load_source(Path(folder), kwargs.get("dtype", "auto"))
             model.source_inventory = take_inventory(model, Path(folder))
             return model
-        model = auto_class_of(config).from_pretrained(folder, config=config, **kwargs)
+        auto = auto_class_of(config)
+        if getattr(config, "quantization_config", None) is None:
+            model = load_whole(auto, folder, config=config, **kwargs)
+        else:
+            model = auto.from_pretrained(folder, config=config, **kwargs)
         if Path(folder).is_dir():
             model.source_inventory = take_inventory(model, Path(folder))
         return model

@@ -84,6 +84,26 @@ def load_published(folder: Path | str, **kwargs: Any) -> Any:
     return auto_class_of(read_auto_config(folder)).from_pretrained(folder, **kwargs)
 
 
+def load_whole(kind: Any, folder: Path | str, **kwargs: Any) -> Any:
+    """``kind.from_pretrained`` of an unquantized model, but no weight is made up.
+
+    transformers fills what no file holds with random numbers, and says it in a log that is often switched off.
+
+    Raises:
+        CheckpointError: naming a tensor that no file holds.
+    """
+    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: no file holds {missing[0]} (of {len(missing)} missing tensors), and transformers would make it "
+            "up; fetch the model again, or save it with all its weights. After llm-compressor's load_quantizable_moe, "
+            "which leaves transformers reading such models otherwise, start a new process"
+        )
+    return model
+
+
 def build_published(config: Any, **kwargs: Any) -> Any:
     """A model with random weights of the class that a configuration names, on the default device."""
     return auto_class_of(config).from_config(config, **kwargs)
