@@ -11,6 +11,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
+from bitsmoe_modifier.calibration.recipe_content import check_places
 from bitsmoe_modifier.storage.shards import checkpoint_files
 from helpers import calibration, load, logits
 
@@ -72,6 +73,16 @@ def test_a_modifier_that_would_be_passed_over(dense_checkpoint: Callable[..., Pa
         with pytest.raises(RecipeError, match=r"^the recipe has a BitsMoEModifier where llm-compressor reads no modif"):
             oneshot(model=model, recipe=given, dataset=calibration(), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_the_recipe_lacks(dense_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """llm-compressor would run nothing, and save the model as it was."""
+    model = load(dense_checkpoint("qwen3_moe"))
+    with pytest.raises(RecipeError, match=r"^stage='b': the recipe has no such stage; it has a$"):
+        oneshot(model=model, recipe=YAML, stage="b", dataset=calibration(), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    check_places(YAML, "a")
+    check_places(YAML, "a_stage")
 
 
 @pytest.mark.parametrize("first", ["one-file", "several"])

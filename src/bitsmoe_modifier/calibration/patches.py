@@ -106,7 +106,7 @@ def _install_validation() -> None:
 
     def validate_model(run: Any, model: Any) -> None:
         source = str(getattr(model, "name_or_path", "") or "")
-        check_places(run.recipe)
+        check_places(run.recipe, run.recipe_args.stage)
         check_saving(run.recipe, run.output_dir, run.model_args.save_compressed, source)
         data = run.dataset_args
         check_rows(run.recipe, data.dataset, data.text_column, data.preprocessing_func is not None)

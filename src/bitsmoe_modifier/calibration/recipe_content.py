@@ -31,21 +31,22 @@ def bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
         yield from (bitsmoe_fields(recipe.modifiers) if hasattr(recipe, "modifiers") else ())
 
 
-def check_places(recipe: Any) -> None:
+def check_places(recipe: Any, stage: str | None = None) -> None:
     """Refuse a YAML recipe with a BitsMoEModifier where llm-compressor reads no modifiers: it would pass over it, and
     save the model as it was, without a word.
 
     Args:
         recipe: in any form that `oneshot` takes; in all others every modifier is run.
+        stage: with which the names of the stages begin that are to be run; None: all.
 
     Raises:
-        RecipeError: saying where modifiers belong.
+        RecipeError: saying where modifiers belong, or naming the stages.
     """
     if not isinstance(recipe, (str, Path)):
         return
     content = _content(recipe)
-    stages = [stage for name, stage in _items(content) if name.endswith("_stage")]
-    groups = [group for stage in stages for name, group in _items(stage) if name.endswith("_modifiers")]
+    stages = {name: body for name, body in _items(content) if name.endswith("_stage")}
+    groups = [group for body in stages.values() for name, group in _items(body) if name.endswith("_modifiers")]
     read = sum(name == "BitsMoEModifier" for group in groups for name, _ in _items(group))
     if read < sum(1 for _ in _within(content)):
         raise RecipeError(
@@ -53,6 +54,9 @@ def check_places(recipe: Any) -> None:
             "it under a key that ends in '_modifiers' (quant_modifiers:), and that under one that ends in '_stage' "
             "(quant_stage:), without dashes"
         )
+    if read and stage and not any(name.startswith(stage) for name in stages):
+        known = ", ".join(name.removesuffix("_stage") for name in stages)
+        raise RecipeError(f"stage={stage!r}: the recipe has no such stage; it has {known}")
 
 
 def _content(recipe: str | Path) -> Any:
