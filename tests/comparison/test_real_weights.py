@@ -101,6 +101,15 @@ def test_arms_are_measured_once_and_better_codes_lose_less(work, tmp_path, capsy
     assert "± " in text
 
 
+def test_whole_models_whose_head_equals_their_embedding_keep_both(work, tmp_path):
+    making.pass_dense(work, [1])
+    making.build(work, tmp_path / "carved", "carved", [1], None)
+    assert real_weights.run(tmp_path / "carved", ["bitsmoe_3.0:no_bases:shrinkage=0.1"], [8], [0], tmp_path / "out")
+    (line,) = lines([tmp_path / "out"])
+    assert line["bits"] == pytest.approx(3.0, abs=0.05)
+    assert 0 < line["wikitext"]["mean"] < 100
+
+
 def test_a_wrong_arm_ends_the_run_before_anything_is_computed(tmp_path):
     with pytest.raises(SystemExit, match="awq_w4"):
         real_weights.run(tmp_path, ["awq_w4"], [8], [0], tmp_path)

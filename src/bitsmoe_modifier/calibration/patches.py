@@ -10,6 +10,8 @@
 - ``oneshot(model="FOLDER")`` loads every folder through `AutoModelForCausalLM`, which leaves out the vision tower of
   some models and knows others not at all. Here it loads the class that config.json names.
 - It saves what transformers loaded, without the layers for multi-token prediction; they are kept (`loading.inventory`).
+- Saving ties a head to the embedding where both hold the same numbers, though the published model has both; then the
+  checkpoint lacks one of them, and classes that never tie would start with a random one. Only tied models are now.
 - Saved into a folder for the second time, a checkpoint in one file and one in several do not replace each other.
 - It insists on the model's processor even for rows of tokens, and image processors need packages that text does not.
   Where the processor cannot be made, the tokenizer stands in, and the processor's files are taken along as they are.
@@ -162,8 +164,23 @@ def _install_processors() -> None:
     _oneshot.post_process = post_process_with_files
 
 
+def _install_ties() -> None:
+    saving: Any = importlib.import_module("llmcompressor.transformers.compression.compressed_tensors_utils")
+    retie = getattr(saving, "_retie_embeddings", None)  # releases before 0.14.0.1 may do without
+    if retie is None or getattr(retie, "only_tied", False):
+        return
+
+    def retie_tied(model: Any) -> None:
+        if getattr(model, "all_tied_weights_keys", True):  # as loaded; no such attribute: transformers cannot tell
+            retie(model)
+
+    retie_tied.only_tied = True  # type: ignore[attr-defined]
+    saving._retie_embeddings = retie_tied
+
+
 _install_norms()
 _install_llama4()
+_install_ties()
 # a function of the same name hides the module as an attribute of its package
 _oneshot: Any = importlib.import_module("llmcompressor.entrypoints.oneshot")
 _oneshot.linearize_moe, _oneshot.get_non_linearized_moes = linearize, experts_modules
