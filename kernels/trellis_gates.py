@@ -138,7 +138,7 @@ def rounding_cases(widths: tuple[int, ...], length: int = 128) -> Iterator[Case]
 
 
 def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
-    """The kernels to check for one target; ``every=False``: decode with widths 6, 4 and 2 only.
+    """The kernels to check for one target; ``every=False``: decode with widths 6, 4 and 2, and with all, only.
 
     Args:
         cc: the target.
@@ -155,6 +155,9 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
     yield gate_up_case(cc, mixed, 8, r, i, shared=True)
     yield down_case(cc, mixed, 8, r, i)
     yield down_case(cc, mixed, 8, r, i, split=True)  # as at one token
+    # what layers of the default recipe are launched with, which have units of 1 and 3 bits
+    yield gate_up_case(cc, WIDTH_SETS[-1], 8, r, i, shared=True)
+    yield down_case(cc, WIDTH_SETS[-1], 8, r, i)
     if every:
         for tile in (16, 32):
             yield gate_up_case(cc, (2,), tile, r, i, shared=tile == 16)
@@ -165,9 +168,8 @@ def trellis_cases(cc: int, every: bool, r: int, i: int) -> Iterator[Case]:
             yield down_case(cc, (2,), tile, r, i)
             yield down_case(cc, mixed, tile, r, i)
         yield gate_up_case(cc, (2,), 8, r, i, "fp16", shared=True)
-        for tile in (8, 16):
-            yield gate_up_case(cc, (8, 6, 4, 3, 2, 1), tile, r, i, shared=True)
-        yield down_case(cc, (8, 6, 4, 3, 2, 1), 16, r, i)
+        yield gate_up_case(cc, WIDTH_SETS[-1], 16, r, i, shared=True)
+        yield down_case(cc, WIDTH_SETS[-1], 16, r, i)
         yield gate_up_case(cc, mixed, 8, r, i, shared=True, block=64)
         yield down_case(cc, mixed, 8, r, i, block=64)
 
