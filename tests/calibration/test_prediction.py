@@ -10,11 +10,15 @@ from llmcompressor import oneshot
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
 from bitsmoe_modifier.calibration import modifier as calibrating
+from bitsmoe_modifier.calibration import surveying
+from bitsmoe_modifier.calibration.oneshot import QuantizeSettings
 from bitsmoe_modifier.calibration.prediction import Prediction, Surveyed, corrected, designs_under
+from bitsmoe_modifier.calibration.recipe import read_stages
 from bitsmoe_modifier.comparison.predicting import curve_lines
 from bitsmoe_modifier.method.design import LayerPlan
 from bitsmoe_modifier.method.layer import QuantizerSettings
-from helpers import calibration, experts_names, load
+from helpers import calibration, experts_names, load, tiny_model
+from published import publish
 
 #: without an input basis, of which a design may leave out directions and spend what that saves
 FIELDS = {
@@ -118,3 +122,13 @@ def test_the_curve_in_a_terminal() -> None:
     assert lines[1].split() == ["1.00", "100", "#" * 40]
     assert lines[-2].split() == ["4.00", "0.1", "#"]
     assert lines[-1] == "to a factor of 1.8 on a model of which no loss is known"
+
+
+def test_a_survey_takes_what_quantize_takes(tmp_path: Path) -> None:
+    """Settings that cannot be saved as they are, and a recipe that asks for the folder's layers beside the model."""
+    source = publish(tiny_model("qwen3_moe", num_hidden_layers=2), tmp_path / "source")
+    fields = "bits: 3.0, block_size: 16, codes: scalar, error_feedback: false, mtp: quantize"
+    (tmp_path / "recipe.yaml").write_text(f"a_stage: {{q_modifiers: {{BitsMoEModifier: {{{fields}}}}}}}")
+    (stage,) = read_stages(tmp_path / "recipe.yaml")
+    rows = torch.randint(4, 30, (8, 32), generator=torch.Generator().manual_seed(0))
+    assert surveying.survey(source, stage, rows, QuantizeSettings(batch_size=4)).bits[0] < 3

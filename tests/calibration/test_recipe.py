@@ -222,3 +222,25 @@ def test_fields_for_two_of_ours(tmp_path: Path) -> None:
     assert both == [["a", "c"], ["b", "c"]]
     with pytest.raises(RecipeError, match="plan counts one BitsMoEModifier, the stage q has 2"):
         plan_command(demo_asset("docmoe"), stage, 1000, "auto", "cpu")
+
+
+def test_mappings_that_are_merged_in(tmp_path: Path) -> None:
+    text = """
+    a_stage: {q_modifiers: {BitsMoEModifier: &common {bits: 2.0, codes: scalar}}}
+    b_stage: {q_modifiers: {BitsMoEModifier: {<<: *common, bits: 3.0}}}
+    """
+    stages = read_stages(recipe(tmp_path, text))
+    assert [stage.problem for stage in stages] == ["", ""]
+    assert stages[1].modifiers == (("BitsMoEModifier", {"bits": 3.0, "codes": "scalar"}),)
+
+
+@pytest.mark.parametrize("value", ["'re:.*layers.0.*'", ""])
+def test_what_to_ignore_is_added_to_a_list_alone(tmp_path: Path, value: str) -> None:
+    (stage,) = read_stages(recipe(tmp_path, f"a_stage:\n q_modifiers:\n  BitsMoEModifier:\n   ignore: {value}\n"))
+    with pytest.raises(RecipeError, match=r"a: ignore: .* is no list; write ignore: "):
+        with_fields(stage, ignore=["b"])
+
+
+def test_a_recipes_text_is_no_name_of_one() -> None:
+    with pytest.raises(RecipeError, match=r"^a_stage: .{191}…: no such recipe file"):
+        find_recipe("a_stage: " + 1000 * "x")

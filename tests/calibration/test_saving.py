@@ -1,17 +1,25 @@
 """What `oneshot` could not save is refused before calibration, and what it says meanwhile fits on a screen."""
 
+import json
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from llmcompressor import oneshot
 from loguru import logger
 from transformers import PreTrainedModel
 
 from bitsmoe_modifier import BitsMoEModifier, RecipeError
-from bitsmoe_modifier.calibration.recipe_content import check_places
+from bitsmoe_modifier.calibration import patches
+from bitsmoe_modifier.calibration.oneshot import _load
+from bitsmoe_modifier.calibration.recipe_content import bitsmoe_modifiers, check_places
+from bitsmoe_modifier.calibration.saving import check_saving
+from bitsmoe_modifier.sources.model import load_tokenizer
 from bitsmoe_modifier.storage.shards import checkpoint_files
 from helpers import calibration, load, logits
 
@@ -116,3 +124,68 @@ def test_warnings_do_not_grow_with_the_rows(dense_checkpoint: Callable[..., Path
     finally:
         logger.remove(handle)
     assert len(warned) < 10, warned[:20]
+
+
+def _as_md(folder: Path, text: str) -> str:
+    (folder / "recipe.md").write_text(f"---\n{text}\n---\n# A card: of a model\n")
+    return str(folder / "recipe.md")
+
+
+FORMS: dict[str, Callable[[Path, str], Any]] = {
+    "text": lambda _, text: text,
+    "JSON in one line": lambda _, text: json.dumps(yaml.safe_load(text)),
+    "Markdown": _as_md,
+    "modifiers": lambda _, text: [BitsMoEModifier(**FIELDS, ignore=["a"])],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recipes_are_read_as_llm_compressor_reads_them(form: str, tmp_path: Path) -> None:
+    long = [f"re:.*layers.{n}.*" for n in range(100)]
+    text = f"a_stage: {{q_modifiers: {{BitsMoEModifier: {{ignore: {json.dumps(['a', *long])}}}}}}}"
+    recipe = FORMS[form](tmp_path, text)
+    check_places(recipe)
+    (ours,) = bitsmoe_modifiers(recipe)
+    assert ours.ignore[0] == "a"
+
+
+def test_of_a_recipe_the_stage_counts_that_is_run() -> None:
+    text = YAML + "\nb_stage: {q_modifiers: {GPTQModifier: {scheme: W4A16, targets: [Linear]}}}"
+    assert len(bitsmoe_modifiers(text)) == len(bitsmoe_modifiers(text, "a")) == 1
+    assert bitsmoe_modifiers(text, "b") == []
+    check_saving(text, "out", save_compressed=False, stage="b")
+
+
+def test_the_model_of_a_run_that_failed_is_let_go(dense_checkpoint: Callable[..., Path]) -> None:
+    """Before the next one is loaded: what was too large for the memory must not be there twice. Nor does what one run
+    leaves with torch.fx, whether it failed or not."""
+
+    def fail() -> weakref.ref[Any]:
+        def too_large(*_: Any) -> None:
+            raise MemoryError
+
+        model = load(dense_checkpoint("qwen3_moe"))
+        model.lm_head.register_forward_pre_hook(too_large)
+        recipe = [BitsMoEModifier(**FIELDS, scope="layer")]
+        with suppress(MemoryError):
+            oneshot(model=model, recipe=recipe, dataset=calibration(), pipeline="sequential")
+        return weakref.ref(model)
+
+    left = fail()
+    assert left() is not None
+    _load(dense_checkpoint("qwen3_moe"), None)
+    assert left() is None
+
+
+def test_what_lies_in_the_current_folder_is_not_the_models(
+    dense_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a model that was built in memory is empty, and so is the path of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    model = load(dense_checkpoint("qwen3_moe"))
+    model.name_or_path = ""
+    monkeypatch.setattr(patches._oneshot.Oneshot, "apply_recipe_modifiers", lambda *_, **__: None)
+    recipe, processor = [BitsMoEModifier(**FIELDS)], load_tokenizer(dense_checkpoint("qwen3_moe"))
+    oneshot(model=model, recipe=recipe, dataset=calibration(), processor=processor, output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()

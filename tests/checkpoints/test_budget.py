@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,3 +216,17 @@ def test_which_stages_share_a_calibration(stages: list[dict[str, object]], budge
     gptq = [Stage(one.name, (*one.modifiers, ("GPTQModifier", {})), "") for one in made]
     assert sweep_of(gptq) == [], "what others do depends on the experts before them"
     assert not budgets or leading(budgets) == 2.0
+
+
+def test_a_size_with_other_bit_widths(tmp_path: Path) -> None:
+    """Bits that these bit-widths cannot take are not asked for, and wrong fields are found before the headers."""
+
+    def solved(fields: str) -> Any:
+        (tmp_path / "recipe.yaml").write_text(f"a_stage: {{q_modifiers: {{BitsMoEModifier: {{{fields}}}}}}}")
+        (stage,) = Budget(size="1TB").stages(*read_stages(tmp_path / "recipe.yaml"), demo_asset("docmoe"))
+        return stage.modifiers[0][1]["bits"]
+
+    assert solved("bits: 2.0") == 6.0
+    assert solved("bit_widths: [0, 1, 2, 3]") == 3.0
+    with pytest.raises(RecipeError, match="a: codes: Input should be 'auto', 'scalar' or 'trellis'"):
+        solved("codes: other")

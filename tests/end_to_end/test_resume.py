@@ -1,5 +1,6 @@
 """A quantization that is killed and started again ends with the same bytes, or is refused by what differs."""
 
+import json
 import random
 import shutil
 import time
@@ -11,7 +12,8 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from quantize_once import FIELDS, dying, quantize, quantize_until
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from bitsmoe_modifier import BitsMoEModifier, CheckpointError, RecipeError
@@ -294,3 +296,46 @@ def test_rows_that_change_with_every_reading(source: Path, tmp_path: Path) -> No
     with pytest.raises(RecipeError, match=r"^resume_dir: .* each time .*shuffle_calibration_samples=False"):
         oneshot(model=load(source), recipe=[BitsMoEModifier(**FIELDS, resume_dir=str(tmp_path / "kept"))], dataset=rows)
     assert not (tmp_path / "kept").exists()
+
+
+def rewrite(file: Path, entry: str, change: Callable[[Any], None]) -> None:
+    """Change what a safetensors file says in an entry of its metadata, which is JSON."""
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    content = json.loads(metadata[entry])
+    change(content)
+    save_file(load_file(file), file, {**metadata, entry: json.dumps(content)})
+
+
+@pytest.mark.parametrize("change", ["one factor", "no tuple", "another field"])
+def test_a_survey_of_earlier_code_is_refused(change: str, source: Path, started: Path, tmp_path: Path) -> None:
+    """Code of one version may keep other plans before it is released."""
+    folder = shutil.copytree(started, tmp_path / "resume")
+
+    def earlier(kept: list[list[Any]]) -> None:
+        side = kept[0][2]["items"]["inputs"][0]["items"]
+        if change == "another field":
+            side["factor"] = side.pop("times")
+        else:
+            side["times"] = [1.5] if change == "one factor" else 1.5
+
+    rewrite(folder / SURVEY, "notes", earlier)
+    said = refused(load(source), folder)
+    assert "survey.safetensors was written by another state of this package; delete " in said
+
+
+def test_a_layer_of_earlier_code_is_refused(source: Path, started: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(started, tmp_path / "resume")
+    rewrite(layer_file(folder, FIRST), "report", lambda report: report.pop("unseen_output_error"))
+    assert f"{FIRST} was written by another state of this package" in refused(load(source), folder)
+
+
+def test_a_folder_of_the_users_home(
+    source: Path, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe is no shell, which would put the home in the place of a tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(started)
+    shutil.copytree(started, tmp_path / "kept")
+    assert "basis_bits: 4, now 8" in refused(load(source), Path("~/kept"), basis_bits=8)
+    assert not (started / "~").exists()

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from llmcompressor import oneshot
+from transformers import AutoConfig
 
 from bitsmoe_modifier import BitsMoEModifier, CheckpointError
+from bitsmoe_modifier.calibration.patches import _Published
 from bitsmoe_modifier.loading.claims import matches
 from bitsmoe_modifier.loading.inventory import Instead, check_nothing_lost, keep_beside, take_inventory
 from bitsmoe_modifier.sources.companions import let_save
@@ -151,3 +153,21 @@ def test_oneshot_on_a_folder_keeps_them(tmp_path: Path) -> None:
     made = json.loads((out / "config.json").read_text())
     assert made.pop("quantization_config")
     assert made == {**config, "transformers_version": made["transformers_version"]}
+
+
+def test_oneshot_on_a_hub_model_keeps_them_too(tmp_path: Path) -> None:
+    """Its files are in the hub's cache, links to files of other names."""
+    source = publish(tiny_model("qwen3_moe", num_hidden_layers=2), tmp_path / "source", MTP)
+    cache, commit = tmp_path / "cache", 40 * "a"
+    model = cache / "models--org--tiny"
+    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+        (model / folder).mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(model / "blobs" / str(number))
+        (model / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{number}")
+    where = {"cache_dir": cache, "revision": "main", "local_files_only": True}
+    config = AutoConfig.from_pretrained("org/tiny", **where)
+    inventory = _Published.from_pretrained("org/tiny", config=config, **where).source_inventory
+    assert set(inventory.mtp) == set(MTP)
+    assert inventory.folder == model / "snapshots" / commit

@@ -181,6 +181,15 @@ def test_a_source_loads_as_what_it_stands_for(make, tmp_path: Path) -> None:
     assert torch.allclose(logits(model), logits(dense), atol=1e-5)
 
 
+def test_a_source_comes_with_its_generation_settings(tmp_path: Path) -> None:
+    """Without its tokens that end a text, a model would not stop."""
+    settings = {"eos_token_id": [2, 3], "do_sample": True, "temperature": 0.6}
+    fp8_folder(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(settings))
+    found = load_source(tmp_path / "source").generation_config.to_dict()
+    assert {name: found[name] for name in settings} == settings
+
+
 @pytest.mark.parametrize("make", FOLDERS)
 def test_experts_in_files_are_known_to_a_process_that_saw_no_others(
     make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -252,6 +252,14 @@ def test_a_run_that_was_killed_does_not_block_the_next(tmp_path: Path, capsys: p
     assert len(folders.leftovers(tmp_path / "out")) == 1
 
 
+def test_a_run_for_a_longer_name_is_no_leftover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its temporary folder, empty until it saves, begins with the same letters."""
+    with OutputFolder(tmp_path / "qwen-2.5bit") as other, OutputFolder(tmp_path / "qwen-2"), other.written() as folder:
+        assert folder.is_dir()
+        (folder / "x").write_text("1")
+    assert "an earlier run for" not in capsys.readouterr().err
+
+
 def test_the_filesystem_of_a_link_is_that_of_its_target(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "volume" / "new")

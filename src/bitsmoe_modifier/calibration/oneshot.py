@@ -138,14 +138,11 @@ def _quantize(
 
     from . import patches, tracing  # noqa: F401 - for every modifier alike
     from .capture import more_text
-    from .entries import check_others
 
     started = time.perf_counter()
     source = source_record(model_folder, settings.model_name)
-    model = _load(model_folder, settings.offload)
-    inventory = model.source_inventory = take_inventory(model, model_folder)
-    let_save(model)
-    check_others(model, yaml.safe_load(recipe))
+    model = load_checked(model_folder, recipe, settings.offload)
+    inventory = model.source_inventory
     stored_dtype = model.dtype
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if settings.dtype is not None:
@@ -215,8 +212,36 @@ def without_places(recipe: str) -> Any:
     return content
 
 
+def load_checked(folder: Path, recipe: str, offload: Offload | None) -> Any:
+    """The dense model as a modifier takes it that knows its folder, with settings that can be saved.
+
+    Args:
+        folder: of the model.
+        recipe: YAML text, whose entries are looked for in the model.
+        offload: as in `QuantizeSettings`.
+
+    Raises:
+        BitsMoEError: when the model's files are damaged, its settings cannot be saved, or the recipe does not fit it.
+    """
+    from .entries import check_others
+
+    model = _load(folder, offload)
+    model.source_inventory = take_inventory(model, folder)
+    let_save(model)
+    check_others(model, yaml.safe_load(recipe))
+    return model
+
+
 def _load(folder: Path, offload: Offload | None) -> Any:
-    """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk."""
+    """The dense model in the dtype it is stored in; what memory cannot hold of an offloaded one stays on disk.
+
+    llm-compressor's session holds the model of the run before, and what its modifiers captured: of a size that was
+    made, or of a batch that was too large for the memory. They go first.
+    """
+    from llmcompressor.core import reset_session
+
+    reset_session()
+    gc.collect()
     auto = auto_class_of(read_auto_config(folder))
     if is_low_precision_source(folder):
         if offload is not None:

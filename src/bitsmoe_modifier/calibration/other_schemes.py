@@ -20,7 +20,7 @@ from ..sources.classes import build_empty
 from .entries import check_others_entries
 from .linearizing import experts_modules
 from .recipe import Stage
-from .recipe_content import EVERY, bitsmoe_fields
+from .recipe_content import EVERY
 
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 #: below this, scales take more than they give
@@ -66,7 +66,8 @@ def check_modifiers(modifiers: Iterable[Any], model: nn.Module, experts: Mapping
     modifiers = list(modifiers)
     others = _quantizing(modifiers)
     layers = linear_layers(model) if others else {}
-    ours = list(bitsmoe_fields(modifiers))
+    named = [one for one in modifiers if type(one).__name__ == "BitsMoEModifier"]
+    ours = [{"targets": one.targets, "ignore": one.ignore} for one in named]
     for modifier in others:
         kind, groups = type(modifier).__name__, modifier.resolved_config.config_groups.values()
         targets = [entry for scheme in groups for entry in scheme.targets]

@@ -31,6 +31,7 @@ from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm
 from loguru import logger
 from torch import nn
+from transformers.utils import cached_file
 
 from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.keeping import keep_as_stored
@@ -91,9 +92,19 @@ class _Published:
             model = load_whole(auto, folder, config=config, **kwargs)
         else:
             model = auto.from_pretrained(folder, config=config, **kwargs)
-        if Path(folder).is_dir():
-            model.source_inventory = take_inventory(model, Path(folder))
+        place = _place(folder, **kwargs)
+        if place is not None:
+            model.source_inventory = take_inventory(model, place)
         return model
+
+
+def _place(source: Any, cache_dir: Any = None, revision: str | None = None, **_: Any) -> Path | None:
+    """The folder of a model that was just loaded, of the hub: in its cache; None where it has no safetensors files."""
+    if Path(source).is_dir():
+        return Path(source)
+    found = cached_file(source, "config.json", cache_dir=cache_dir, revision=revision, local_files_only=True)
+    folder = Path(str(found)).parent
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def _install_validation() -> None:
@@ -108,14 +119,15 @@ def _install_validation() -> None:
 
     def validate_model(run: Any, model: Any) -> None:
         source = str(getattr(model, "name_or_path", "") or "")
-        check_places(run.recipe, run.recipe_args.stage)
-        check_saving(run.recipe, run.output_dir, run.model_args.save_compressed, source)
+        stage = run.recipe_args.stage
+        check_places(run.recipe, stage)
+        check_saving(run.recipe, run.output_dir, run.model_args.save_compressed, source, stage)
         data = run.dataset_args
-        check_rows(run.recipe, data.dataset, data.text_column, data.preprocessing_func is not None)
+        check_rows(run.recipe, data.dataset, data.text_column, data.preprocessing_func is not None, stage)
         if getattr(model, "decoded_from", None) is None:
             original(run, model)
         else:
-            read_other_experts(model, run.recipe)
+            read_other_experts(model, run.recipe, stage)
 
     validate_model.knows_decoded = True  # type: ignore[attr-defined]
     _oneshot.Oneshot.validate_model = validate_model
@@ -144,10 +156,11 @@ def _install_processors() -> None:
         if output_dir is None or not is_source_process():
             return
         model = getattr(model_args, "model", None)
-        source, target = Path(getattr(model, "name_or_path", "")), Path(output_dir)
+        target = Path(output_dir)
         target /= getattr(kwargs.get("recipe_args"), "stage", None) or ""  # llm-compressor makes a folder of it
         drop_older(target)
-        inventory = getattr(model, "source_inventory", None)
+        inventory, name = getattr(model, "source_inventory", None), getattr(model, "name_or_path", "")
+        source = Path(name) if inventory is None else inventory.folder
         if inventory is not None:
             instead = [one.instead() for one in getattr(model, "packed_mtp", [])]
             treatment = getattr(model, "mtp_treatment", "keep")
@@ -155,9 +168,9 @@ def _install_processors() -> None:
             for sentence in keep_beside(inventory, target, treatment, instead=instead).sentences():
                 logger.info(sentence)
             check_nothing_lost(inventory, model, target)
-        for name in PROCESSOR_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+        for file in PROCESSOR_FILES if name else ():  # of a model that came from nowhere, "" is the current folder
+            if (source / file).is_file():
+                shutil.copyfile(source / file, target / file)
 
     initialize_processor_from_path.falls_back = True  # type: ignore[attr-defined]
     _entrypoints.initialize_processor_from_path = initialize_processor_from_path

@@ -1,5 +1,6 @@
 """Recipes as sets of runs: every ``NAME_stage`` of a YAML recipe is one way to quantize the model."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +63,15 @@ def find_recipe(recipe: str) -> Path:
     Raises:
         RecipeError: when there is neither.
     """
-    if Path(recipe).is_file():
+    if os.path.isfile(recipe):  # of a text that is no path, `Path.is_file` raises that it is too long
         return Path(recipe)
     for folder in _SHIPPED:
-        if (folder / f"{recipe}.yaml").is_file():
+        if os.path.isfile(folder / f"{recipe}.yaml"):
             return folder / f"{recipe}.yaml"
     known = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.yaml")})
     near = did_you_mean(recipe, known)
-    raise RecipeError(f"{recipe}: no such recipe file{near or ';'} the shipped recipes are {', '.join(known)}")
+    shown = recipe if len(recipe) < 200 else f"{recipe[:200]}…"
+    raise RecipeError(f"{shown}: no such recipe file{near or ';'} the shipped recipes are {', '.join(known)}")
 
 
 def read_stages(path: Path) -> list[Stage]:
@@ -160,6 +162,8 @@ def with_fields(stage: Stage, **fields: Any) -> Stage:
             if "BitsMoEModifier" in modifiers:
                 own = modifiers["BitsMoEModifier"]
                 before = own.get("ignore", [])
+                if "ignore" in given and not isinstance(before, list):
+                    raise RecipeError(f"{stage.name}: ignore: {before!r} is no list; write ignore: [NAME, …]")
                 own |= given
                 if "ignore" in given:
                     own["ignore"] = [*before, *given["ignore"]]

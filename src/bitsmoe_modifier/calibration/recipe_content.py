@@ -1,10 +1,13 @@
-"""The fields of the BitsMoEModifiers of a recipe, in any form that `oneshot` takes."""
+"""The BitsMoEModifiers of a recipe, in any form that `oneshot` takes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from llmcompressor.recipe import Recipe
+from llmcompressor.recipe.utils import _parse_recipe_from_md
 
 from ..errors import RecipeError
 
@@ -12,23 +15,20 @@ from ..errors import RecipeError
 EVERY = (r"re:.*\.experts$",)
 
 
-def bitsmoe_fields(recipe: Any) -> Iterator[dict[str, Any]]:
-    """The fields of every BitsMoEModifier of a recipe: those that were given, or, of a modifier, where it works.
+def bitsmoe_modifiers(recipe: Any, stage: str | None = None) -> list[Any]:
+    """The BitsMoEModifiers of a recipe, read as llm-compressor is going to read it.
 
     Args:
-        recipe: a YAML text, a file's path, its content, a modifier, a recipe of llm-compressor, or a list of these.
+        recipe: a YAML or JSON text, a file's path, a modifier, a recipe of llm-compressor, or a list of modifiers.
+        stage: the beginning of the names of the stages that count, as `oneshot` takes it; None: all.
+
+    Raises:
+        ValueError: when it is none of these.
     """
-    if isinstance(recipe, (str, Path)):
-        yield from _within(_content(recipe))
-    elif isinstance(recipe, dict):
-        yield from _within(recipe)
-    elif isinstance(recipe, (list, tuple)):
-        for one in recipe:
-            yield from bitsmoe_fields(one)
-    elif type(recipe).__name__ == "BitsMoEModifier":
-        yield {"targets": recipe.targets, "ignore": recipe.ignore}
-    else:
-        yield from (bitsmoe_fields(recipe.modifiers) if hasattr(recipe, "modifiers") else ())
+    if not recipe:
+        return []
+    found = Recipe.create_instance(path_or_modifiers=recipe, target_stage=stage).modifiers
+    return [one for one in found if type(one).__name__ == "BitsMoEModifier"]
 
 
 def check_places(recipe: Any, stage: str | None = None) -> None:
@@ -60,21 +60,23 @@ def check_places(recipe: Any, stage: str | None = None) -> None:
 
 
 def _content(recipe: str | Path) -> Any:
-    """What the text of a recipe says, or of the file that it names."""
-    path = Path(recipe)
-    is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and path.is_file()
-    return yaml.safe_load(path.read_text(encoding="utf-8") if is_file else str(recipe))
+    """What the text of a recipe says, or of the file that it names, as llm-compressor reads them."""
+    name = str(recipe)
+    if not os.path.isfile(name):  # of a text that is no path, `Path.is_file` raises that it is too long
+        return yaml.safe_load(name)
+    text = Path(name).read_text(encoding="utf-8")
+    return yaml.safe_load(_parse_recipe_from_md(name, text) if name.lower().endswith(".md") else text)
 
 
 def _items(content: Any) -> list[tuple[str, Any]]:
     return [(str(name), value) for name, value in content.items()] if isinstance(content, dict) else []
 
 
-def _within(content: Any) -> Iterator[dict[str, Any]]:
-    """The same of a recipe's content, in which a text is a value and no recipe."""
+def _within(content: Any) -> Iterator[str]:
+    """The names of the BitsMoEModifiers in a recipe's content, wherever they are; a text is a value and no recipe."""
     for name, value in content.items() if isinstance(content, dict) else ():
         if name == "BitsMoEModifier":
-            yield value or {}
+            yield name
         else:
             yield from _within(value)
     for one in content if isinstance(content, list) else ():

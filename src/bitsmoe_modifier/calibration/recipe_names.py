@@ -73,9 +73,9 @@ def _items(node: yaml.Node | None, path: Path) -> Iterator[tuple[yaml.ScalarNode
         return
     seen: dict[str, yaml.ScalarNode] = {}
     for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":  # the pairs of another mapping, merged in
             continue
-        if key.value in seen and key.value != "<<":
+        if key.value in seen:
             first = seen[key.value].start_mark.line + 1
             raise RecipeError(
                 f"{_at(path, key)}: {key.value!r} is given a second time (line {first}); keep one of them"

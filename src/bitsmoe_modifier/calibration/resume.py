@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import BitsMoEError, CheckpointError, RecipeError
 from ..method.costs import SideCosts
-from ..method.design import LayerPlan, SidePlan
+from ..method.design import TRIAL_BITS, LayerPlan, SidePlan
 from ..method.distributed import Ranks
 from ..method.layer import QuantizerSettings
 from ..method.quantize import LayerReport
@@ -53,7 +53,7 @@ def reserved(folder: str | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock = Path(folder) / _LOCK
+    lock = Path(folder).expanduser() / _LOCK
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         keep_locked(lock, f"resume_dir: another run is using {folder}; give another folder")
@@ -78,7 +78,7 @@ class ResumeFolder:
     """
 
     def __init__(self, folder: str | Path, made_of: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()  # no shell does it in a recipe
         self.layers: list[Path] = []
         record = self.folder / _RECORD
         try:
@@ -154,13 +154,17 @@ class ResumeFolder:
 
         Raises:
             CheckpointError: when its file was damaged.
+            RecipeError: when another state of this package wrote it.
         """
         where = str(self._file(name))
         tensors, metadata = self._read(self._file(name))
         check_structure(tensors, where)
         packed = PackedExperts(**tensors)
         check_content(packed, where)
-        return packed, LayerReport(**_frozen(json.loads(metadata["report"])))
+        try:
+            return packed, LayerReport(**_frozen(json.loads(metadata["report"])))
+        except TypeError:
+            raise self._foreign(self._file(name)) from None
 
     def keep_survey(self, metrics: Mapping[str, torch.Tensor], plans: Mapping[str, LayerPlan]) -> None:
         """Keep the result of the survey: every layer's metric and plan, to the last bit.
@@ -176,14 +180,30 @@ class ResumeFolder:
 
         Args:
             settings: of this run, which the plans are to be used with.
+
+        Raises:
+            CheckpointError: when its file was damaged.
+            RecipeError: when another state of this package wrote it, of the same version but with other plans.
         """
         if not (self.folder / _SURVEY).exists():
             return None
         tensors, metadata = self._read(self.folder / _SURVEY)
-        kept = put_together(json.loads(metadata["notes"]), tensors, _KINDS)
+        try:
+            kept = put_together(json.loads(metadata["notes"]), tensors, _KINDS)
+        except (KeyError, TypeError):
+            raise self._foreign(self.folder / _SURVEY) from None
+        if not all(_is_tried(side) for _, _, plan in kept for side in (*plan.inputs, *plan.outputs)):
+            raise self._foreign(self.folder / _SURVEY)
         return (
             {name: metric for name, metric, _ in kept},
             {name: replace(plan, settings=settings.for_sizes(*plan.shape[1:])) for name, _, plan in kept},
+        )
+
+    def _foreign(self, file: Path) -> RecipeError:
+        """Refuse what was written between two releases: layers of two states of the code would be mixed."""
+        return RecipeError(
+            f"resume_dir: {file} was written by another state of this package; delete {self.folder}, or give another "
+            "folder"
         )
 
     def _write(self, file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -265,6 +285,11 @@ class SharedFolder:
         """`ResumeFolder.close`."""
         if self._folder is not None:
             self._folder.close()
+
+
+def _is_tried(side: SidePlan) -> bool:
+    """Whether a trial of a side's candidate, where there was one, was made at the sizes at which it is made now."""
+    return side.times is None or (isinstance(side.times, tuple) and len(side.times) == len(TRIAL_BITS))
 
 
 def _frozen(value: Any) -> Any:

@@ -12,7 +12,7 @@ from ..loading.claims import matches
 from ..method.gating import gating_of
 from ..method.layer import DenseExperts
 from ..sources.stacks import KEPT_DECODED, StoredStack, Turned, read_parameters, stored_parameters
-from .recipe_content import EVERY, bitsmoe_fields
+from .recipe_content import bitsmoe_modifiers
 
 
 class _Product(torch.autograd.Function):
@@ -137,7 +137,7 @@ def stored_matrices(module: nn.Module) -> StoredMatrices | None:
     return vars(module).get("stored")
 
 
-def read_other_experts(model: nn.Module, recipe: Any) -> None:
+def read_other_experts(model: nn.Module, recipe: Any, stage: str | None = None) -> None:
     """Read the experts from the source's files that no BitsMoEModifier of a recipe is going to quantize.
 
     Other modifiers work on Linears with weights, and what is left alone is saved with its weights.
@@ -145,9 +145,10 @@ def read_other_experts(model: nn.Module, recipe: Any) -> None:
     Args:
         model: as it was loaded.
         recipe: in any form that `oneshot` takes.
+        stage: of the recipe, likewise.
     """
-    ours = [(list(f.get("targets") or EVERY), list(f.get("ignore") or ())) for f in bitsmoe_fields(recipe)]
+    ours = bitsmoe_modifiers(recipe, stage)
     for name, module in list(model.named_modules()):
-        taken = any(matches(name, targets) and not matches(name, ignored) for targets, ignored in ours)
+        taken = any(matches(name, one.targets) and not matches(name, one.ignore) for one in ours)
         if not taken and stored_parameters(module):
             read_parameters(module)

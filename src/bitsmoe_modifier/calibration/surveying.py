@@ -6,7 +6,7 @@ import torch
 
 from ..errors import RecipeError
 from ..sources.text import dataloader
-from .oneshot import QuantizeSettings, _cast, _load
+from .oneshot import QuantizeSettings, _cast, load_checked
 from .prediction import Prediction, Surveyed
 from .recipe import Stage, with_fields
 
@@ -27,13 +27,14 @@ def survey(model_folder: Path, stage: Stage, rows: torch.Tensor, settings: Quant
 
     import bitsmoe_modifier  # noqa: F401 - registers modifier, format and loader
 
-    model = _load(model_folder, settings.offload)
+    recipe = with_fields(stage, survey_only=True).text
+    model = load_checked(model_folder, recipe, settings.offload)
     if settings.dtype is not None:
         _cast(model, settings.dtype)
     try:
         oneshot(
             model=model,
-            recipe=with_fields(stage, survey_only=True).text,
+            recipe=recipe,
             dataset=dataloader(rows, settings.batch_size),
             pipeline=settings.pipeline,
             moe_calibrate_all_experts=settings.calibrate_all_experts,

@@ -6,14 +6,20 @@ That leaves out the attention implementation, for which transformers then makes 
 for full attention, and calibration, GPTQ's included, lets every token see the whole row: on a tiny Qwen3-MoE the
 experts' inputs are off by 20 %. `install` makes rebuilt configs keep the implementation.
 
+A trace leaves a copy of every namespace that it compiled a forward in, the model in it, with torch.fx; `install` takes
+them back, or a process would hold the model of every run that it made.
+
 It also keeps what merges image features into a text from being traced: MiniMax-M3's function for it looks whether there
 are any images, which a trace cannot know.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llmcompressor.pipelines.sequential import helpers
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
+from torch.fx import _symbolic_trace
 from transformers import PreTrainedConfig
 
 _UNTRACED = ("get_placeholder_mask",)
@@ -33,8 +39,16 @@ def install() -> None:
 
     autowrap: Any = helpers.autowrap_forwards
 
-    def autowrap_forwards(ancestors: Any, ignore: list[str]) -> Any:
-        return autowrap(ancestors, [*ignore, *_UNTRACED])
+    @contextmanager
+    def autowrap_forwards(ancestors: Any, ignore: list[str]) -> Iterator[None]:
+        wrapped = _symbolic_trace._wrapped_fns_to_patch
+        before = set(wrapped)
+        try:
+            with autowrap(ancestors, [*ignore, *_UNTRACED]):
+                yield
+        finally:
+            for key in wrapped.keys() - before:
+                del wrapped[key]
 
     create_arg.keeps_attention = True  # type: ignore[attr-defined]
     helpers.autowrap_forwards = autowrap_forwards  # type: ignore[assignment]

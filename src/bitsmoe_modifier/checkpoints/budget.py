@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import messages
-from ..calibration.recipe import Stage, with_fields
+from ..calibration.recipe import Stage, check_stage, with_fields
 from ..errors import RecipeError, check_at_least
 from .plan import Headers, bitsmoe_fields, model_shape, read_headers
 from .planning import LayerShape, ModelShape
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-#: bits from which on nothing is gained: the widest unit has 6 by default
+#: bits from which on nothing is gained, of the bit-widths that there are by default
 _MOST_BITS = 6.0
 #: tensors of a packed layer, and bytes of JSON that the header of a file spends on a tensor beside its name
 _PACKED_TENSORS, _HEADER_BYTES = 13, 72
@@ -80,6 +80,7 @@ class Budget:
             if len(set(wanted)) < len(wanted):
                 raise RecipeError(f"--bits {','.join(self.bits)} has a size twice; give each once")
             return [with_fields(stage, bits=bits) for bits in wanted]
+        check_stage(stage)
         if self.size:
             bits = bits_for_size(model, parse_size(self.size), fields)
             messages.say("note", f"--size {self.size}: {bits:.4f} bits per expert weight")
@@ -88,8 +89,9 @@ class Budget:
             found = bits_for_memory(model, *parse_gpus(str(self.fit)), parse_tokens(self.context), self.batch, fields)
             bits = found.bits
             messages.say("note", f"--fit {self.fit}: {bits:.4f} bits per expert weight; {'; '.join(found.assumed)}")
-        if bits == _MOST_BITS:
-            messages.say("note", f"the experts get no more than {_MOST_BITS} bits: the checkpoint will be smaller")
+        most = most_bits(fields)
+        if bits == most:
+            messages.say("note", f"the experts get no more than {most} bits: the checkpoint will be smaller")
         return [with_fields(stage, bits=round(bits, 4))]
 
 
@@ -145,6 +147,11 @@ def rest_bytes(headers: Headers, shape: ModelShape) -> int:
     return shape.stored_bytes - shape.expert_bytes + header
 
 
+def most_bits(fields: dict[str, Any]) -> float:
+    """Bits per expert weight that are of use at most, with the bit-widths that a BitsMoEModifier's fields allow."""
+    return min(_MOST_BITS, float(max(fields.get("bit_widths") or fields.get("widths") or [_MOST_BITS])))
+
+
 def packed_weights(layers: Sequence[LayerShape]) -> int:
     """Expert weights that will be packed."""
     return sum(layer.weights for layer in layers)
@@ -170,7 +177,7 @@ def bits_for_size(model: str, size: int, fields: dict[str, Any]) -> float:
             f"{_gb(size)} is less than what is not a quantized expert, {_gb(rest)}; give a larger size, quantize more "
             "layers, or the rest by another modifier"
         )
-    return min(bits, _MOST_BITS)
+    return min(bits, most_bits(fields))
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,7 @@ def bits_for_memory(model: str, gpus: int, memory: int, context: int, batch: int
             f"{gpus} × {_gb(memory)} do not hold what is not a quantized expert, {_gb(rest)} ({'; '.join(assumed)}); "
             "give more memory, a shorter --context or a smaller --batch"
         )
-    bits = min(bits, _MOST_BITS)
+    bits = min(bits, most_bits(fields))
     weights = (rest + bits * packed_weights(shape.layers) / 8) / gpus
     return Fit(bits, round(weights), cache, workspace, assumed)
 
@@ -268,7 +275,7 @@ def _workspace_bytes(config: Any, shape: ModelShape, batch: int) -> int:
 def _shape(headers: Headers, fields: dict[str, Any]) -> ModelShape:
     from ..calibration.modifier import BitsMoEModifier
 
-    return model_shape(headers, BitsMoEModifier(**{**fields, "bits": _MOST_BITS}))
+    return model_shape(headers, BitsMoEModifier(**{**fields, "bits": most_bits(fields)}))
 
 
 def _gb(n: float) -> str:

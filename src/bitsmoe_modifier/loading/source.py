@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import CheckpointError
 from ..sources.classes import class_of, read_auto_config
@@ -91,6 +93,8 @@ def load_source(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
         if hasattr(model.get_submodule(name), "config"):
             model.get_submodule(name).config = _config_beside(model, name)
     model.config._name_or_path = model.name_or_path = str(folder)
+    if model.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():  # which is read of a folder alone
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.decoded_from = str(folder)
     return model
 

@@ -191,7 +191,8 @@ def leftovers(out: Path) -> list[Path]:
     path = resolved(out)
     beside = path.parent.glob(f".{glob.escape(path.name)}.*.partial") if path.parent.is_dir() else ()
     inside = path.glob(f".{glob.escape(path.name)}.*.partial") if path.is_dir() else ()
-    return sorted({*beside, *inside})
+    # what `tempfile` put there has no point: with one it is of a folder whose name begins with this one's and a point
+    return sorted(one for one in {*beside, *inside} if "." not in one.name[len(path.name) + 2 : -len(".partial")])
 
 
 def check_file_place(file: str | Path, option: str) -> None:
