@@ -183,12 +183,12 @@ def test_options_of_quantize_become_fields(monkeypatch: pytest.MonkeyPatch, tmp_
 
     seen: list[Stage] = []
     monkeypatch.setattr(single, "quantize_each", lambda _model, stages, *_: seen.extend(one for one, _ in stages) or [])
-    options = "--codes trellis --bits 1.5,2 --ignore a --best --samples 3"
+    options = "--codes trellis --bits 1.5,2 --ignore re:a[.]\\d{1,2}$,b --best --samples 3"
     assert main(["quantize", "--out", str(tmp_path / "out"), *options.split()]) == 0
     fields = [dict(stage.modifiers)["BitsMoEModifier"] for stage in seen]
     assert [one["bits"] for one in fields] == [1.5, 2.0]
     for one in fields:
-        assert (one["codes"], one["ignore"], one["refine_passes"]) == ("trellis", ["a"], 2)
+        assert (one["codes"], one["ignore"], one["refine_passes"]) == ("trellis", [r"re:a[.]\d{1,2}$", "b"], 2)
 
 
 def test_compare_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):

@@ -45,7 +45,9 @@ def test_numbers_that_are_too_small(
     [
         (["eval", ".", "--eval-rows", -1], "--eval-rows -1 must be 0 or more"),
         (["eval", ".", "--task-items", -1], "--task-items -1 must be 0 or more"),
-        (["export", ".", "--out", "o", "--group-size", 0], "--group-size 0 must be 1 or more"),
+        (["export", ".", "--out", "o", "--to", "w4", "--group-size", 0], "--group-size 0 must be 1 or more"),
+        (["export", ".", "--out", "o", "--group-size", 64], "--group-size is of w4; give --to w4 too, or leave it out"),
+        (["inspect", ".", "--json", "--html", "x.html"], "--json and --html exclude each other; give one of them"),
         (["plan", "--model", ".", "--samples", -4], "--samples -4 must be 1 or more"),
         (["plan", "--model", DEMO, "--bits", "nan"], "bits: Input should be"),
         (["plan", "--model", DEMO, "--bits", "-2"], "bits: Input should be greater than 0"),

@@ -142,6 +142,12 @@ def test_one_kind_of_budget(recipe: Path) -> None:
     assert Budget().stages(stage, "nowhere") == [stage]
     with pytest.raises(RecipeError, match=r"--bits 2,2\.0 has a size twice"):
         Budget(("2", "2.0")).stages(stage, "nowhere")
+    with pytest.raises(RecipeError, match=r"--bits 1,6 may mean 1\.6 or 1\.0,6\.0; write it in one of these ways"):
+        Budget(("1", "6")).stages(stage, "nowhere")
+    with pytest.raises(RecipeError, match=r"--bits 1,6,2,0 may mean 1\.6,2\.0 or 1\.0,6\.0,2\.0,0\.0; write"):
+        Budget(("1", "6", "2", "0")).stages(stage, "nowhere")
+    for sizes in (("2",), ("2", "3", "4"), ("2.0", "3"), ("2.0", "3.0")):
+        assert len(Budget(sizes).stages(stage, "nowhere")) == len(sizes)
     with pytest.raises(RecipeError, match="--fit and --max-kld exclude each other"):
         Budget(fit="24GB", max_kld=0.01).stages(stage, "nowhere")
     with pytest.raises(RecipeError, match="the recipe's max_kld chooses the bits; drop it there, or leave out --bits"):

@@ -171,6 +171,18 @@ def test_tasks_are_run_on_the_saved_checkpoints_and_compared_item_by_item(done, 
     assert "letters" in (out / "report.html").read_text()
 
 
+def test_items_that_were_changed_are_answered_again(done, tiny, items, tmp_path):
+    """By their name alone, the figures of the earlier items would pass for those of the present ones."""
+    own = tmp_path / "letters.jsonl"
+    lines = items.read_text().splitlines(keepends=True)
+    told = []
+    for count in (12, 8):
+        own.write_text("".join(lines[:count]))
+        report = compare(settings(tiny, done[0], arms=["gptq_w4"], tasks=(str(own),)))
+        told += [report["reference"]["accuracy"]["letters"]["items"], report["arms"][0]["accuracy"]["letters"]["items"]]
+    assert told == [12, 12, 8, 8]
+
+
 def test_an_unknown_task_is_refused_before_the_reference_is_run(tiny, tmp_path):
     with pytest.raises(RecipeError, match=r"/no/items[.]jsonl: no such file"):
         compare(settings(tiny, tmp_path / "out", tasks=("/no/items.jsonl",)))

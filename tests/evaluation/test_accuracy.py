@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import BitsMoEError
-from bitsmoe_modifier.evaluation.accuracy import check_tasks, compare_accuracy, label, measure_tasks
+from bitsmoe_modifier.evaluation.accuracy import _load, check_tasks, compare_accuracy, label, measure_tasks
 from bitsmoe_modifier.evaluation.evaluate import load_model
 from bitsmoe_modifier.evaluation.tasks import FOLDER
 from bitsmoe_modifier.evaluation.tasks.items import EMBEDDED, read
@@ -51,6 +51,26 @@ def test_a_wrong_line_is_named(line, problem, tmp_path):
 def test_missing_files_are_refused(task, problem):
     with pytest.raises(BitsMoEError, match=problem):
         check_tasks([task])
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    """One would take the other's place in the report."""
+    for name in ("a/items.jsonl", "b/items.jsonl", "continuations.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"context": "a", "endings": ["b", "c"], "label": 1}')
+    one, two, ours = (str(tmp_path / name) for name in ("a/items.jsonl", "b/items.jsonl", "continuations.jsonl"))
+    with pytest.raises(BitsMoEError, match=r"a/items\.jsonl and .*b/items\.jsonl would both be called items; rename"):
+        check_tasks([one, two])
+    with pytest.raises(BitsMoEError, match=r"continuations and .*\.jsonl would both be called continuations"):
+        check_tasks(["continuations", ours])
+
+
+@pytest.mark.parametrize("name", ["my items: part 1 #2", "2024", "no", 'it\'s "quoted"'])
+def test_any_name_of_a_file_of_items(name, tmp_path):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text('{"context": "a", "endings": ["b", "c"], "label": 1}')
+    (members,) = _load([str(path)]).values()
+    assert [member.config.task for member in members] == [name]
 
 
 def test_labels():

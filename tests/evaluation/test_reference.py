@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitsmoe_modifier.errors import BitsMoEError
+from bitsmoe_modifier.errors import BitsMoEError, CheckpointError
 from bitsmoe_modifier.evaluation.evaluate import evaluate, evaluate_reference
 from bitsmoe_modifier.evaluation.metrics import TokenMetrics, summarize, token_metrics
 from bitsmoe_modifier.evaluation.reference import load, record
@@ -84,6 +84,14 @@ def test_evaluation_matches_a_plain_loop(batch_size, rows, tmp_path: Path):
     assert found.tokens == 5 * 23
     for name in ("perplexity", "kld_mean", "kld_median", "kld_p90", "kld_stderr", "top1_agreement"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3), name
+
+
+def test_a_model_that_predicts_no_numbers_is_refused(rows, tmp_path: Path):
+    """Its figures would be NaN, which is no JSON: the report of all other runs would be lost with it."""
+    reference, broken = record(tiny_model("qwen3_moe"), rows, 2, tmp_path), tiny_model("qwen3_moe", seed=1)
+    broken.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(CheckpointError, match="the predictions of 115 of 115 positions have no divergence"):
+        evaluate(broken, rows, reference, 4)
 
 
 def test_the_reference_agrees_with_itself(rows, tmp_path: Path):

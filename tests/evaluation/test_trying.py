@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.evaluation.evaluate import load_model
@@ -36,7 +38,8 @@ def test_it_is_greedy_search_with_divergences(folders: tuple[Path, Path]) -> Non
     whole = one.generate(ids, max_new_tokens=12, do_sample=False)[0]
     written = whole[ids.shape[1] :]
     assert [t.id for t in tokens] == [i for i in written.tolist() if i != one.generation_config.eos_token_id]
-    assert "".join(t.text for t in tokens) == tokenizer.decode([t.id for t in tokens])
+    start = tokenizer.decode(ids[0])
+    assert start + "".join(t.text for t in tokens) == tokenizer.decode([*ids[0].tolist(), *(t.id for t in tokens)])
     with torch.no_grad():
         p, q = (m(whole[None]).logits[0].log_softmax(-1) for m in (two, one))
     at = ids.shape[1] - 1
@@ -46,6 +49,19 @@ def test_it_is_greedy_search_with_divergences(folders: tuple[Path, Path]) -> Non
     assert float(wanted.max()) > 1e-3
     assert all(t.kld == pytest.approx(0, abs=1e-6) for t in generate(one, one, tokenizer, PROMPT, 3))
     assert [t.kld for t in generate(one, None, tokenizer, PROMPT, 3)] == [None] * len(tokens[:3])
+
+
+def test_the_space_before_the_first_word(folders: tuple[Path, Path]) -> None:
+    """Tokenizers of the SentencePiece kind leave it out where a text begins; what follows a prompt begins none."""
+    model = load_model(str(folders[0]), torch.float32, torch.device("cpu"))
+    words = {f"▁w{i}": i for i in range(model.config.vocab_size)}
+    bare = Tokenizer(WordLevel({**words, "<unk>": 10**6}, "<unk>"))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
+    assert tokenizer.decode([7]) == "w7", "a test that could not tell"
+    tokens = list(generate(model, None, tokenizer, "w3 w4", 4))
+    assert len(tokens) > 1
+    assert "".join(token.text for token in tokens) == "".join(f" w{token.id}" for token in tokens)
 
 
 def test_command(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ class Budget:
                 f"{stage.name}: the recipe's max_kld chooses the bits; drop it there, or leave out --{given[0]}"
             )
         if self.bits:
+            _check_commas(self.bits)
             wanted = [_number(bits) for bits in self.bits]
             if len(set(wanted)) < len(wanted):
                 raise RecipeError(f"--bits {','.join(self.bits)} has a size twice; give each once")
@@ -93,6 +94,19 @@ class Budget:
         if bits == most:
             messages.say("note", f"the experts get no more than {most} bits: the checkpoint will be smaller")
         return [with_fields(stage, bits=round(bits, 4))]
+
+
+def _check_commas(bits: Sequence[str]) -> None:
+    """Refuse pairs of whole numbers: 1,6 are two sizes to us, and one to those who write 1.6 so.
+
+    Raises:
+        RecipeError: with both ways to write what may be meant.
+    """
+    if len(bits) % 2 or not all(text.isdigit() for text in bits):
+        return
+    one = ",".join(f"{whole}.{part}" for whole, part in zip(bits[::2], bits[1::2], strict=True))
+    several = ",".join(f"{text}.0" for text in bits)
+    raise RecipeError(f"--bits {','.join(bits)} may mean {one} or {several}; write it in one of these ways")
 
 
 def _number(text: str) -> float:

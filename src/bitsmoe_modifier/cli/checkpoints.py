@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import BitsMoEError
 from . import options as o
 from .app import command
 
@@ -28,6 +29,8 @@ def inspect(
     from ..sources.model import find_model
     from ..storage.folders import check_file_place
 
+    if html and as_json:
+        raise BitsMoEError("--json and --html exclude each other; give one of them")
     if html:
         check_file_place(html, "--html")
     folder = find_model(checkpoint)
@@ -52,7 +55,9 @@ def export(
     out: o.NewFolder,
     to: Annotated[Literal["dense", "w4"], typer.Option(help="What to write.")] = "dense",
     dtype: Annotated[o.Dtype, typer.Option(help="Of dense weights.")] = "bfloat16",
-    group_size: Annotated[int, typer.Option(metavar="N", help="Weights per scale of w4.")] = 128,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Weights per scale of w4.", show_default="128")
+    ] = None,
     *,
     verbose: bool,
 ) -> None:
@@ -61,9 +66,11 @@ def export(
     dense: as they are. w4: the experts as packed 4-bit Linears of compressed-tensors, rounded to nearest (RTN) from
     the decoded weights. Needs memory for the whole dense model.
     """
+    if group_size is not None and to != "w4":
+        raise BitsMoEError("--group-size is of w4; give --to w4 too, or leave it out")
     from ..comparison.single import export_one
 
-    export_one(checkpoint, Path(out), to, dtype, group_size, verbose)
+    export_one(checkpoint, Path(out), to, dtype, 128 if group_size is None else group_size, verbose)
     print(out)
 
 

@@ -5,6 +5,7 @@ parameters for those that it reads itself.
 """
 
 import os
+import re
 from dataclasses import fields
 from inspect import Parameter
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -42,6 +43,11 @@ def colours_wanted() -> bool:
 def names(value: str) -> tuple[str, ...]:
     """A comma-separated list."""
     return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def module_names(value: str) -> tuple[str, ...]:
+    """A comma-separated list of names or expressions, whose own commas stand in brackets: ``re:a{1,2},b`` are two."""
+    return tuple(name.strip() for name in re.split(r",(?![^{}\[\]()]*[}\])])", value) if name.strip())
 
 
 def settings(kind: type[T], context: typer.Context, **others: object) -> T:

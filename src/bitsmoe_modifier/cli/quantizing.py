@@ -91,7 +91,7 @@ def quantize(
         raise BitsMoEError("--private says how to upload; give --push-to-hub too, or leave it out")
     chosen = with_fields(  # before the heavy imports
         one_stage(recipe, stage),
-        ignore=list(o.names(ignore)) or None,
+        ignore=list(o.module_names(ignore)) or None,
         max_kld=max_kld,
         codes=codes,
         error_feedback=False if fast else None,

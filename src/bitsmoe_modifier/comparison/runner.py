@@ -18,7 +18,7 @@ from ..aftermath import attempted
 from ..calibration.recipe import Stage, find_recipe, read_stages, select
 from ..checkpoints.card import write_card
 from ..errors import BitsMoEError, RecipeError, check_at_least
-from ..evaluation.accuracy import Accuracy, compare_accuracy
+from ..evaluation.accuracy import Accuracy, compare_accuracy, contents
 from ..extras import require
 from ..pages.verdicts import LEGEND, how_measured
 from ..sources.fitting import check_rows
@@ -219,7 +219,7 @@ class _Runner:
         job = self.job
         if not job.tasks:
             return {}, 0.0, []
-        key = {**key, "tasks": list(job.tasks), "items": job.task_items}
+        key = {**key, "tasks": list(job.tasks), "items": job.task_items, "files": contents(job.tasks)}
         kept = self.workspace.finished(f"{name}.tasks", key) if reuse else None
         log = f"{name.removeprefix('_')}.tasks"
         made = kept or self._call(log, run_tasks, job, checkpoint)

@@ -4,6 +4,7 @@ A task is the name of any task or group of lm-eval, of one of ours (`evaluation.
 of items (.jsonl) for the task `continuations`. A group counts as one task: its items are pooled.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -79,6 +80,11 @@ def label(task: str) -> str:
     return Path(task).stem if _is_file(task) else task
 
 
+def contents(tasks: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the files among the tasks, by the task: what was measured on others is no figure of theirs."""
+    return {task: hashlib.sha256(Path(task).read_bytes()).hexdigest() for task in tasks if _is_file(task)}
+
+
 def compare_accuracy(own: Accuracy, reference: Accuracy) -> Accuracy:
     """``own`` without the items' scores, and with the difference to the reference on the same items."""
     compared: Accuracy = {}
@@ -111,6 +117,11 @@ def _load(tasks: Sequence[str]) -> dict[str, list[Any]]:
             f"{', '.join(unknown)}: no such task; give a name of lm-eval's (`lm_eval ls tasks`), "
             f"{', '.join(sorted(_OURS))}, an lm-eval YAML file, or a .jsonl file of items"
         )
+    called: dict[str, str] = {}
+    for task in tasks:
+        before = called.setdefault(label(task), task)
+        if before != task:
+            raise BitsMoEError(f"{before} and {task} would both be called {label(task)}; rename one of the files")
     loaded = {}
     with tempfile.TemporaryDirectory() as scratch:
         for task in tasks:
@@ -130,8 +141,13 @@ def _task_of_items(items: Path, scratch: Path) -> str:
     read(items)
     file = scratch / f"{items.stem}.yaml"
     file.write_text(
-        f"include: {FOLDER / 'continuations.yaml'}\ntask: {items.stem}\n"
-        f"dataset_kwargs: {{file: {json.dumps(str(items.resolve()))}}}\n",
+        json.dumps(  # which is YAML too, and takes any name for a text
+            {
+                "include": str(FOLDER / "continuations.yaml"),
+                "task": items.stem,
+                "dataset_kwargs": {"file": str(items.resolve())},
+            }
+        ),
         encoding="utf-8",
     )
     return str(file)

@@ -50,6 +50,9 @@ def evaluate(
         reference: recorded predictions.
         batch_size: rows per forward pass.
         desc: title of the progress bar.
+
+    Raises:
+        CheckpointError: when a prediction is not a number, with which no mean is one.
     """
     device = model.device
     reference = reference.to(device)
@@ -64,7 +67,14 @@ def evaluate(
                 theirs = reference.logits(at, part).to(device)
                 parts.append(token_metrics(logits[part], theirs, target[part]))
             bar.update(len(batch))
-    return summarize(_joined(parts, len(rows)))
+    measured = _joined(parts, len(rows))
+    lost = int((~measured.kld.isfinite()).sum())
+    if lost:
+        raise CheckpointError(
+            f"the predictions of {lost} of {measured.kld.numel()} positions have no divergence (NaN or infinity): "
+            "weights are damaged, or numbers leave the range of what is computed in; try another --dtype"
+        )
+    return summarize(measured)
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def generate(model: Any, dense: Any | None, tokenizer: Any, prompt: str, length:
     ends = _ends(model)
     caches: list[Any] = [None, None]
     written: list[int] = []
-    step, said = ids, ""
+    # decoded with the prompt: some tokenizers leave out the space before the first word of what they decode
+    step, said = ids, tokenizer.decode(given)
     for _ in range(length):
         logits = _next_logits(model, step, caches, 0)
         chosen = int(logits.argmax())
@@ -66,7 +67,7 @@ def generate(model: Any, dense: Any | None, tokenizer: Any, prompt: str, length:
         if chosen in ends:
             return
         written.append(chosen)
-        whole = tokenizer.decode(written)
+        whole = tokenizer.decode([*given, *written])
         # a character may take several tokens; it is said with the last of them
         text = "" if whole.endswith("\ufffd") else whole[len(said) :]
         said = whole if text else said
