@@ -3,11 +3,12 @@
 import copy
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
 from bitsmoe_modifier.comparison.report import write_report
-from bitsmoe_modifier.evaluation.columns import summary, table
+from bitsmoe_modifier.evaluation.columns import kld_error, summary, table
 from bitsmoe_modifier.pages.comparison import markdown
 from bitsmoe_modifier.pages.verdicts import headline, headliner, next_larger, of_model, verdict, without_folders
 from bitsmoe_modifier.sources.demo import demo_asset
@@ -68,6 +69,30 @@ def test_headline_where_we_tie_or_lose(kld, said):
     """A difference within twice the error is no win, and a loss is called one."""
     rival = GPTQ[2] | {"kld_stderr": 2e-5}
     assert said in headline([rival, ours("mine", 2.0, kld, kld_stderr=2e-5)])
+
+
+def test_runs_on_the_same_rows_are_compared_row_by_row():
+    """Rows that are hard for one are hard for the other: as of independent runs, a clear loss would pass for a tie."""
+    hard = [0.001, 0.002, 0.003, 0.010, 0.030, 0.002]
+    rows = {"gptq_w3": hard, "mine": [1.3 * kld + 0.0001 * (place % 2) for place, kld in enumerate(hard)]}
+    known = {name: {"kld_mean": fmean(row), "kld_stderr": stdev(row) / 6**0.5} for name, row in rows.items()}
+    rival, mine = GPTQ[1] | known["gptq_w3"], ours("mine", 2.0, 0.0) | known["mine"]
+    assert "as close as" in headline([rival, mine])
+    assert "within the sampling error" in verdict(mine, rival)
+    assert [row[2][1] for row in summary(REFERENCE, [rival, mine])[1]] == ["", "best", "tie"]
+
+    rows["mine"] = [kld + 0.002 + 0.0001 * (place % 2) for place, kld in enumerate(hard)]
+    mine |= {"kld_mean": fmean(rows["mine"]), "kld_rows": rows["mine"]}
+    rival |= {"kld_rows": rows["gptq_w3"]}
+    assert kld_error(mine, rival) == pytest.approx(0.0001 * 0.3**0.5 / 6**0.5)
+    assert "misses gptq_w3" in headline([rival, mine])
+    assert "within the sampling error" not in verdict(mine, rival)
+    assert [row[2][1] for row in summary(REFERENCE, [rival, mine])[1]] == ["", "best", ""]
+
+
+def test_figures_that_read_the_same_are_all_the_best():
+    runs = [ours("a", 1.25001, 0.1), ours("b", 1.2502, 0.2)]
+    assert [row[1] for row in summary(REFERENCE, runs)[1][1:]] == [("1.250", "best"), ("1.250", "best")]
 
 
 def test_headline_never_holds_a_larger_run_against_a_smaller():

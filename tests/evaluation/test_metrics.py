@@ -76,6 +76,7 @@ def test_summary_matches_numpy_statistics():
     assert found.kld_median == pytest.approx(np.median(values))
     assert found.kld_p90 == pytest.approx(np.quantile(values, 0.9))
     assert found.kld_stderr == pytest.approx(values.mean(1).std(ddof=1) / math.sqrt(6))
+    assert found.kld_rows == pytest.approx(values.mean(1).tolist())
     assert found.perplexity == pytest.approx(math.exp(nll.double().mean()))
     assert found.top1_agreement == pytest.approx(agree.double().mean())
     assert found.top1_stderr == pytest.approx(agree.double().mean(1).numpy().std(ddof=1) / math.sqrt(6))

@@ -117,6 +117,17 @@ def test_ink_is_the_pages_and_names_are_those_of_definitions(name):
     assert set(re.findall(r"\bid=\"([^\"]+)\"", text)) == used, "no name twice on a page of several charts"
 
 
+def test_long_legends_are_read_to_their_end():
+    """A line of eight names is wider than the chart."""
+    every = [Point(name, method, 2.0 + place, 3.0) for place, (name, method) in enumerate(METHODS.items())]
+    curve = Curve((1.0, 3.0, 5.0, 9.0), (4.0, 3.0, 2.0, 1.0))
+    loss, stored = loss_against_size(every, 0.1, [curve]), bytes_of({"a": dict.fromkeys(BYTES, 1.0)})
+    for drawn, names in ((loss, [*(m.name for m in METHODS.values()), "expected by the survey"]), (stored, [*BYTES])):
+        for name in names:
+            (at,) = re.findall(rf'<text [^>]*x="([0-9.]+)"[^>]*>{re.escape(name)}</text>', drawn)
+            assert float(at) + 6.5 * len(name) < 720, name
+
+
 def test_the_same_numbers_give_the_same_bytes():
     assert DRAWINGS["loss"]() == DRAWINGS["loss"]()
 

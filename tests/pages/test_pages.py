@@ -13,6 +13,7 @@ from bitsmoe_modifier.checkpoints.quality import keep_quality
 from bitsmoe_modifier.cli import main
 from bitsmoe_modifier.pages.checkpoint import checkpoint_page
 from bitsmoe_modifier.pages.comparison import comparison_page
+from bitsmoe_modifier.pages.samples import sample_views
 from entries import FAILED, GPTQ, REFERENCE, ours, report
 from helpers import pack_randomly, save, tiny_model
 
@@ -105,6 +106,14 @@ def test_the_report_page_holds_everything(made, packed):
     assert html.count("<svg") >= 5
     assert html.index("KL divergence: how far") < html.index("<table"), "terms are explained where they first occur"
     assert '<span class="far" title="0.300 nats"> &lt;b&gt;</span>' in html
+
+
+def test_equal_texts_read_the_same():
+    """Token by token as in one piece: line breaks in two tokens are one break to a reader."""
+    tokens = [["a. ", 0.0], ["\n", 0.3], ["\n", 0.0], ["  ", 0.0], ["\tb", 0.0], ["\n\nc", 0.0]]
+    written = {"prompt": "p", "unquantized": tokens, "quantized": "".join(text for text, _ in tokens)}
+    (view,) = sample_views({"run": [written]})
+    assert "".join(piece.text for piece in view.pieces).replace(" ⏎", "⏎") == view.runs[0].text == "a.⏎\nb⏎\nc"
 
 
 def test_a_report_of_failures_only_is_a_page(tmp_path):

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any, Literal
 
 Run = dict[str, Any]
-#: how a run stands in its column: the best, within twice the standard error of it, or neither
+#: how a run stands in its column: the best, within twice the standard error of the difference to it, or neither
 Mark = Literal["best", "tie", ""]
 #: after a figure that ties with the best one
 TIE = " ≈"
@@ -15,13 +16,14 @@ TIE = " ≈"
 @dataclass(frozen=True)
 class _Column:
     """A figure: its title, where a run has it, how to print it, which way is better (0: neither), where its standard
-    error is."""
+    error is, and where that of the difference of two runs."""
 
     title: str
     get: Callable[[Run], float | None]
     show: Callable[[float], str]
     better: int
     error: Callable[[Run], float | None] = lambda run: None
+    between: Callable[[Run, Run], float] | None = None
 
     def cells(self, rows: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, Mark]]:
         """Text of every row, and how it stands among the runs (the unquantized one does not compete, nor one alone)."""
@@ -44,15 +46,40 @@ class _Column:
         return f" ± {self.show(error)}" if error else ""
 
     def _mark(self, run: Run, best: Run) -> Mark:
-        """Equal figures are all the best; what differs by at most twice the standard error of the difference ties."""
-        difference = abs((self.get(run) or 0.0) - (self.get(best) or 0.0))
-        if not difference:
+        """Figures that read the same are all the best; what differs by at most twice the standard error of the
+        difference ties."""
+        own, other = self.get(run) or 0.0, self.get(best) or 0.0
+        if self.show(own) == self.show(other):
             return "best"
-        return "tie" if difference <= 2 * math.hypot(self.error(run) or 0.0, self.error(best) or 0.0) else ""
+        if self.between is not None:
+            error = self.between(run, best)
+        else:  # as of independent runs, which is too large for runs on the same text, so that too many tie
+            error = math.hypot(self.error(run) or 0.0, self.error(best) or 0.0)
+        return "tie" if abs(own - other) <= 2 * error else ""
 
 
-def _figure(title: str, key: str, show: Callable[[float], str], better: int, error: str = "") -> _Column:
-    return _Column(title, lambda run: run.get(key), show, better, lambda run: run.get(error))
+def kld_error(run: Run, other: Run) -> float:
+    """Standard error of the difference of two runs' mean KL divergences, nats.
+
+    Row by row, where both were measured on the same rows: a row that is hard for one is hard for the other, which does
+    not blur their difference. Of runs whose rows are not known, as of independent ones; 0 where that is not known too.
+    """
+    rows = run.get("kld_rows") or (), other.get("kld_rows") or ()
+    if len(rows[0]) == len(rows[1]) > 1:
+        differences = [a - b for a, b in zip(*rows, strict=True)]
+        return stdev(differences) / math.sqrt(len(differences))
+    return math.hypot(run.get("kld_stderr") or 0.0, other.get("kld_stderr") or 0.0)
+
+
+def _figure(
+    title: str,
+    key: str,
+    show: Callable[[float], str],
+    better: int,
+    error: str = "",
+    between: Callable[[Run, Run], float] | None = None,
+) -> _Column:
+    return _Column(title, lambda run: run.get(key), show, better, lambda run: run.get(error), between)
 
 
 def _accuracy(task: str) -> _Column:
@@ -71,7 +98,7 @@ def _accuracy(task: str) -> _Column:
 
 _COLUMNS = (
     _figure("bits per expert weight", "measured_bits_per_expert_weight", lambda v: f"{v:.3f}", -1),
-    _figure("KLD × 1000", "kld_mean", lambda v: f"{1000 * v:.2f}", -1, "kld_stderr"),
+    _figure("KLD × 1000", "kld_mean", lambda v: f"{1000 * v:.2f}", -1, "kld_stderr", kld_error),
     _figure("median", "kld_median", lambda v: f"{1000 * v:.2f}", -1),
     _figure("p90", "kld_p90", lambda v: f"{1000 * v:.2f}", -1),
     _figure("same top token, %", "top1_agreement", lambda v: f"{100 * v:.2f}", 1, "top1_stderr"),

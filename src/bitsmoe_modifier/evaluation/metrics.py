@@ -62,6 +62,7 @@ class Summary:
             the text itself scatters is not in it.
         kld_mean, kld_median, kld_p90: of KL(P ‖ Q) over positions, nats.
         kld_stderr: of ``kld_mean``.
+        kld_rows: the mean of every row, nats: two runs on the same rows are compared row by row (`columns.kld_error`).
         top1_agreement: share of positions, 0 to 1.
         top1_stderr: of it.
     """
@@ -73,6 +74,7 @@ class Summary:
     kld_median: float
     kld_p90: float
     kld_stderr: float | None
+    kld_rows: tuple[float, ...]
     top1_agreement: float
     top1_stderr: float | None
 
@@ -96,6 +98,7 @@ def summarize(measured: TokenMetrics) -> Summary:
         kld_median=float(median),
         kld_p90=float(p90),
         kld_stderr=_stderr(kld),
+        kld_rows=tuple(kld.mean(1).tolist()),
         top1_agreement=measured.agree.double().mean().item(),
         top1_stderr=_stderr(measured.agree),
     )

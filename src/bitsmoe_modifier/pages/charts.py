@@ -79,7 +79,7 @@ def loss_against_size(points: Sequence[Point], floor: float, curves: Sequence[Cu
     axes.set_xlabel("bits per expert weight, everything stored counted")
     axes.set_ylabel("KL divergence × 1000, nats")
     handles, names = [*handles, line, *expected], [*names, "Pareto front", *["expected by the survey"] * len(expected)]
-    figure.legend(handles, names, loc="outside upper left", ncols=len(names))
+    figure.legend(handles, names, loc="outside upper left", ncols=len(names) if len(names) <= 6 else 4)
     lines = [[(p.size, p.loss) for p in front], *(_between(points, curve) for curve in curves)]
     _label(figure, axes, points, lines)
     listed = "; ".join(f"{p.name} {p.size:.2f} bits, {p.loss:.3g}" for p in points)
@@ -194,9 +194,10 @@ def stacked_bars(
         colours: of the parts, in the order in which they stand in a bar.
         digits: of the amounts, after the point.
     """
-    figure, (axes,) = new_figure(720, 100 + 26 * len(rows))
     totals = {name: sum(parts.values()) for name, parts in rows.items()}
     kinds = [kind for kind in colours if any(parts.get(kind) for parts in rows.values())]
+    across = len(kinds) if len(kinds) <= 6 else 4  # more do not fit into a line
+    figure, (axes,) = new_figure(720, (100 if across == len(kinds) else 120) + 26 * len(rows))
     starts = [0.0] * len(rows)
     for kind in kinds:
         values = [parts.get(kind, 0.0) for parts in rows.values()]
@@ -218,7 +219,7 @@ def stacked_bars(
         [swatch(colours[kind]) for kind in kinds],
         kinds,
         loc="outside upper left",
-        ncols=max(1, len(kinds)),
+        ncols=max(1, across),
         columnspacing=1.2,
     )
     told = "; ".join(

@@ -54,7 +54,7 @@ def sample_views(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample
         return []
     views = []
     for place, first in enumerate(next(iter(written.values()))):
-        pieces = [Piece(_shown(text), _mark(kld), f"{kld:.3f} nats") for text, kld in first["unquantized"]]
+        pieces = _pieces(first["unquantized"])
         rest = [
             Continuation(name, _shown(sample["quantized"]), f"{1000 * _mean(sample):.2f}")
             for name, samples in written.items()
@@ -62,6 +62,17 @@ def sample_views(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample
         ]
         views.append(SampleView(first["prompt"], pieces, rest))
     return views
+
+
+def _pieces(tokens: Sequence[tuple[str, float]]) -> list[Piece]:
+    """Tokens that together read as `_shown` shows a whole text: several line breaks take one line there."""
+    pieces: list[Piece] = []
+    broken = False  # whether the line has just ended
+    for text, kld in tokens:
+        shown = _shown(text.lstrip(" \t\r\n") if broken else text)
+        pieces.append(Piece(shown, _mark(kld), f"{kld:.3f} nats"))
+        broken = shown.endswith("\n") or (broken and not shown)
+    return pieces
 
 
 def _shown(text: str) -> str:

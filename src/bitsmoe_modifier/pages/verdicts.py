@@ -1,11 +1,12 @@
 """What a comparison's figures say, in sentences: who beats whom, how accuracies differ, how all of it was measured."""
 
-import math
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
+
+from ..evaluation.columns import kld_error
 
 Run = dict[str, Any]
 #: half a hundredth of a bit is the size of headers, not of a method
@@ -41,8 +42,7 @@ def verdict(run: Run, rival: Run) -> str:
         said = f"{size} has the same KL divergence as {whom}: {figures}"
     else:
         said = f"{size} misses {whom} by {_percent(own / other - 1)} in KL divergence: {figures}"
-    errors = [e for e in (run.get("kld_stderr"), rival.get("kld_stderr")) if e is not None]
-    if abs(own - other) < 2 * math.hypot(*errors):
+    if abs(own - other) < 2 * kld_error(run, rival):
         said += ", a difference within the sampling error of this text"
     return said + "."
 
@@ -95,8 +95,7 @@ def _saved(run: Run, rival: Run) -> float:
 
 def _clearly_lower(run: Run, rival: Run) -> bool:
     """Whether a run's KL divergence is lower than another's beyond twice the standard error."""
-    errors = [e for e in (run.get("kld_stderr"), rival.get("kld_stderr")) if e is not None]
-    return rival["kld_mean"] - run["kld_mean"] > 2 * math.hypot(*errors)
+    return bool(rival["kld_mean"] - run["kld_mean"] > 2 * kld_error(run, rival))
 
 
 def _closer(run: Run, rival: Run, relation: str) -> str:
