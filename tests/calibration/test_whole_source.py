@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bitsmoe_modifier import CheckpointError
 from bitsmoe_modifier.calibration.oneshot import Offload, QuantizeSettings, quantize
+from bitsmoe_modifier.evaluation.evaluate import load_model
 from helpers import calibration
 
 YAML = "a_stage: {q_modifiers: {BitsMoEModifier: {bits: 3.0}}}"
@@ -32,6 +33,11 @@ def test_the_commands(lacking: Path, tmp_path: Path, offload: bool) -> None:
     settings = QuantizeSettings(offload=Offload(tmp_path, 0) if offload else None)
     with pytest.raises(CheckpointError, match=f"no file holds {LACKING}"):
         quantize(lacking, YAML, torch.zeros(2, 8, dtype=torch.int64), tmp_path / "out", settings)
+
+
+def test_measuring(lacking: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"transformers found no weights for {LACKING} and 0 others"):
+        load_model(str(lacking), torch.float32, torch.device("cpu"))
 
 
 def test_oneshot_with_a_path(lacking: Path, tmp_path: Path) -> None:

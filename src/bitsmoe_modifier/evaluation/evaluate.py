@@ -22,7 +22,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     Where transformers would read packed experts wrongly they are decoded by `decoding` instead.
 
     Raises:
-        CheckpointError: when transformers found no weights for experts, and made some up.
+        CheckpointError: when transformers found no weights for experts, or for anything of an unquantized model, and
+            made some up.
     """
     if is_low_precision_source(Path(path)):
         return load_source(Path(path), dtype).to(device).eval()
@@ -30,7 +31,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
         return load_decoded(Path(path), dtype).to(device).eval()
     loaded: Any = load_published(path, dtype=dtype, output_loading_info=True)
     model, info = loaded
-    missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
+    whole = getattr(model.config, "quantization_config", None) is None  # other formats may have what no file holds
+    missing = sorted(name for name in info["missing_keys"] if whole or ".experts." in name)
     if missing:
         raise CheckpointError(f"{path}: transformers found no weights for {missing[0]} and {len(missing) - 1} others")
     return model.to(device).eval()
