@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import torch
+from torch import nn
 
 # found once: torch.compile cannot trace the search
 _INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("triton", "bitsmoe_kernels"))
@@ -17,6 +18,14 @@ def kernels_wanted(tensor: torch.Tensor) -> bool:
 def kernels_usable() -> bool:
     """Whether there is a GPU on which `kernels_wanted` would let them run."""
     return torch.cuda.is_available() and _allowed()
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a module's tensors come and go with every call, by accelerate or compressed-tensors: kernels would hold
+    on to them. accelerate's hook alone says nothing: a model on several GPUs has one on every module."""
+    hook = getattr(module, "_hf_hook", None)
+    offloading = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+    return offloading or not isinstance(module._parameters, dict)
 
 
 def _allowed() -> bool:

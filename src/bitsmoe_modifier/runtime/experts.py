@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..devices import kernels_wanted
+from ..devices import is_offloaded, kernels_wanted
 from ..method.gating import Gating
 from ..storage.chains import index_side
 from ..storage.factors import decode_basis, decode_factor
@@ -300,7 +300,7 @@ class BitsMoEExperts(nn.Module):
         """What the kernels need of this layer, computed at its first use; None where they cannot run it."""
         if dtype not in self._prepared:
             prepared = None
-            if not self._is_offloaded():
+            if not is_offloaded(self):
                 from bitsmoe_kernels import prepare, unsupported
 
                 reason = unsupported(self.spec, dtype, self.codes_in.device)
@@ -310,13 +310,6 @@ class BitsMoEExperts(nn.Module):
                     prepared = _at_fixed_addresses(prepare(self.packed))
             self._prepared[dtype] = prepared  # not before: what fails (memory, a capture) is tried again
         return self._prepared[dtype]
-
-    def _is_offloaded(self) -> bool:
-        """Whether the tensors come and go with every call, by accelerate or compressed-tensors: kernels would hold on
-        to them. accelerate's hook alone says nothing: a model on several GPUs has one on every module."""
-        hook = getattr(self, "_hf_hook", None)
-        offloading = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
-        return offloading or not isinstance(self._parameters, dict)
 
     def forward_plain(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
