@@ -170,6 +170,16 @@ def test_a_floor_far_below_is_not_drawn():
     assert "noise floor" not in loss_against_size(POINTS, 0.05)
 
 
+@pytest.mark.parametrize("floor", [0.3, 60.0])
+def test_a_floor_above_every_point_is_in_the_chart(floor):
+    """A run that loses less than the floor: the axis ended below it, and its name took the room of the chart."""
+    drawn = loss_against_size([Point("a", METHODS["BitsMoEModifier"], 5.0, 0.05, 0.001)], floor)
+    (words,) = re.findall(r'<text [^>]*y="([0-9.]+)"[^>]*>noise floor</text>', drawn)
+    ((top, height),) = re.findall(r'<clipPath[^>]*>\s*<rect [^>]*y="([0-9.]+)"[^>]*height="([0-9.]+)"', drawn)
+    assert float(top) < float(words) < float(top) + float(height)
+    assert float(height) > 300
+
+
 def test_a_bar_per_layer_and_nothing_between_them():
     drawn = bars_over_layers("Errors", "%", [Series("a", "#123456", [1.0, 2.0], [0.5, 1.5])], "on the calibration text")
     root = ET.fromstring(drawn)

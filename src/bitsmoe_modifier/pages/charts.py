@@ -70,12 +70,13 @@ def loss_against_size(points: Sequence[Point], floor: float, curves: Sequence[Cu
         if p.method.name not in names:
             handles.append(mark)
             names.append(p.method.name)
-    if floor_is_near(points, floor):
+    near = floor_is_near(points, floor)
+    if near:
         axes.axhline(floor, color=INK, alpha=0.7, linewidth=1, linestyle=":")
         at_right = axes.get_yaxis_transform()
         axes.text(1, floor, "noise floor", transform=at_right, horizontalalignment="right", verticalalignment="bottom")
     axes.margins(0.08)
-    logarithmic(axes, [p.loss for p in points])
+    logarithmic(axes, [*(p.loss for p in points), *([floor] if near else [])])
     axes.set_xlabel("bits per expert weight, everything stored counted")
     axes.set_ylabel("KL divergence × 1000, nats")
     handles, names = [*handles, line, *expected], [*names, "Pareto front", *["expected by the survey"] * len(expected)]
