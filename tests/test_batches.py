@@ -31,11 +31,15 @@ def test_halved_until_it_fits(error: Exception, capsys: pytest.CaptureFixture[st
 
 
 def test_one_row_that_is_too_much() -> None:
+    """The remedy is one that the command has: `eval` has no --offload-dir."""
+
     def run(batch_size: int) -> None:
         raise torch.OutOfMemoryError("no")
 
-    with pytest.raises(BitsMoEError, match="calibration: out of memory with one row at a time; give shorter rows"):
-        with_smaller_batches(run, 4, "calibration")
+    with pytest.raises(BitsMoEError, match=r"evaluation: out of memory with one row at a time; .* --seq-len$"):
+        with_smaller_batches(run, 4, "evaluation")
+    with pytest.raises(BitsMoEError, match=r"calibration: out of memory with one row at a time; or --offload-dir$"):
+        with_smaller_batches(run, 4, "calibration", "or --offload-dir")
 
 
 def test_other_errors_pass() -> None:

@@ -21,13 +21,16 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def with_smaller_batches(run: Callable[[int], T], batch_size: int, what: str) -> tuple[T, int]:
+def with_smaller_batches(
+    run: Callable[[int], T], batch_size: int, what: str, remedy: str = "give shorter rows by --seq-len"
+) -> tuple[T, int]:
     """Run something, with half the batch size again and again while memory is not enough.
 
     Args:
         run: from a batch size to a result; starts over each time.
         batch_size: to begin with.
         what: names it in messages.
+        remedy: what the user can do when a single row is too much.
 
     Returns:
         The result, and the batch size that it was made with.
@@ -42,9 +45,7 @@ def with_smaller_batches(run: Callable[[int], T], batch_size: int, what: str) ->
             if not out_of_memory(error):
                 raise
             if batch_size == 1:
-                raise BitsMoEError(
-                    f"{what}: out of memory with one row at a time; give shorter rows by --seq-len, or --offload-dir"
-                ) from error
+                raise BitsMoEError(f"{what}: out of memory with one row at a time; {remedy}") from error
         batch_size //= 2
         messages.say(
             "warning", f"{what}: out of memory; going on with --batch-size {batch_size}", batch_size=batch_size

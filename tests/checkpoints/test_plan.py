@@ -127,6 +127,19 @@ def test_trellis_codes_take_the_encoders_time(tiny: Path, capsys: pytest.Capture
     assert "M trellis codes at" in capsys.readouterr().out
 
 
+def test_no_time_by_the_rates_of_another_device(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan for a GPU that is elsewhere said how long this machine's CPU would take: days in place of minutes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", "--model", str(tiny / "model"), "--samples", "8", "--device", "cuda"]) == 0
+    said = capsys.readouterr().out
+    assert "accelerator" in said
+    assert said.splitlines()[-1].endswith(
+        "time            not known: this machine has no such device; run plan on one that has"
+    )
+
+
 @pytest.mark.parametrize("what", ["memory", "disk"])
 def test_run_that_cannot_fit_is_refused(what: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "memory":

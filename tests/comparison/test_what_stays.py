@@ -5,10 +5,13 @@ Failures are made where they happen: a file of that name cannot be written, beca
 
 import builtins
 import errno
+import gc
 import io
 import json
 import shutil
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +319,22 @@ def test_what_could_not_be_measured_is_not_quantized_again(
     assert entry["kld_mean"] > 0
     assert entry["quantize_seconds"] > 0
     assert weights(job.out / "arms" / "a") == before
+
+
+def test_the_unquantized_model_is_in_memory_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it is measured in its storage dtype after the dtype that is computed in."""
+    load, held = runs.load_model, []
+
+    def load_model(*args: Any) -> Any:
+        gc.collect()
+        assert all(model() is None for model in held)
+        loaded = load(*args)
+        held.append(weakref.ref(loaded))
+        return loaded
+
+    monkeypatch.setattr(runs, "load_model", load_model)
+    run_reference(replace(job, dtype=torch.bfloat16))
+    assert len(held) == 2
 
 
 def test_another_recipes_result_stays_until_the_new_one_is_there(

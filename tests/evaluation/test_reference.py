@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitsmoe_modifier.errors import BitsMoEError, CheckpointError
-from bitsmoe_modifier.evaluation.evaluate import evaluate, evaluate_reference
+from bitsmoe_modifier.evaluation.evaluate import evaluate, evaluate_reference, load_model
 from bitsmoe_modifier.evaluation.metrics import TokenMetrics, summarize, token_metrics
 from bitsmoe_modifier.evaluation.reference import load, record
 from helpers import tiny_model
@@ -124,3 +124,15 @@ def test_a_disk_without_room_is_said(bytes_there: int, said: str, rows, tmp_path
             record(tiny_model("qwen3_moe"), rows, 2, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_device_that_cannot_hold_the_model_is_said_to_be_too_small(monkeypatch):
+    """Quantizing needs one layer of the model on a GPU, measuring all of it."""
+
+    class Large(torch.nn.Module):
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 384 MiB.\nmore")
+
+    monkeypatch.setattr("bitsmoe_modifier.evaluation.evaluate._loaded", lambda *_: Large())
+    with pytest.raises(BitsMoEError, match=r"^big: cuda cannot hold the whole model in bfloat16; give --device cpu"):
+        load_model("big", torch.bfloat16, torch.device("cuda"))

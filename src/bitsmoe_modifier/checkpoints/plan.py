@@ -210,8 +210,8 @@ def plan_command(model: str, chosen: Stage, tokens: int, dtype: str, device: str
         dtype = "float32" if torch.device(device).type == "cpu" else _commonest_dtype(headers.sizes)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     shape, plan = make_plan(headers, fields, tokens, known[dtype], device)
-    rated = device if torch.device(device).type == "cuda" and torch.cuda.is_available() else "cpu"
-    rates = matrix_rate(rated), encoding_rate(rated) if plan.encoded else None
+    here = torch.device(device).type == "cpu" or (torch.device(device).type == "cuda" and torch.cuda.is_available())
+    rates = (matrix_rate(device), encoding_rate(device) if plan.encoded else None) if here else (None, None)
     return render(f"{model}, {tokens} calibration tokens, {dtype} on {device}", shape, plan, *rates)
 
 
@@ -250,8 +250,9 @@ def encoding_rate(device: str) -> float:
     return target.numel() * count / (time.perf_counter() - started)
 
 
-def render(model: str, shape: ModelShape, plan: Plan, rate: float, encoding: float | None = None) -> str:
-    """The plan for a terminal, with the machine's rates (`Plan.seconds`)."""
+def render(model: str, shape: ModelShape, plan: Plan, rate: float | None, encoding: float | None = None) -> str:
+    """The plan for a terminal, with the rates of the device (`Plan.seconds`); None: it is not in this machine, whose
+    own rates say nothing of it."""
     sizes = sorted({(layer.experts, layer.width, layer.hidden) for layer in shape.layers})
     lines = [
         f"{model}: {_readable(shape.parameters)} parameters, {_readable(shape.stored_bytes)}B",
@@ -263,18 +264,16 @@ def render(model: str, shape: ModelShape, plan: Plan, rate: float, encoding: flo
     ]
     if plan.accelerator:
         lines += [f"  accelerator     {plan.accelerator_bytes / 1e9:.2f} GB at the peak", *table(plan.accelerator)]
-    return "\n".join(
-        [
-            *lines,
-            f"  time            {_duration(plan.seconds(rate, encoding))}, to a factor of three or so: "
-            f"{plan.operations / 1e12:.1f} T float operations at a quarter of the {rate / 1e9:.0f} G/s that a matrix "
-            "product reaches on this machine now"
-            + (
-                f", and {plan.encoded / 1e6:.0f} M trellis codes at {encoding / 1e6:.1f} M/s"
-                if encoding is not None
-                else ""
-            ),
-        ]
+    return "\n".join([*lines, f"  time            {_time(plan, rate, encoding)}"])
+
+
+def _time(plan: Plan, rate: float | None, encoding: float | None) -> str:
+    if rate is None:
+        return "not known: this machine has no such device; run plan on one that has"
+    codes = f", and {plan.encoded / 1e6:.0f} M trellis codes at {encoding / 1e6:.1f} M/s" if encoding else ""
+    return (
+        f"{_duration(plan.seconds(rate, encoding))}, to a factor of three or so: {plan.operations / 1e12:.1f} T float "
+        f"operations at a quarter of the {rate / 1e9:.0f} G/s that a matrix product reaches on this machine now{codes}"
     )
 
 

@@ -106,6 +106,7 @@ def run_reference(job: Job) -> dict[str, Any]:
     stored = stored_dtype(job.model)
     few = rows[:_NOISE_ROWS]
     if stored != job.dtype:
+        del model  # not both in memory
         model = load_model(str(job.model), stored, device)
         how, batch_size = f"run again in {_name(stored)}, its storage dtype", job.batch_size
     else:

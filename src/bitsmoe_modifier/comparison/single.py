@@ -202,7 +202,9 @@ def _quantize_each(
                     continue
                 check_new_folder(output.path)  # says that it holds something else
             run_stage = partial(attempt, stage=stage, output=output)
-            record, batch = with_smaller_batches(run_stage, batch, f"{stage.name}: calibration")
+            record, batch = with_smaller_batches(
+                run_stage, batch, f"{stage.name}: calibration", "give shorter rows by --seq-len, or --offload-dir"
+            )
             if ranks.first:
                 made[place] = _finished(output.path, model, stage, record)
     return [made[place] for place in sorted(made)]

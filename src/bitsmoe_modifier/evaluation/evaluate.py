@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..errors import CheckpointError
+from ..errors import BitsMoEError, CheckpointError
 from ..loading.decoding import load_decoded, misread_experts
 from ..loading.source import load_source
 from ..sources.classes import load_published
@@ -24,18 +24,29 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         CheckpointError: when transformers found no weights for experts, or for anything of an unquantized model, and
             made some up.
+        BitsMoEError: when the device cannot hold the model.
     """
+    try:
+        return _loaded(path, dtype).to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise BitsMoEError(
+            f"{path}: {device} cannot hold the whole model in {str(dtype).removeprefix('torch.')}; give --device cpu "
+            f"--dtype bfloat16 ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _loaded(path: str, dtype: torch.dtype) -> Any:
     if is_low_precision_source(Path(path)):
-        return load_source(Path(path), dtype).to(device).eval()
+        return load_source(Path(path), dtype)
     if misread_experts(Path(path)):
-        return load_decoded(Path(path), dtype).to(device).eval()
+        return load_decoded(Path(path), dtype)
     loaded: Any = load_published(path, dtype=dtype, output_loading_info=True)
     model, info = loaded
     whole = getattr(model.config, "quantization_config", None) is None  # other formats may have what no file holds
     missing = sorted(name for name in info["missing_keys"] if whole or ".experts." in name)
     if missing:
         raise CheckpointError(f"{path}: transformers found no weights for {missing[0]} and {len(missing) - 1} others")
-    return model.to(device).eval()
+    return model
 
 
 @torch.no_grad()
