@@ -56,6 +56,8 @@ def test_the_site_builds_strictly(tmp_path):
     assert "What it costs" in home, "README's first words"
     assert "make demo" in home
     assert 'style="color: #' in pages["recipes"], "code has colours without a network"
+    assert 'href="../site.css"' in pages["fields"]
+    assert "white-space: normal" in (tmp_path / "site.css").read_text(), "the theme lets no cell of a table wrap"
     assert (tmp_path / "search" / "search_index.json").exists()
     links = re.findall(r'href="([^"#]+)', "".join(page.read_text() for page in tmp_path.rglob("*.html")))
     assert not [link for link in links if link.endswith(".md")], (
