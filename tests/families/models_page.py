@@ -40,12 +40,16 @@ _HEAD = """# Models
 
 <!-- Written by `python tests/families/models_page.py` from the test matrix in tests/families; do not edit. -->
 
-Every family in this table is tested with a tiny random model of the class that its checkpoints are published with,
+Look for your model's `model_type` (in its config.json): what is in the first table can be quantized, saved and loaded.
+[Refused](#refused) models are named below it, and those that need a [newer transformers](#with-the-newest-transformers).
+Which of them vLLM serves is said in [serving](serving.md#families).
+
+Every family in the table is tested with a tiny random model of the class that its checkpoints are published with,
 towers for images and sound included: its folder is quantized by `oneshot`, saved, and loaded through the auto class in
-the table. The logits after loading are bit for bit those before saving; the unquantized model with the dequantized
-weights put into it gives the same up to float32 rounding; every tensor outside the packed experts (shared experts,
-dense layers, routers, norms, towers) is bit for bit what it was; and so is a MoE layer that the recipe ignores. `make
-test` runs the rows marked ·, `make test-slow` all.
+the table. The logits after loading are bit for bit those before saving. The unquantized model with the dequantized
+weights put into it gives the same up to float32 rounding. Every tensor outside the packed experts (shared experts,
+dense layers, routers, norms, towers) is bit for bit what it was, and so is a MoE layer that the recipe ignores.
+`make test` runs the rows marked ·, `make test-slow` all.
 
 """
 _REFUSED = """
