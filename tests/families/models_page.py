@@ -41,8 +41,8 @@ _HEAD = """# Models
 <!-- Written by `python tests/families/models_page.py` from the test matrix in tests/families; do not edit. -->
 
 Look for your model's `model_type` (in its config.json): what is in the first table can be quantized, saved and loaded.
-[Refused](#refused) models are named below it, and those that need a [newer transformers](#with-the-newest-transformers).
-Which of them vLLM serves is said in [serving](serving.md#families).
+Models that are [refused](#refused) are named below it, and those that need a
+[newer transformers](#with-the-newest-transformers). What vLLM serves is another table ([serving](serving.md#families)).
 
 Every family in the table is tested with a tiny random model of the class that its checkpoints are published with,
 towers for images and sound included: its folder is quantized by `oneshot`, saved, and loaded through the auto class in
