@@ -198,8 +198,16 @@ def test_a_later_size_cannot_be_written(
     assert f"the same command with --resume-dir {kept} goes on from there" in said
     first = weights(tmp_path / "out" / "4.5-bits")
     layers = request.getfixturevalue("layers")
+    checked: list[str] = []
+    check = single.check_machine
+    monkeypatch.setattr(
+        single,
+        "check_machine",
+        lambda stages, *rest: (checked.extend(one.name for one in stages), check(stages, *rest)),
+    )
     assert main([*run, "--resume-dir", str(kept)]) == 0
     assert layers == [], "every layer was kept"
+    assert len(checked) == 2, "the size that is there needs no room on the disk any more"
     told = capsys.readouterr()
     assert f"{tmp_path / 'out' / '4.5-bits'} was finished by an earlier run of this command" in told.err
     assert [line.partition(":")[0] for line in told.out.splitlines()] == [

@@ -110,7 +110,7 @@ class BitsMoEModifier(BitsMoEFields):
         output_basis: the same for down.
         error_feedback: round each direction so that it absorbs the errors of those before it; False: faster and worse.
         compensation: with error feedback, let up, down and later output directions absorb what was lost before them.
-        refine_passes: rounds of coordinate descent after the feedback, 0 for none; each costs about as much as it.
+        refine_passes: rounds of coordinate descent after the feedback, 0 for none; two take up to a tenth more time.
         solver: "highs" or "pulp" (exact), "lagrangian" (any size, reports its gap), "auto" (exact where it is fast).
         scope: "global": layers share one budget by their effect on the model's predictions, which takes a survey of the
             model before the first layer (about as long as calibration without rounding). "layer": every layer gets the

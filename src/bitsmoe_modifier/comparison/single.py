@@ -166,9 +166,10 @@ def _quantize_each(
     with ExitStack() as held:
         ranks = held.enter_context(torchrun_job(str(device)))
         offload = held.enter_context(_offload(options.offload_dir, stages[0], dense.folder, *run))
-        if options.preflight:
+        left = [one for one, out in zip(stages, outputs, strict=True) if not _may_be_finished(out, stages, options)]
+        if options.preflight and left:
             waiting = None if offload is None else offload.folder
-            ranks.compute(lambda: check_machine(stages, dense.folder, outputs[0].path, *run, waiting))
+            ranks.compute(lambda: check_machine(left, dense.folder, outputs[0].path, *run, waiting))
         if offload is not None:
             settings = replace(settings, dtype=None, offload=offload)
         shared = None
@@ -185,8 +186,7 @@ def _quantize_each(
                 if shared is not None:
                     shared.renew()
             batch = size
-            follows = bool(sweep) and stage is not lead  # its layers are made already
-            pipeline = "datafree" if follows else settings.pipeline
+            pipeline = "datafree" if sweep and stage is not lead else settings.pipeline  # layers are made already
             now = replace(settings, batch_size=stage.calibration_batch(size), pipeline=pipeline)
             kept = options.resume_dir if shared is None else str(shared.folder)
             recipe = with_fields(stage, resume_dir=kept, sweep=sweep or None).text
