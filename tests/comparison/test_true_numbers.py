@@ -135,9 +135,8 @@ def test_the_digest_knows_weights_and_not_files(tiny: Path, tmp_path: Path) -> N
 def test_an_export_keeps_the_record(folder: Path, tmp_path: Path) -> None:
     if folder.name.startswith("rtn"):
         pytest.skip("nothing to decode")
-    for to in ("dense", "w4"):
-        options = ["--to", to, "--group-size", "32"]
-        assert main(["export", str(folder / "out"), *options, "--out", str(tmp_path / to)]) == 0
+    for to, options in (("dense", []), ("w4", ["--group-size", "32"])):
+        assert main(["export", str(folder / "out"), "--to", to, *options, "--out", str(tmp_path / to)]) == 0
         check_source(tmp_path / to, "model", folder / "model")
         assert provenance.read_source(tmp_path / to) == provenance.read_source(folder / "out")
         check_source(folder / "out", "its export", tmp_path / to)
