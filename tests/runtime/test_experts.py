@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, attach_execution_device_hook
 
+from bitsmoe_modifier.devices import is_offloaded
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.runtime import decoded, experts, native_product
 from bitsmoe_modifier.runtime.experts import BitsMoEExperts
@@ -395,8 +395,15 @@ def test_dispatches_to_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     assert run() == "plain"
     monkeypatch.delenv("BITSMOE_FORCE_PLAIN")
     module = BitsMoEExperts(random_layer().packed, Gating())
-    attach_execution_device_hook(module, "cpu")  # as every module of a model on several GPUs has
-    assert run() == "kernels"
-    module = BitsMoEExperts(random_layer().packed, Gating())
-    module._hf_hook = AlignDevicesHook("cpu", offload=True)
+    monkeypatch.setattr(experts, "is_offloaded", lambda _: True)
     assert run() == "plain"
+
+
+def test_a_hook_of_a_model_on_several_gpus_is_no_offloading() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="the base install has no accelerate")
+    module = BitsMoEExperts(random_layer().packed, Gating())
+    assert not is_offloaded(module)
+    hooks.attach_execution_device_hook(module, "cpu")  # as every module of such a model has
+    assert not is_offloaded(module)
+    module._hf_hook = hooks.AlignDevicesHook("cpu", offload=True)
+    assert is_offloaded(module)
