@@ -264,7 +264,7 @@ def test_other_inputs_are_named(
     assert "model.layers.0" not in said
     other = refused(load(dense_checkpoint("qwen3_moe", num_hidden_layers=3)), started)
     assert "model.config.num_hidden_layers: 2, now 3" in other
-    gptq = GPTQModifier(targets=["re:.*q_proj"], scheme="W4A16", ignore=["re:.*experts.*"])
+    gptq = GPTQModifier(targets=["re:.*q_proj"], scheme="W8A8", ignore=["re:.*experts.*"])
     assert "recipe.1 GPTQModifier" in refused(load(source), started, others=(gptq,))
     monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "1.0"})
     assert "versions.torch: 2" in refused(load(source), started)
