@@ -32,11 +32,12 @@ print(json.dumps([logits(model).flatten().tolist(), *(f"{c.__module__}.{c.__qual
 
 @pytest.mark.parametrize("name", PACKED)
 def test_gives_the_logits_it_gave_when_it_was_made(name: str) -> None:
-    model = load(STORED / name, dtype=torch.float32)
+    # its experts stay bfloat16 in a float32 model, and a product of theirs is rounded to the other side on some CPUs
+    model = load(STORED / name, dtype=torch.float32 if PACKED[name] else torch.float64)
     assert len(packed(model)) == PACKED[name]
     made = load_file(STORED / f"{name}.logits")["logits"]
     # other machines' kernels add in another order
-    torch.testing.assert_close(logits(model), made, rtol=1e-4, atol=1e-4 * float(made.abs().max()))
+    torch.testing.assert_close(logits(model).float(), made, rtol=1e-4, atol=1e-4 * float(made.abs().max()))
 
 
 def test_others_load_as_without_us() -> None:
