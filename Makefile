@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 # compiles torch, transformers and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo look test test-slow test-vllm test-newest lint docs clean
+.PHONY: demo look test test-slow test-vllm test-vllm-slow test-newest lint docs clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -230,14 +230,11 @@ def grid_prices(wanted: bool) -> Iterator[None]:
 
 def run_arm(arm: str, folder: Path, taken: torch.Tensor, seed: int, judge: Judge) -> dict[str, Any]:
     """Quantize a model by an arm, save, load and measure it."""
-    from llmcompressor.core import reset_session
-
     from bitsmoe_modifier.calibration.oneshot import QuantizeSettings, quantize
     from bitsmoe_modifier.calibration.prediction import Prediction
     from bitsmoe_modifier.sources.provenance import REPORT_NAME
     from bitsmoe_modifier.storage.sizes import bits_per_expert_weight
 
-    reset_session()
     torch.manual_seed(seed)
     begun = time.perf_counter()
     settings = QuantizeSettings(dtype=torch.float32, seed=seed, batch_size=1 if arm.startswith("autoround") else 16)

@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table and the gates missed; 1 where there are some."""
     parser = argparse.ArgumentParser(description="Check the compiled kernels without a GPU.")
     parser.add_argument("--cc", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--quick", action="store_true", help="only decode with the default recipe's widths")
+    parser.add_argument("--quick", action="store_true", help="decode only, with widths 6, 4, 2 (trellis: all too)")
     parser.add_argument("--shapes", action="store_true", help="instead, every block, group and tile with all widths")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile; as many as cores")
     options = parser.parse_args(argv)

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from llmcompressor import oneshot
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from bitsmoe_modifier import BitsMoEModifier
-from bitsmoe_modifier.calibration.given_rows import check_rows
-from bitsmoe_modifier.errors import CalibrationError
+import bitsmoe_modifier  # noqa: F401 - registers the modifier
+from bitsmoe_modifier.calibration import patches
+from bitsmoe_modifier.calibration.given_rows import check_dataset
+from bitsmoe_modifier.errors import CalibrationError, RecipeError
 from helpers import calibration, load
 
 YAML = "a_stage: {q_modifiers: {BitsMoEModifier: {bits: 3.0}}}"
@@ -48,7 +51,7 @@ class Stream(IterableDataset[Any]):
 )
 def test_rows_that_cannot_be_read(dataset: Any, said: str) -> None:
     with pytest.raises(CalibrationError, match=f"^dataset: .*{said}"):
-        check_rows(YAML, dataset)
+        check_dataset(dataset)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +70,30 @@ def test_rows_that_cannot_be_read(dataset: Any, said: str) -> None:
     ids=["text", "splits", "other-splits", "column", "tokens", "prepared", "loader", "name", "none"],
 )
 def test_rows_that_pass(dataset: Any, options: dict[str, Any]) -> None:
-    check_rows([BitsMoEModifier(bits=3.0)], dataset, **options)
+    check_dataset(dataset, **options)
 
 
 def test_runs_without_our_modifier_are_left_alone() -> None:
-    check_rows("a_stage: {q_modifiers: {GPTQModifier: {scheme: W4A16}}}", CHATS)
+    """Of a recipe only the stage counts that is run."""
+    gptq = "b_stage: {q_modifiers: {GPTQModifier: {scheme: W4A16, targets: [Linear]}}}"
+    run = SimpleNamespace(
+        recipe=gptq,
+        output_dir="out",
+        recipe_args=SimpleNamespace(stage=None),
+        model_args=SimpleNamespace(save_compressed=False),
+        dataset_args=SimpleNamespace(dataset=CHATS, text_column="text", preprocessing_func=None),
+    )
+    model = nn.Module()
+    model.decoded_from = "elsewhere"
+    patches._oneshot.Oneshot.validate_model(run, model)
+    run.recipe, run.recipe_args.stage = f"{YAML}\n{gptq}", "b"
+    patches._oneshot.Oneshot.validate_model(run, model)
+    run.recipe_args.stage = None
+    with pytest.raises(RecipeError, match="save_compressed=False: experts are packed"):
+        patches._oneshot.Oneshot.validate_model(run, model)
+    run.model_args.save_compressed = True
+    with pytest.raises(CalibrationError, match="its columns are messages"):
+        patches._oneshot.Oneshot.validate_model(run, model)
 
 
 def test_oneshot_says_it(dense_checkpoint: Callable[..., Path]) -> None:

@@ -18,7 +18,6 @@ from bitsmoe_modifier import BitsMoEModifier, RecipeError
 from bitsmoe_modifier.calibration import patches
 from bitsmoe_modifier.calibration.oneshot import _load
 from bitsmoe_modifier.calibration.recipe_content import bitsmoe_modifiers, check_places
-from bitsmoe_modifier.calibration.saving import check_saving
 from bitsmoe_modifier.sources.model import load_tokenizer
 from bitsmoe_modifier.storage.shards import checkpoint_files
 from helpers import calibration, load, logits
@@ -153,7 +152,6 @@ def test_of_a_recipe_the_stage_counts_that_is_run() -> None:
     text = YAML + "\nb_stage: {q_modifiers: {GPTQModifier: {scheme: W4A16, targets: [Linear]}}}"
     assert len(bitsmoe_modifiers(text)) == len(bitsmoe_modifiers(text, "a")) == 1
     assert bitsmoe_modifiers(text, "b") == []
-    check_saving(text, "out", save_compressed=False, stage="b")
 
 
 def test_the_model_of_a_run_that_failed_is_let_go(dense_checkpoint: Callable[..., Path]) -> None:

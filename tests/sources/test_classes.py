@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from bitsmoe_modifier import CheckpointError
-from bitsmoe_modifier.sources.classes import auto_class_of, class_of, has_processor, load_whole, read_auto_config
+from bitsmoe_modifier.sources.classes import auto_class_of, class_of, has_processor, load_published, read_auto_config
 from helpers import tiny_model
 
 
@@ -59,8 +59,7 @@ def test_an_unknown_model_type_is_named(tmp_path: Path) -> None:
 def test_weights_that_no_file_holds_are_not_made_up(tmp_path: Path, lacking: str, device_map: str | None) -> None:
     whole = tiny_model("qwen3_moe")
     whole.save_pretrained(tmp_path)
-    auto = auto_class_of(read_auto_config(tmp_path))
-    load_whole(auto, tmp_path, device_map=device_map)
+    load_published(tmp_path, device_map=device_map)
     tensors = load_file(tmp_path / "model.safetensors")
     left = {name: tensor for name, tensor in tensors.items() if not name.startswith(lacking.partition(".0.down")[0])}
     assert len(left) < len(tensors)
@@ -68,7 +67,7 @@ def test_weights_that_no_file_holds_are_not_made_up(tmp_path: Path, lacking: str
     with pytest.raises(
         CheckpointError, match=r"no file holds model[.]layers[.].* missing tensors.*fetch the model again"
     ):
-        load_whole(auto, tmp_path, device_map=device_map)
+        load_published(tmp_path, device_map=device_map)
 
 
 def test_a_processor_is_found_by_its_files(tmp_path: Path) -> None:

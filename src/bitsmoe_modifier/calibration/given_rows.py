@@ -9,28 +9,23 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ..errors import CalibrationError
-from .recipe_content import bitsmoe_modifiers
 
 #: columns that it reads under any `text_column`
 _READ = {"input_ids", "text"}
 
 
-def check_rows(
-    recipe: Any, dataset: Any, text_column: str = "text", prepared: bool = False, stage: str | None = None
-) -> None:
-    """Refuse calibration data of a BitsMoEModifier that llm-compressor cannot read.
+def check_dataset(dataset: Any, text_column: str = "text", prepared: bool = False) -> None:
+    """Refuse calibration data that llm-compressor cannot read.
 
     Args:
-        recipe: in any form that `oneshot` takes.
         dataset: as `oneshot` takes it; None and names are left to others.
         text_column: the argument of `oneshot`.
         prepared: whether a function of the user's own makes other columns first.
-        stage: of the recipe, as `oneshot` takes it.
 
     Raises:
         CalibrationError: naming what is missing, and what to give.
     """
-    if dataset is None or isinstance(dataset, str) or not bitsmoe_modifiers(recipe, stage):
+    if dataset is None or isinstance(dataset, str):
         return
     kind = type(dataset).__name__
     if isinstance(dataset, dict) and hasattr(dataset, "column_names"):  # splits, of which llm-compressor takes "train"

@@ -25,7 +25,7 @@ from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
 from ..loading.source_keys import restore_keys
-from ..sources.classes import auto_class_of, load_whole, read_auto_config
+from ..sources.classes import auto_class_of, load_published, read_auto_config
 from ..sources.companions import copy_companions, let_save
 from ..sources.precision import is_low_precision_source
 from ..sources.provenance import REPORT_NAME, source_record
@@ -242,7 +242,6 @@ def _load(folder: Path, offload: Offload | None) -> Any:
 
     reset_session()
     gc.collect()
-    auto = auto_class_of(read_auto_config(folder))
     if is_low_precision_source(folder):
         if offload is not None:
             raise BitsMoEError(
@@ -250,12 +249,11 @@ def _load(folder: Path, offload: Offload | None) -> Any:
             )
         return load_source(folder)
     if offload is None:
-        return load_whole(auto, folder, dtype="auto")
+        return load_published(folder, dtype="auto")
     from compressed_tensors.offload import load_offloaded_model
 
-    load_whole(
-        auto, folder, dtype="auto", device_map="meta"
-    )  # without weights: what is missing, the other does not say
+    load_published(folder, dtype="auto", device_map="meta")  # says what is missing, which the other does not
+    auto = auto_class_of(read_auto_config(folder))
     with load_offloaded_model(auto, extra_cpu_mem=offload.reserve_bytes):
         return auto.from_pretrained(folder, dtype="auto", device_map="auto_offload", offload_folder=offload.folder)
 

@@ -37,13 +37,13 @@ from ..loading.inventory import check_nothing_lost, keep_beside, take_inventory
 from ..loading.keeping import keep_as_stored
 from ..loading.source import load_source
 from ..loading.source_keys import restore_keys
-from ..sources.classes import PROCESSOR_FILES, auto_class_of, has_processor, load_whole
+from ..sources.classes import PROCESSOR_FILES, has_processor, load_published
 from ..sources.model import load_tokenizer
 from ..sources.precision import is_low_precision_source
 from ..storage.shards import drop_older
-from .given_rows import check_rows
+from .given_rows import check_dataset
 from .linearizing import experts_modules, linearize
-from .recipe_content import check_places
+from .recipe_content import bitsmoe_modifiers, check_places
 from .saving import check_saving
 from .stored_experts import read_other_experts
 
@@ -87,11 +87,7 @@ class _Published:
             model = load_source(Path(folder), kwargs.get("dtype", "auto"))
             model.source_inventory = take_inventory(model, Path(folder))
             return model
-        auto = auto_class_of(config)
-        if getattr(config, "quantization_config", None) is None:
-            model = load_whole(auto, folder, config=config, **kwargs)
-        else:
-            model = auto.from_pretrained(folder, config=config, **kwargs)
+        model = load_published(folder, config, **kwargs)
         place = _place(folder, **kwargs)
         if place is not None:
             model.source_inventory = take_inventory(model, place)
@@ -121,13 +117,15 @@ def _install_validation() -> None:
         source = str(getattr(model, "name_or_path", "") or "")
         stage = run.recipe_args.stage
         check_places(run.recipe, stage)
-        check_saving(run.recipe, run.output_dir, run.model_args.save_compressed, source, stage)
-        data = run.dataset_args
-        check_rows(run.recipe, data.dataset, data.text_column, data.preprocessing_func is not None, stage)
+        ours = bitsmoe_modifiers(run.recipe, stage)
+        if ours:
+            check_saving(run.output_dir, run.model_args.save_compressed, source)
+            data = run.dataset_args
+            check_dataset(data.dataset, data.text_column, data.preprocessing_func is not None)
         if getattr(model, "decoded_from", None) is None:
             original(run, model)
         else:
-            read_other_experts(model, run.recipe, stage)
+            read_other_experts(model, ours)
 
     validate_model.knows_decoded = True  # type: ignore[attr-defined]
     _oneshot.Oneshot.validate_model = validate_model

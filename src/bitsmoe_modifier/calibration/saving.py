@@ -2,28 +2,22 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from ..errors import RecipeError
 from ..storage.folders import existing_parent
-from .recipe_content import bitsmoe_modifiers
 
 
-def check_saving(
-    recipe: Any, output_dir: str | Path | None, save_compressed: bool, source: str = "", stage: str | None = None
-) -> None:
+def check_saving(output_dir: str | Path | None, save_compressed: bool, source: str = "") -> None:
     """Refuse runs of a BitsMoEModifier whose result could not be saved as `oneshot` was told to.
 
     Args:
-        recipe: in any form that `oneshot` takes.
         output_dir, save_compressed: as `oneshot` takes them.
         source: the folder or the hub's name that the model was loaded from.
-        stage: of the recipe, as `oneshot` takes it.
 
     Raises:
         RecipeError: naming the argument, and what to do.
     """
-    if output_dir is None or not bitsmoe_modifiers(recipe, stage):
+    if output_dir is None:
         return
     if not save_compressed:
         raise RecipeError(

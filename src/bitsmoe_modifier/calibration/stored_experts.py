@@ -1,5 +1,6 @@
 """Experts that stay in their source's files, as llm-compressor calibrates experts: in the memory of one of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from ..loading.claims import matches
 from ..method.gating import gating_of
 from ..method.layer import DenseExperts
 from ..sources.stacks import KEPT_DECODED, StoredStack, Turned, read_parameters, stored_parameters
-from .recipe_content import bitsmoe_modifiers
 
 
 class _Product(torch.autograd.Function):
@@ -137,17 +137,15 @@ def stored_matrices(module: nn.Module) -> StoredMatrices | None:
     return vars(module).get("stored")
 
 
-def read_other_experts(model: nn.Module, recipe: Any, stage: str | None = None) -> None:
-    """Read the experts from the source's files that no BitsMoEModifier of a recipe is going to quantize.
+def read_other_experts(model: nn.Module, ours: Sequence[Any]) -> None:
+    """Read the experts from the source's files that no BitsMoEModifier is going to quantize.
 
     Other modifiers work on Linears with weights, and what is left alone is saved with its weights.
 
     Args:
         model: as it was loaded.
-        recipe: in any form that `oneshot` takes.
-        stage: of the recipe, likewise.
+        ours: the BitsMoEModifiers of the run.
     """
-    ours = bitsmoe_modifiers(recipe, stage)
     for name, module in list(model.named_modules()):
         taken = any(matches(name, one.targets) and not matches(name, one.ignore) for one in ours)
         if not taken and stored_parameters(module):

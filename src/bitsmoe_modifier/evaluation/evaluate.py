@@ -22,8 +22,7 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     Where transformers would read packed experts wrongly they are decoded by `decoding` instead.
 
     Raises:
-        CheckpointError: when transformers found no weights for experts, or for anything of an unquantized model, and
-            made some up.
+        CheckpointError: when weights would be made up (`load_published`).
         BitsMoEError: when the device cannot hold the model.
     """
     try:
@@ -40,13 +39,7 @@ def _loaded(path: str, dtype: torch.dtype) -> Any:
         return load_source(Path(path), dtype)
     if misread_experts(Path(path)):
         return load_decoded(Path(path), dtype)
-    loaded: Any = load_published(path, dtype=dtype, output_loading_info=True)
-    model, info = loaded
-    whole = getattr(model.config, "quantization_config", None) is None  # other formats may have what no file holds
-    missing = sorted(name for name in info["missing_keys"] if whole or ".experts." in name)
-    if missing:
-        raise CheckpointError(f"{path}: transformers found no weights for {missing[0]} and {len(missing) - 1} others")
-    return model
+    return load_published(path, dtype=dtype)
 
 
 @torch.no_grad()

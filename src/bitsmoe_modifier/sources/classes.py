@@ -71,30 +71,26 @@ def read_auto_config(folder: Path | str) -> Any:
         raise CheckpointError(f"{folder}: transformers cannot read its config.json ({error})") from error
 
 
-def load_published(folder: Path | str, **kwargs: Any) -> Any:
-    """``from_pretrained`` of the class that config.json names.
+def load_published(folder: Path | str, config: Any = None, **kwargs: Any) -> Any:
+    """``from_pretrained`` of the class that config.json names, but no weight is made up.
+
+    transformers fills what no file holds with random numbers, and says it in a log that is often switched off. Of a
+    quantized checkpoint only experts are looked for: other formats may have parameters that no file needs to hold.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or its name on the hub.
+        config: its configuration, where it was read before.
         kwargs: as `from_pretrained` takes them.
 
     Raises:
-        CheckpointError: when transformers does not know the model.
+        CheckpointError: when transformers does not know the model; naming a tensor that no file holds.
     """
-    return auto_class_of(read_auto_config(folder)).from_pretrained(folder, **kwargs)
-
-
-def load_whole(kind: Any, folder: Path | str, **kwargs: Any) -> Any:
-    """``kind.from_pretrained`` of an unquantized model, but no weight is made up.
-
-    transformers fills what no file holds with random numbers, and says it in a log that is often switched off.
-
-    Raises:
-        CheckpointError: naming a tensor that no file holds.
-    """
-    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+    given = {} if config is None else {"config": config}
+    kind = auto_class_of(read_auto_config(folder) if config is None else config)
+    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **given, **kwargs)
     model, info = loaded
-    missing = sorted(info["missing_keys"])
+    whole = getattr(model.config, "quantization_config", None) is None
+    missing = sorted(name for name in info["missing_keys"] if whole or ".experts." in name)
     if missing:
         raise CheckpointError(
             f"{folder}: no file holds {missing[0]} (of {len(missing)} missing tensors), and transformers would make it "
