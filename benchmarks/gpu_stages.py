@@ -327,7 +327,7 @@ def quants(device: torch.device, repeats: int) -> Iterator[Task]:
             seconds = quantization_time.time_layer(quantization_time.Shape(), [arm], torch.bfloat16)[arm]
             return {"operation": "layer", "kind": arm, "sizes": str(quantization_time.Shape()), "seconds": seconds}
 
-        for arm in ("BitsMoE", "GPTQModifier W2, routed tokens only", "GPTQModifier W2"):
+        for arm in ("BitsMoE, trellis codes", "BitsMoE", "GPTQModifier W2, routed tokens only", "GPTQModifier W2"):
             yield f"layer, {arm}", lambda arm=arm: layer(arm)
 
 
