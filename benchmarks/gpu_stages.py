@@ -324,7 +324,8 @@ def quants(device: torch.device, repeats: int) -> Iterator[Task]:
         def layer(arm: str) -> Line:
             import quantization_time
 
-            seconds = quantization_time.time_layer(quantization_time.Shape(), [arm], torch.bfloat16)[arm]
+            with torch.inference_mode(False), torch.enable_grad():  # calibration takes gradients
+                seconds = quantization_time.time_layer(quantization_time.Shape(), [arm], torch.bfloat16)[arm]
             return {"operation": "layer", "kind": arm, "sizes": str(quantization_time.Shape()), "seconds": seconds}
 
         for arm in ("BitsMoE, trellis codes", "BitsMoE", "GPTQModifier W2, routed tokens only", "GPTQModifier W2"):

@@ -34,6 +34,8 @@ import triton
 
 from .basis import basis_kernel
 from .combine import combine_kernel
+from .decoded import decode_in_kernel, decode_launch, decode_out_kernel
+from .grouped import grouped_kernel, grouped_sizes
 from .launch import NO_FUSION, Launch, basis_stages, prefill_rows
 from .machine_code import SHARED, Case, compile_case
 from .prepare import BASIS_GROUPS, BLOCKS, GROUPS, WIDTH_SETS
@@ -171,6 +173,33 @@ def _small() -> Iterator[Case]:
     yield Case("routing of 16 pairs, weights fetched", route_kernel, _ROUTING | _AHEAD, fetching, how)
 
 
+def _written(cc: int, widths: tuple[int, ...], trellis: bool, block: int = 128, group: int = 128) -> Iterator[Case]:
+    """Factors written out in 16 bits; a program's weights are few, so there is no loop to count in."""
+    for output, kernel in ((False, decode_in_kernel), (True, decode_out_kernel)):
+        rows, across = (block, group) if output == trellis else (group, block)
+        part, how = decode_launch(rows, across, cc)
+        constants = {"R": _R, "I": _I, "BS": block, "GS": group, "WIDTHS": widths, "TRELLIS": trellis, "PART": part}
+        constants |= {"JOINED": block < 128} if output else {}
+        signature = {**_INPUTS, "codes_ptr": "*u16" if trellis else "*u8", "head_ptr": "*i32", "order_ptr": "*i32"}
+        signature |= {"w_ptr": "*bf16", "FIRST": "i32", "gain": "fp32"}
+        side, codes = "down" if output else "gate and up", "trellis codes, " if trellis else ""
+        name = _name(f"write {side}, {codes}", widths, part, "bf16", block, group).replace("pairs", "a part")
+        yield Case(name, kernel, signature, constants, how, programs=2, stack=16)
+
+
+def _grouped(cc: int, tile: int, gated: bool) -> Case:
+    (bn, bk), how = grouped_sizes(tile, _I if gated else _R, _R if gated else _I, gated, cc)
+    constants = {
+        **_GATE, "N": _I if gated else _R, "K": _R if gated else _I, "TOP_K": 8, "GATED": gated, "BM": tile, "BN": bn,
+        "BK": bk,
+    }  # fmt: skip
+    signature = {**_INPUTS, "x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "FIRST": "i32", "COUNT": "i32"}
+    name = f"grouped {'gate_up' if gated else 'down'}, {tile} pairs, bf16"
+    # the loop of down is unrolled, and the copies of sm_100 are counted in another way
+    flies = gated and cc != 100
+    return Case(name, grouped_kernel, signature | {"scale": "fp32"}, constants, how, flies=flies)
+
+
 def _rounding() -> Iterator[Case]:
     """Quantization: 32 columns, groups of 128 rows; with steps refitted (gate and up) and kept (down)."""
     pointers = dict.fromkeys(("target", "response", "reference", "step", "level", "weight", "before"), "*fp32")
@@ -218,6 +247,10 @@ def cases(cc: int, every: bool = True) -> Iterator[Case]:
         yield _basis(8)
         yield _basis(16)
         yield from _small()
+        for trellis in (False, True):
+            yield from _written(cc, mixed, trellis)
+        for tile in (64, 128):
+            yield from (_grouped(cc, tile, gated) for gated in (True, False))
 
 
 def shapes(cc: int) -> Iterator[Case]:
@@ -234,6 +267,7 @@ def shapes(cc: int) -> Iterator[Case]:
             if block > 32:
                 found.append(_down(cc, widths, 8, block=block, group=group, rows=32, split=True))
             found += trellis_shapes(cc, widths, block, group, _R, _I)
+            found += [case for trellis in (False, True) for case in _written(cc, widths, trellis, block, group)]
     basis = [_basis(bits, tokens=t, group=g) for bits in (4, 8) for t in (8, 16) for g in BASIS_GROUPS[::-1]]
     for case in basis + found:
         yield replace(case, weights=0, budget=0, programs=1, flies=False)

@@ -14,6 +14,8 @@ from .activation import gating_arguments
 from .ahead import fits_ahead
 from .basis import basis, basis_and_route
 from .combine import combine
+from .decoded import decode_factor
+from .grouped import grouped_down, grouped_gate_up
 from .launch import (
     DECODE_PAIRS,
     decode_tile,
@@ -21,11 +23,13 @@ from .launch import (
     down_tile,
     expected_tiles,
     gate_up_tile,
+    grouped_tile,
     prefill_rows,
     prefill_tile,
     swaps,
     trellis_prefill_tile,
     trellis_rows,
+    written_experts,
 )
 from .prepare import PreparedExperts
 from .products import down, down_launch, gate_up
@@ -50,6 +54,8 @@ class Plan:
         splits: programs of down that share a tile's groups.
         ahead: the weights are fetched by the programs that write the tiles (`ahead.py`).
         stages: of gate_up and of down; 0: as `launch` has them.
+        written: experts whose factors are written out at a time (`decoded.py`); 0: they are decoded in registers, and
+            only then what is said of programs of gate_up and down holds.
     """
 
     tile: int
@@ -64,12 +70,19 @@ class Plan:
     splits: int
     ahead: bool
     stages: tuple[int, int] = (0, 0)
+    written: int = 0
 
 
 def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
     """The launch sizes for ``tokens`` that choose ``choices`` experts each."""
     layout, pairs = experts.layout, tokens * choices
     total = pairs <= DECODE_PAIRS
+    expert_bytes = 4 * layout.intermediate_size * layout.rank_in
+    written = 0 if total else written_experts(pairs, layout.num_experts, expert_bytes, bool(layout.codes))
+    if written:
+        tile = grouped_tile(pairs, layout.num_experts)
+        tiles = tile_count(pairs, layout.num_experts, tile)
+        return Plan(tile, tiles, 0, 1, 0, (0, 0), False, False, (0, 0), 1, False, written=written)
     widths = {*experts.side_in.widths, *experts.side_out.widths}
     tuned = sizes_of(experts.sizes, pairs) if total else RULES
     if total:
@@ -164,6 +177,9 @@ def _products(
 ) -> torch.Tensor:
     """``base + sum_j p_j (F[id_j] z_j + bias[id_j])``, ``[T, R']`` of ``dtype``; routing from `route`."""
     layout, side_in, side_out = experts.layout, experts.side_in, experts.side_out
+    if step.written:
+        t = _written_products(h, *routing[:2], ids.shape[1], experts, gating, step)
+        return combine(t, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
     (tiles, pairs, arrivals), trellis = routing, bool(layout.codes)
     sizes = trellis, layout.block_size, layout.group_size
     z = gate_up(
@@ -179,6 +195,34 @@ def _products(
     if step.total:
         return y
     return combine(y, ids, p, bias, base, layout.num_experts, layout.rank_out, dtype)
+
+
+def _written_products(
+    h: torch.Tensor,
+    tiles: torch.Tensor,
+    pairs: torch.Tensor,
+    choices: int,
+    experts: PreparedExperts,
+    gating: Gating,
+    step: Plan,
+) -> torch.Tensor:
+    """``t = F z`` of every pair, ``[T k, R']`` of h's dtype, from factors that are written out some experts at a time."""
+    layout, sides = experts.layout, (experts.side_in, experts.side_out)
+    z, t = (h.new_empty(pairs.numel(), size) for size in (layout.intermediate_size, layout.rank_out))
+    for first in range(0, layout.num_experts, step.written):
+        count = min(step.written, layout.num_experts - first)
+        for side, output, rank in zip(sides, (False, True), (layout.rank_in, layout.rank_out), strict=True):
+            w = decode_factor(
+                side.factor, list(side.widths), side.gain, bool(layout.codes), output, rank, layout.intermediate_size,
+                layout.block_size, layout.group_size, first, count, h.dtype,
+            )  # fmt: skip
+            routed = tiles, pairs, w
+            if output:
+                grouped_down(t, z, *routed, first, 1 / side.gain, step.tile)
+            else:
+                bias, gate = experts.packed.in_bias, gating_arguments(gating)
+                grouped_gate_up(z, h, *routed, bias, first, 1 / side.gain, step.tile, choices, *gate)
+    return t
 
 
 def _dense_experts(

@@ -33,6 +33,13 @@ ROUND_WEIGHTS, ROUND_WEIGHTS_IN = 4096, 2048
 #: Programs of gate_up for each multiprocessor, up to which more of them share a tile of few pairs with trellis codes.
 GATE_UP_PROGRAMS = 4.25
 
+#: Pairs for each expert from which factors are written out and then multiplied (`decoded.py`), for trellis codes and for
+#: scalar ones, of which a tile in registers has twice as many pairs.
+WRITTEN_PAIRS = {True: 48, False: 128}
+
+#: Bytes of factors that are written out at a time, about: experts follow one another in parts of so many.
+WRITTEN_BYTES = 2**28
+
 #: Weights that a warp of down decodes at least where its groups are split, beside what beginning and ending cost it.
 SPLIT_WEIGHTS = 8192
 
@@ -236,6 +243,39 @@ def trellis_prefill_tile(pairs: int, experts: int, widths: Iterable[int]) -> int
     """
     most = 32 if trellis_rows(32, 128, widths) == 64 else 16
     return min(most, prefill_tile(pairs, experts))
+
+
+def written_experts(pairs: int, experts: int, expert_bytes: int, trellis: bool) -> int:
+    """Experts whose factors are written out at a time; 0: none, they are decoded in registers.
+
+    Args:
+        pairs: tokens × experts per token.
+        experts: E.
+        expert_bytes: of an expert's gate and up in 16 bits.
+        trellis: the family of codes.
+    """
+    if pairs < WRITTEN_PAIRS[trellis] * experts:
+        return 0
+    parts = triton.cdiv(experts, max(1, WRITTEN_BYTES // expert_bytes))
+    return triton.cdiv(experts, parts)
+
+
+def launch_grouped(tile: int, gated: bool, cc: int) -> tuple[int, int, Launch]:
+    """(columns of the result and terms of a round of a program, launch) of a product with factors in 16 bits.
+
+    Args:
+        tile: BM, pairs of a tile: 64 or 128.
+        gated: two products in one program.
+        cc: `capability`.
+    """
+    large = 90 <= cc < 120  # whose products take both operands from shared memory; elsewhere 128 columns spill
+    columns = 128 if large and (tile == 128 or not gated) else 64
+    return columns, 64, Launch(tile // 16, 3, 4 if cc else 0)
+
+
+def grouped_tile(pairs: int, experts: int) -> int:
+    """BM of such a product."""
+    return 128 if pairs >= 96 * experts else 64
 
 
 def expected_tiles(pairs: int, experts: int, tile: int) -> int:
