@@ -206,7 +206,7 @@ def _written_products(
     gating: Gating,
     step: Plan,
 ) -> torch.Tensor:
-    """``t = F z`` of every pair, ``[T k, R']`` of h's dtype, from factors that are written out some experts at a time."""
+    """``t = F z`` of every pair, ``[T k, R']`` of h's dtype, from factors written out some experts at a time."""
     layout, sides = experts.layout, (experts.side_in, experts.side_out)
     z, t = (h.new_empty(pairs.numel(), size) for size in (layout.intermediate_size, layout.rank_out))
     for first in range(0, layout.num_experts, step.written):

@@ -1,7 +1,7 @@
 """Products of many pairs with experts' factors in 16 bits (`decoded.py`): gate and up with the gate, and down.
 
-A program owns a tile of pairs of one expert and some rows of its factor, as any grouped matrix product; tiles of experts
-outside of the range that is written out at present end at once.
+A program owns a tile of pairs of one expert and some rows of its factor, as in any grouped matrix product; programs of
+experts that are not written out at present end at once.
 """
 
 import torch
@@ -62,7 +62,8 @@ def grouped_kernel(
 
 def _product(
     x: torch.Tensor, tiles: torch.Tensor, pairs: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
-    out: torch.Tensor, first: int, scale: float, tile: int, top_k: int, gate: tuple[str, float | None, float, float] | None,
+    out: torch.Tensor, first: int, scale: float, tile: int, top_k: int,
+    gate: tuple[str, float | None, float, float] | None,
 ) -> None:  # fmt: skip
     """Launch; gate: the constants of a `Gating`, None: down."""
     (bn, bk), how = grouped_sizes(tile, w.shape[-2], w.shape[-1], gate is not None, capability(x.device))

@@ -33,9 +33,12 @@ ROUND_WEIGHTS, ROUND_WEIGHTS_IN = 4096, 2048
 #: Programs of gate_up for each multiprocessor, up to which more of them share a tile of few pairs with trellis codes.
 GATE_UP_PROGRAMS = 4.25
 
-#: Pairs for each expert from which factors are written out and then multiplied (`decoded.py`), for trellis codes and for
-#: scalar ones, of which a tile in registers has twice as many pairs.
-WRITTEN_PAIRS = {True: 48, False: 128}
+#: With scalar codes: up to which 4 share a tile, and up to which more of them do.
+SCALAR_PROGRAMS, MORE_SCALAR_PROGRAMS = 16, 5
+
+#: Pairs for each expert from which factors are written out and then multiplied (`decoded.py`), for trellis codes and
+#: for scalar ones. On an H200 both ways took as long at 52 pairs and at 206.
+WRITTEN_PAIRS = {True: 56, False: 208}
 
 #: Bytes of factors that are written out at a time, about: experts follow one another in parts of so many.
 WRITTEN_BYTES = 2**28
@@ -289,8 +292,8 @@ def gate_up_tile(
 ) -> tuple[int, int]:
     """(BN, PARTS) of gate_up: wide tiles share the scaled activations among more columns, many programs fill the GPU.
 
-    Scalar codes: on an H200 a step of 8 pairs was fastest with 384 programs (2.9 for each multiprocessor; twice as many
-    took 12 % longer), one of 64 pairs with 600 and 1,200, and 15 % slower where gate and up were one program's.
+    Scalar codes: on an H200 a layer of Qwen3-30B-A3B was fastest with 8 parts at one token, 6 to 8 at two, 4 at four,
+    eight and sixteen (2 took 3 to 22 % longer), 2 beyond; with one 24 % longer at 64.
 
     Short loops of trellis codes: on an H100 a layer of Qwen3-30B-A3B was fastest with 8 to 12 parts at one token, 6 at
     two and four, 4 to 6 at eight and 2 to 4 beyond (4 at 64, by 2 %); a program that does both matrices keeps twice as
@@ -313,8 +316,9 @@ def gate_up_tile(
     if short:
         parts, more, most = min(4, 2 * units), range(6, 17, 2), int(GATE_UP_PROGRAMS * processors)
     else:
-        parts = 2 if 4 * grid < 3 * PROGRAMS_WANTED else 1
-        more, most = (4, 8, 16) if parts == 2 else (), 5 * PROGRAMS_WANTED // 8 - 1
+        few = 4 * grid <= SCALAR_PROGRAMS * processors
+        parts = min(4, 2 * units) if few else 2 if 4 * grid < 3 * PROGRAMS_WANTED else 1
+        more, most = (8, 16) if few else (), MORE_SCALAR_PROGRAMS * processors
     return bn, max([parts, *(n for n in more if n <= 2 * units and grid * n <= most)])
 
 

@@ -25,7 +25,7 @@ def _small_grids():
     from bitsmoe_kernels import launch
 
     if not COMPILED:
-        launch.PROGRAMS_WANTED = 8
+        launch.PROGRAMS_WANTED, launch.SCALAR_PROGRAMS = 8, 0
 
 
 @pytest.fixture(autouse=True)

@@ -227,7 +227,7 @@ def test_groups_are_shared_by_programs(splits):
     """5 groups: parts of 3 and 2, of 2, 2 and 1 (for 3 and for 4), of one each; units of width 0 among them."""
     layout, packed = layer_of((2, 160, 48, 16, 32), (0, 2, 6), 4)
     z = torch.randn(SHARED_IDS.numel(), 160, generator=seeded(3)).to(torch.bfloat16)
-    check_down(layout, packed, SHARED_IDS, z, 8, splits)
+    check_down(layout, packed, SHARED_IDS.to(DEVICE), z, 8, splits)
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,13 @@ def test_programs_of_a_tile_follow_the_multiprocessors(processors, parts):
 
 @pytest.mark.parametrize(
     ("tiles", "units", "parts"),
-    [(8, 16, 8), (8, 3, 4), (8, 1, 2), (4, 16, 16), (51, 16, 2), (126, 16, 2), (132, 16, 1)],
+    [(8, 16, 8), (8, 3, 4), (8, 1, 2), (4, 16, 16), (51, 16, 4), (81, 16, 4), (126, 16, 2), (132, 16, 1)],
 )
 def test_programs_of_a_tile_of_scalar_codes(tiles, units, parts, monkeypatch):
     monkeypatch.setattr(launch_sizes, "PROGRAMS_WANTED", 1056)
-    for processors in (40, 132):
-        assert gate_up_tile(tiles, 768, 128, units, False, processors) == (128, parts)
+    monkeypatch.setattr(launch_sizes, "SCALAR_PROGRAMS", 16)
+    assert gate_up_tile(tiles, 768, 128, units, False, 132) == (128, parts)
+    assert gate_up_tile(tiles, 768, 128, units, False, 20) == (128, min(parts, 4 if tiles < 10 else 2))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from bitsmoe_kernels.trellis_down import trellis_down_reference
 from bitsmoe_kernels.trellis_gate_up import trellis_gate_up_reference
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_backend import seeded
+from kernel_backend import DEVICE, seeded
 from test_operations import (
     DTYPES,
     EXAMPLES,
@@ -180,7 +180,7 @@ def test_groups_are_shared_by_programs(splits):
     """5 groups: parts of 3 and 2, of 2, 2 and 1, of one each; units of width 0 among them, chains of two units."""
     layout, packed = layer_of((2, 160, 64, 16, 32), (0, 2, 6, 2), 4, codes=1, stripes=1)
     z = torch.randint(-2048, 2048, (SHARED_IDS.numel(), 160), generator=seeded(3)).to(torch.float16) / 64
-    check_down(layout, packed, SHARED_IDS, z, 8, 2, splits)
+    check_down(layout, packed, SHARED_IDS.to(DEVICE), z, 8, 2, splits)
 
 
 def test_z_beyond_the_range_is_infinite_and_not_wrong():

@@ -86,8 +86,11 @@ def test_products(dtype, tile, inner, rank):
         assert error <= torch.finfo(dtype).eps + terms * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [SIZES["scalar 16 and 32"], SIZES["trellis 64"]], ids=["scalar", "trellis"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [(SIZES["scalar 16 and 32"], torch.bfloat16), (SIZES["trellis 64"], torch.float16)],
+    ids=["scalar", "trellis"],
+)
 def test_layers(monkeypatch, sizes, dtype):
     """The bound of test_layer.py, and one rounding more, of the factors."""
     monkeypatch.setattr(forward, "DECODE_PAIRS", 0)
@@ -107,8 +110,23 @@ def test_layers(monkeypatch, sizes, dtype):
 
 def test_when_factors_are_written_out():
     expert = 2**20
-    assert launch.written_experts(128 * 47, 128, expert, True) == 0
-    assert launch.written_experts(128 * 48, 128, expert, True) == 128
-    assert launch.written_experts(128 * 48, 128, expert, False) == 0
-    assert launch.written_experts(128 * 48, 128, 2**21 + 1, True) == 64  # in two equal parts
-    assert launch.written_experts(4 * 48, 4, 2**29, True) == 1
+    assert launch.written_experts(128 * 55, 128, expert, True) == 0
+    assert launch.written_experts(128 * 56, 128, expert, True) == 128
+    assert launch.written_experts(128 * 56, 128, expert, False) == 0
+    assert launch.written_experts(128 * 208, 128, expert, False) == 128
+    assert launch.written_experts(128 * 56, 128, 2**21 + 1, True) == 64  # in two equal parts
+    assert launch.written_experts(4 * 56, 4, 2**29, True) == 1
+
+
+def test_operators_describe_their_results():
+    layout = layer_of(SIZES["scalar 16 and 32"])
+    side, tests = prepare(random_experts(layout, (2,), 0, DEVICE)).side_in, ("test_schema", "test_faketensor")
+    arguments = [2], side.gain, False, False, layout.rank_in, layout.intermediate_size, 16, 32, 1, 2, torch.float16
+    torch.library.opcheck(torch.ops.bitsmoe.decode_factor.default, (side.factor, *arguments), test_utils=tests)
+    tiles, pairs, _ = route(torch.tensor([[0, 1]]), 2, 64, 0, [])
+    h, z, t = torch.randn(1, 32).half(), torch.zeros(2, 64).half(), torch.zeros(2, 32).half()
+    w_in, w_out, gate = torch.randn(2, 2, 64, 32).half(), torch.randn(2, 32, 64).half(), ("silu", None, 1.0, 0.0)
+    arguments = z, h, tiles, pairs, w_in, None, 0, 1.0, 64, 2, *gate
+    torch.library.opcheck(torch.ops.bitsmoe.grouped_gate_up.default, arguments, test_utils=tests)
+    arguments = t, z, tiles, pairs, w_out, 0, 1.0, 64
+    torch.library.opcheck(torch.ops.bitsmoe.grouped_down.default, arguments, test_utils=tests)
