@@ -1,16 +1,19 @@
 """Prefill speed of one MoE layer: `python benchmarks/prefill.py --shape qwen3-30b-a3b --tokens 512,2048,8192`.
 
-Time per layer, achieved arithmetic rate (6 H I k operations per token, what the 16-bit layer computes), and the ratio
-to the 16-bit grouped matrix product and to decoding every expert first and then multiplying. See layers.py for how
-times are taken.
+Time per layer, also with factors decoded in registers and with factors written out whatever the rule is
+(`launch.WRITTEN_PAIRS`); achieved arithmetic rate (6 H I k operations per token, what the 16-bit layer computes); and
+the ratio to the 16-bit grouped matrix product and to decoding every expert by PyTorch and then multiplying. See
+layers.py for how times are taken.
 """
 
 import argparse
 import platform
 
 import torch
+from bitsmoe_kernels import launch
 from layers import (
     SHAPES,
+    Layer,
     Shape,
     dense_weights,
     grouped_layer,
@@ -20,6 +23,20 @@ from layers import (
     seconds_per_call,
     stored_layer,
 )
+
+
+def always(layer: Layer, written: bool) -> Layer:
+    """The layer with factors written out, or never."""
+
+    def call(x: torch.Tensor, ids: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        rule = launch.WRITTEN_PAIRS
+        launch.WRITTEN_PAIRS = dict.fromkeys(rule, 0 if written else ids.numel() + 1)
+        try:
+            return layer(x, ids, p)
+        finally:
+            launch.WRITTEN_PAIRS = rule
+
+    return call
 
 
 def run(shape: Shape, tokens: list[int], device: torch.device, repeats: int, codes: str = "trellis") -> str:
@@ -37,13 +54,27 @@ def run(shape: Shape, tokens: list[int], device: torch.device, repeats: int, cod
         arguments = (x.to(dtype), *routing(shape, count, device, count))
         seconds = [
             seconds_per_call([lambda layer=layer, a=arguments: layer(*a)], repeats, device, graph)
-            for layer, graph in ((ours, True), (dense, True), (decode_everything, False))
+            for layer, graph in (
+                (ours, True),
+                (always(ours, False), True),
+                (always(ours, True), True),
+                (dense, True),
+                (decode_everything, False),
+            )
         ]
         rate = 6 * shape.hidden * shape.inner * shape.top_k * count / seconds[0]
-        row = [str(count), f"{seconds[0] * 1e3:.3f}", f"{rate / 1e12:.2f}"]
-        rows.append(row + [f"{other / seconds[0]:.2f}" for other in seconds[1:]])
+        row = [str(count), *(f"{taken * 1e3:.3f}" for taken in seconds[:3]), f"{rate / 1e12:.2f}"]
+        rows.append(row + [f"{other / seconds[0]:.2f}" for other in seconds[3:]])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}, plain path"
-    header = ["tokens", "ms / layer", "TFLOP/s", "bf16 / ours", "decode all, multiply / ours"]
+    header = [
+        "tokens",
+        "ms / layer",
+        "in registers",
+        "written out",
+        "TFLOP/s",
+        "bf16 / ours",
+        "decode all, multiply / ours",
+    ]
     return f"{where}, {codes} codes; medians of {repeats}\n\n{markdown(header, rows)}"
 
 

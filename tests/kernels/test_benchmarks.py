@@ -16,7 +16,7 @@ DEMO = Path(__file__).parents[2] / "src/bitsmoe_modifier/assets/docmoe"
     [
         ("decode.py", "--shape tiny --batch 1,3 --repeats 1 --device cpu", 12),
         ("decode.py", "--shape qwen3-30b-a3b --bytes", 9),
-        ("prefill.py", "--shape tiny --tokens 8 --repeats 1 --device cpu", 5),
+        ("prefill.py", "--shape tiny --tokens 8 --repeats 1 --device cpu", 7),
         # compiles kernels
         pytest.param("roofline.py", "--shape qwen3-30b-a3b --batch 1,8", 12, marks=pytest.mark.slow),
         ("basis_cost.py", "", 8),
