@@ -113,9 +113,7 @@ def plan(tokens: int, choices: int, experts: PreparedExperts) -> Plan:
         splits = tuned.splits or down_splits(
             filled, layout.rank_out // br, groups, br * layout.group_size, own, experts.processors
         )
-    sides = experts.side_in, experts.side_out
-    payload = sum(side.codes.nbytes + side.steps.nbytes for side in sides)
-    ahead = experts.spans is not None and fits_ahead(pairs, layout.num_experts, payload, experts.cache)
+    ahead = experts.spans is not None and fits_ahead(pairs, layout.num_experts, experts.payload, experts.cache)
     counters, stages = (arrivals[0], arrivals[1] if total else 0), (tuned.stages_in or 0, tuned.stages_out or 0)
     return Plan(tile, tiles, bn, parts, br, counters, total, swap, warps, splits, ahead, stages)
 

@@ -81,6 +81,7 @@ class PreparedExperts:
         cache: bytes of weights that a step may fetch ahead (`ahead.py`): a third of the GPU's second cache.
         sizes: launch sizes that were tried on this GPU, by pairs (`tuned.py`).
         processors: multiprocessors of the layer's GPU; `PROCESSORS` where there is none.
+        payload: bytes of codes and steps, as a number: of tensors whose sizes torch.compile made symbols it has none.
     """
 
     layout: ExpertsLayout
@@ -92,6 +93,7 @@ class PreparedExperts:
     cache: int = 0
     sizes: dict[int, Sizes] = field(default_factory=dict)
     processors: int = PROCESSORS
+    payload: int = 0
 
 
 def unsupported(
@@ -150,15 +152,17 @@ def prepare(packed: PackedExperts) -> PreparedExperts:
     side_out = _prepare_side(packed.codes_out, packed.steps_out, packed.widths_out, layout)
     if layout.codes:
         side_out = replace(side_out, order=_chain_places(packed.widths_out, layout))
+    payload = sum(side.codes.nbytes + side.steps.nbytes for side in (side_in, side_out))
     if not packed.codes_in.is_cuda:
-        return PreparedExperts(layout, packed, side_in, side_out, 0, sizes=entries_of("", layout))
+        return PreparedExperts(layout, packed, side_in, side_out, 0, sizes=entries_of("", layout), payload=payload)
     gpu = torch.cuda.get_device_properties(packed.codes_in.device)
     sizes = entries_of(gpu.name, layout)
     spans = line_spans(side_in, side_out, layout)
     cache = int(getattr(gpu, "L2_cache_size", 0)) // 3
     return PreparedExperts(
-        layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache, sizes, gpu.multi_processor_count
-    )
+        layout, packed, side_in, side_out, 10 * gpu.major + gpu.minor, spans, cache, sizes, gpu.multi_processor_count,
+        payload,
+    )  # fmt: skip
 
 
 def line_spans(side_in: PreparedSide, side_out: PreparedSide, layout: ExpertsLayout) -> torch.Tensor:

@@ -236,6 +236,16 @@ def test_compiles_without_graph_breaks(bases):
     torch.testing.assert_close(step(x, ids, p), want, rtol=max(1e-5, 10 * torch.finfo(dtype).eps), atol=1e-6)
 
 
+def test_one_compiled_function_serves_layers_of_different_sizes():
+    """Whose codes' sizes are symbols from the second layer on, and tokens' number from the second call of one."""
+    step, gating, dtype = torch.compile(moe_forward, backend="aot_eager", fullgraph=True), Gating(), DTYPES[-1]
+    for tokens, widths in ((2, (2,)), (2, (2, 4)), (3, (4,)), (4, (4,))):
+        ids = torch.arange(2 * tokens).view(tokens, 2) % 3
+        x, p, packed, want = check(SMALL, widths, ids, dtype)
+        found = step(x, ids, p, prepare(packed), gating)
+        torch.testing.assert_close(found, want, rtol=max(1e-5, 10 * torch.finfo(dtype).eps), atol=1e-6)
+
+
 def test_operators_describe_their_results():
     """The fake implementations agree with the real ones: what torch.compile and export rely on."""
     ids = torch.tensor([[0, 1]])
