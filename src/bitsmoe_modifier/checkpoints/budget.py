@@ -22,6 +22,8 @@ _PACKED_TENSORS, _HEADER_BYTES = 13, 72
 _USABLE = 0.92
 #: bytes that a process takes on a GPU before any weight: context, kernels, libraries' buffers
 _CONTEXT_BYTES = 10**9
+#: bytes of experts' factors that the kernels write out at a time for many tokens (`bitsmoe_kernels.launch`)
+WRITTEN_BYTES = 2**28
 #: tokens that a server works on at once while it reads prompts
 _PREFILL_TOKENS = 2048
 _CACHE_ITEMSIZE = 2
@@ -239,7 +241,7 @@ def bits_for_memory(model: str, gpus: int, memory: int, context: int, batch: int
     assumed = (
         f"{_USABLE:.0%} of {_gb(memory)} are usable, as vLLM takes them by default",
         f"KV cache of {batch} × {context} tokens in 16 bits: {_gb(cache)}" + (" on each GPU" if gpus > 1 else ""),
-        f"context, activations of {_PREFILL_TOKENS} tokens and logits: {_gb(workspace)}",
+        f"context, activations of {_PREFILL_TOKENS} tokens, factors written out and logits: {_gb(workspace)}",
         *(("weights split evenly over the GPUs",) if gpus > 1 else ()),
     )
     if bits <= 0:
@@ -283,7 +285,7 @@ def _workspace_bytes(config: Any, shape: ModelShape, batch: int) -> int:
     """Bytes on each GPU of context, activations and logits; a guess, and a generous one."""
     largest = max(shape.layers, key=lambda layer: layer.width)
     row = 8 * largest.hidden + 3 * shape.choices * largest.width
-    return _CONTEXT_BYTES + 2 * _PREFILL_TOKENS * row + 4 * batch * config.vocab_size
+    return _CONTEXT_BYTES + WRITTEN_BYTES + 2 * _PREFILL_TOKENS * row + 4 * batch * config.vocab_size
 
 
 def _shape(headers: Headers, fields: dict[str, Any]) -> ModelShape:

@@ -16,6 +16,7 @@ from bitsmoe_kernels.routing import route
 from bitsmoe_kernels.synthetic import random_experts
 from kernel_backend import COMPILED, DEVICE, seeded
 
+from bitsmoe_modifier.checkpoints.budget import WRITTEN_BYTES
 from bitsmoe_modifier.method.gating import Gating
 from bitsmoe_modifier.storage.layout import ExpertsLayout
 from bitsmoe_modifier.storage.planes import WIDTHS
@@ -116,6 +117,10 @@ def test_when_factors_are_written_out():
     assert launch.written_experts(128 * 208, 128, expert, False) == 128
     assert launch.written_experts(128 * 56, 128, 2**21 + 1, True) == 64  # in two equal parts
     assert launch.written_experts(4 * 56, 4, 2**29, True) == 1
+
+
+def test_a_size_that_fits_leaves_room_for_what_is_written_out():
+    assert launch.WRITTEN_BYTES == WRITTEN_BYTES
 
 
 def test_operators_describe_their_results():
