@@ -3,19 +3,16 @@
 Where an expert has many pairs, the kernels that decode in registers decode its weights once for every tile of them, and
 instructions decide. Then it is faster to write the factors out, some experts at a time, and to multiply like a 16-bit
 model (`grouped.py`). An element is its value times its step times a power of two (`PreparedSide.gain`), rounded once to
-the activations' type; units of width 0 are written as zeros.
+the activations' type; units of width 0 are written as zeros. The oracle is `reference.decode_expert_factors`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier.storage.packed import PackedExperts
-
 from .digits import digit_count, digit_size, digit_start, digit_weight, plane_values
 from .launch import Launch, capability
 from .launcher import run
-from .reference import decode_expert_factors
 from .trellis_codes import tile_values
 
 #: Weights of a program.
@@ -148,8 +145,14 @@ def decode_out_kernel(
 
 
 def decode_launch(rows: int, columns: int, cc: int) -> tuple[int, Launch]:
-    """(PART, launch) of a program that decodes: of a tile of codes of so many elements along the sequences (the rows,
-    with scalar codes what a step is shared by) and across them."""
+    """(PART, launch) of a program that decodes a part of a tile of codes.
+
+    Args:
+        rows: elements of the tile that a program takes all of: along the sequences with trellis codes, along a row of
+            the planes with scalar ones.
+        columns: elements across, of which it takes PART.
+        cc: `launch.capability`.
+    """
     part = min(columns, max(16, _PROGRAM // rows))
     return part, Launch(warps=4, stages=1, pack=2 if cc else 0)
 
@@ -224,9 +227,3 @@ def _(
 ) -> torch.Tensor:
     shape = (count, rank, columns) if output else (count, 2, columns, rank)
     return factor[0].new_empty(shape, dtype=dtype)
-
-
-def decoded_reference(packed: PackedExperts, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Oracle: the factors of the experts from ``first`` on, float32 ``[count, 2, I, R]`` and ``[count, R', I]``."""
-    a, f = decode_expert_factors(packed)
-    return a[first : first + count].float(), f[first : first + count].float()

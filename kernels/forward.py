@@ -220,6 +220,7 @@ def _written_products(
             else:
                 bias, gate = experts.packed.in_bias, gating_arguments(gating)
                 grouped_gate_up(z, h, *routed, bias, first, 1 / side.gain, step.tile, choices, *gate)
+            del w, routed  # before the next are written
     return t
 
 

@@ -1,19 +1,16 @@
 """Products of many pairs with experts' factors in 16 bits (`decoded.py`): gate and up with the gate, and down.
 
 A program owns a tile of pairs of one expert and some rows of its factor, as in any grouped matrix product; programs of
-experts that are not written out at present end at once.
+experts that are not written out at present end at once. z is a sixteenth, as with trellis codes in registers, so the
+oracles are theirs: `trellis_gate_up_reference` and `trellis_down_reference`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from bitsmoe_modifier.method.gating import Gating
-
 from .activation import gate_value
 from .digits import product
-from .down import down_reference
-from .gate_up import gate_up_reference
 from .launch import Launch, capability, launch_grouped
 from .launcher import run
 from .routing import pair_tile
@@ -164,15 +161,3 @@ def _(z: torch.Tensor, *rest: object, **named: object) -> None:
 @grouped_down.register_fake
 def _(t: torch.Tensor, *rest: object, **named: object) -> None:
     return None
-
-
-def grouped_gate_up_reference(
-    h: torch.Tensor, ids: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None, gating: Gating
-) -> torch.Tensor:
-    """Oracle: a sixteenth of `gate_up_reference`."""
-    return gate_up_reference(h, ids, factor, bias, gating) * Z_SCALE.value
-
-
-def grouped_down_reference(z: torch.Tensor, ids: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Oracle: `down_reference` of a z that comes as a sixteenth."""
-    return down_reference(z, ids, factor) / Z_SCALE.value

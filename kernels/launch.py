@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import triton
 
+from bitsmoe_modifier.storage.factors import WRITTEN_BYTES
+
 from .prepare import PROCESSORS, SHARED_BYTES
 
 #: Pairs (tokens × experts per token) up to which every pair has programs; beyond it the pairs are sorted.
@@ -39,9 +41,6 @@ SCALAR_PROGRAMS, MORE_SCALAR_PROGRAMS = 16, 5
 #: Pairs for each expert from which factors are written out and then multiplied (`decoded.py`), for trellis codes and
 #: for scalar ones. On an H200 both ways took as long at 52 pairs and at 206.
 WRITTEN_PAIRS = {True: 56, False: 208}
-
-#: Bytes of factors that are written out at a time, about: experts follow one another in parts of so many.
-WRITTEN_BYTES = 2**28
 
 #: Weights that a warp of down decodes at least where its groups are split, beside what beginning and ending cost it.
 SPLIT_WEIGHTS = 8192
@@ -249,7 +248,7 @@ def trellis_prefill_tile(pairs: int, experts: int, widths: Iterable[int]) -> int
 
 
 def written_experts(pairs: int, experts: int, expert_bytes: int, trellis: bool) -> int:
-    """Experts whose factors are written out at a time; 0: none, they are decoded in registers.
+    """Experts whose factors are written out at a time, about `WRITTEN_BYTES`; 0: none, they are decoded in registers.
 
     Args:
         pairs: tokens × experts per token.
@@ -277,7 +276,12 @@ def launch_grouped(tile: int, gated: bool, cc: int) -> tuple[int, int, Launch]:
 
 
 def grouped_tile(pairs: int, experts: int) -> int:
-    """BM of such a product."""
+    """BM, pairs of a tile of such a product: 64 or 128.
+
+    Args:
+        pairs: tokens × experts per token.
+        experts: E.
+    """
     return 128 if pairs >= 96 * experts else 64
 
 

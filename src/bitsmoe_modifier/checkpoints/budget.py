@@ -9,6 +9,7 @@ from typing import Any
 from .. import messages
 from ..calibration.recipe import Stage, check_stage, with_fields
 from ..errors import RecipeError, check_at_least
+from ..storage.factors import WRITTEN_BYTES
 from .plan import Headers, bitsmoe_fields, model_shape, read_headers
 from .planning import LayerShape, ModelShape
 
@@ -22,8 +23,6 @@ _PACKED_TENSORS, _HEADER_BYTES = 13, 72
 _USABLE = 0.92
 #: bytes that a process takes on a GPU before any weight: context, kernels, libraries' buffers
 _CONTEXT_BYTES = 10**9
-#: bytes of experts' factors that the kernels write out at a time for many tokens (`bitsmoe_kernels.launch`)
-WRITTEN_BYTES = 2**28
 #: tokens that a server works on at once while it reads prompts
 _PREFILL_TOKENS = 2048
 _CACHE_ITEMSIZE = 2
@@ -282,10 +281,12 @@ def cache_bytes(config: Any, context: int, batch: int, gpus: int = 1) -> int:
 
 
 def _workspace_bytes(config: Any, shape: ModelShape, batch: int) -> int:
-    """Bytes on each GPU of context, activations and logits; a guess, and a generous one."""
+    """Bytes on each GPU of context, activations, factors written out (one expert's at least) and logits; a guess, and a
+    generous one."""
     largest = max(shape.layers, key=lambda layer: layer.width)
     row = 8 * largest.hidden + 3 * shape.choices * largest.width
-    return _CONTEXT_BYTES + WRITTEN_BYTES + 2 * _PREFILL_TOKENS * row + 4 * batch * config.vocab_size
+    written = max(WRITTEN_BYTES, 4 * largest.hidden * largest.width)
+    return _CONTEXT_BYTES + written + 2 * _PREFILL_TOKENS * row + 4 * batch * config.vocab_size
 
 
 def _shape(headers: Headers, fields: dict[str, Any]) -> ModelShape:

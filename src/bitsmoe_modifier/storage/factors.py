@@ -7,6 +7,9 @@ from .layout import ExpertsLayout, UnitIndex, index_units
 from .planes import code_values, pack_codes, unpack_codes
 from .steps import step_values, stored_steps
 
+#: Bytes of factors that kernels write out in 16 bits at a time, about: experts follow one another in parts of so many.
+WRITTEN_BYTES = 2**28
+
 # ------------------------------------------------------------------------------------------------- factors
 
 
